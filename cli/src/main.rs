@@ -1,0 +1,2 @@
+//! The soccr command.
+fn main() {}

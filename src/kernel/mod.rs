@@ -1,0 +1,2 @@
+//! The kernel interface.
+#![allow(unsafe_code)]
