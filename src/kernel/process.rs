@@ -1,0 +1,43 @@
+//! Other processes: pidfds and copies of their descriptors.
+
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+
+use super::{SysError, SysResult};
+
+/// A descriptor's number in another process: nothing that this process could use as its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct RemoteFd(pub u32);
+
+impl std::fmt::Display for RemoteFd {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+fn owned(call: &'static str, fd: libc::c_long) -> SysResult<OwnedFd> {
+    match i32::try_from(fd) {
+        // SAFETY: a descriptor the kernel just gave us; nobody else owns it.
+        Ok(fd) if fd >= 0 => Ok(unsafe { OwnedFd::from_raw_fd(fd) }),
+        _ => Err(SysError::last(call)),
+    }
+}
+
+/// A descriptor that stands for the process and becomes readable when it ends (Linux 5.3).
+///
+/// # Errors
+/// ESRCH when there is no such process.
+pub fn pidfd_open(pid: i32) -> SysResult<OwnedFd> {
+    // SAFETY: no pointers.
+    owned("open a pidfd", unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) })
+}
+
+/// A duplicate of another process's descriptor (Linux 5.6).
+///
+/// # Errors
+/// EBADF when it has none of that number, EPERM without the right to trace it, ESRCH when it is gone.
+pub fn pidfd_getfd(pidfd: BorrowedFd<'_>, fd: RemoteFd) -> SysResult<OwnedFd> {
+    // SAFETY: no pointers.
+    owned("duplicate a task's descriptor", unsafe {
+        libc::syscall(libc::SYS_pidfd_getfd, pidfd.as_raw_fd(), fd.0, 0)
+    })
+}

@@ -1,0 +1,281 @@
+//! Socket options of any socket, and the plumbing that the TCP options share.
+
+use std::mem::{MaybeUninit, size_of};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+
+use nix::errno::Errno;
+
+use super::{SysError, SysResult, check};
+
+/// Plain kernel data: any bit pattern is a value, and there is no padding.
+///
+/// # Safety
+/// The type is `repr(C)` or a primitive, without padding, and every bit pattern is valid.
+pub(super) unsafe trait Plain: Copy {}
+// SAFETY: integers have no padding and no invalid patterns.
+unsafe impl Plain for u8 {}
+// SAFETY: as above.
+unsafe impl Plain for i32 {}
+// SAFETY: as above.
+unsafe impl Plain for u32 {}
+// SAFETY: as above.
+unsafe impl Plain for u64 {}
+// SAFETY: arrays add no padding between integers.
+unsafe impl<const N: usize> Plain for [u32; N] {}
+
+fn length<T>() -> libc::socklen_t {
+    const { assert!(size_of::<T>() < u32::MAX as usize) };
+    #[allow(clippy::cast_possible_truncation)] // asserted above
+    {
+        size_of::<T>() as libc::socklen_t
+    }
+}
+
+/// Reads an option whose value is exactly a `T`.
+pub(super) fn get<T: Plain>(fd: BorrowedFd<'_>, level: i32, name: i32, call: &'static str) -> SysResult<T> {
+    let mut value = MaybeUninit::<T>::zeroed();
+    let mut len = length::<T>();
+    // SAFETY: the kernel writes at most `len` bytes, the size of `value`.
+    let ret = unsafe { libc::getsockopt(fd.as_raw_fd(), level, name, value.as_mut_ptr().cast(), &raw mut len) };
+    check(call, ret)?;
+    if len != length::<T>() {
+        return Err(SysError { call, errno: Errno::EMSGSIZE });
+    }
+    // SAFETY: zeroed before, so initialised whatever the kernel wrote; `Plain` allows any pattern.
+    Ok(unsafe { value.assume_init() })
+}
+
+/// Writes an option whose value is exactly a `T`.
+pub(super) fn set<T: Plain>(
+    fd: BorrowedFd<'_>,
+    level: i32,
+    name: i32,
+    value: &T,
+    call: &'static str,
+) -> SysResult<()> {
+    // SAFETY: the kernel reads `size_of::<T>()` bytes of a live, padding-free `T`.
+    let ret = unsafe {
+        libc::setsockopt(fd.as_raw_fd(), level, name, std::ptr::from_ref(value).cast(), length::<T>())
+    };
+    check(call, ret).map(drop)
+}
+
+/// Writes an option whose value is an array of `T`s, maybe an empty one.
+pub(super) fn set_slice<T: Plain>(
+    fd: BorrowedFd<'_>,
+    level: i32,
+    name: i32,
+    values: &[T],
+    call: &'static str,
+) -> SysResult<()> {
+    let len = libc::socklen_t::try_from(size_of_val(values)).map_err(|_| SysError { call, errno: Errno::E2BIG })?;
+    // SAFETY: the kernel reads `len` bytes, the size of the live slice of padding-free values.
+    let ret = unsafe { libc::setsockopt(fd.as_raw_fd(), level, name, values.as_ptr().cast(), len) };
+    check(call, ret).map(drop)
+}
+
+macro_rules! flag {
+    ($(#[$doc:meta])* $get:ident, $set:ident, $level:expr, $name:expr, $text:literal) => {
+        $(#[$doc])*
+        ///
+        /// # Errors
+        /// The kernel's answer.
+        pub fn $get(fd: BorrowedFd<'_>) -> SysResult<bool> {
+            Ok(get::<i32>(fd, $level, $name, concat!("get ", $text))? != 0)
+        }
+        /// Sets what the function of the same name reads.
+        ///
+        /// # Errors
+        /// The kernel's answer.
+        pub fn $set(fd: BorrowedFd<'_>, on: bool) -> SysResult<()> {
+            set::<i32>(fd, $level, $name, &i32::from(on), concat!("set ", $text))
+        }
+    };
+}
+
+flag!(
+    /// Whether SO_REUSEPORT is on.
+    reuse_port, set_reuse_port, libc::SOL_SOCKET, libc::SO_REUSEPORT, "SO_REUSEPORT"
+);
+flag!(
+    /// Whether urgent data stays in the stream (SO_OOBINLINE).
+    oob_inline, set_oob_inline, libc::SOL_SOCKET, libc::SO_OOBINLINE, "SO_OOBINLINE"
+);
+flag!(
+    /// Whether addresses that this host does not have (yet) can be bound (IP_FREEBIND).
+    free_bind, set_free_bind, libc::SOL_IP, libc::IP_FREEBIND, "IP_FREEBIND"
+);
+flag!(
+    /// Whether the Nagle algorithm is off (TCP_NODELAY).
+    no_delay, set_no_delay, libc::SOL_TCP, libc::TCP_NODELAY, "TCP_NODELAY"
+);
+flag!(
+    /// Whether partial segments are held back (TCP_CORK).
+    cork, set_cork, libc::SOL_TCP, libc::TCP_CORK, "TCP_CORK"
+);
+
+/// SO_REUSEADDR as the kernel keeps it: 0, 1, or 2 while repair mode forces it.
+///
+/// # Errors
+/// The kernel's answer.
+pub fn reuse_addr(fd: BorrowedFd<'_>) -> SysResult<i32> {
+    get(fd, libc::SOL_SOCKET, libc::SO_REUSEADDR, "get SO_REUSEADDR")
+}
+
+/// Sets SO_REUSEADDR.
+///
+/// # Errors
+/// The kernel's answer.
+pub fn set_reuse_addr(fd: BorrowedFd<'_>, on: bool) -> SysResult<()> {
+    set(fd, libc::SOL_SOCKET, libc::SO_REUSEADDR, &i32::from(on), "set SO_REUSEADDR")
+}
+
+/// The socket's family (`AF_INET`, …).
+///
+/// # Errors
+/// ENOTSOCK for a descriptor of another kind.
+pub fn domain(fd: BorrowedFd<'_>) -> SysResult<i32> {
+    get(fd, libc::SOL_SOCKET, libc::SO_DOMAIN, "get SO_DOMAIN")
+}
+
+/// The socket's type (`SOCK_STREAM`, …).
+///
+/// # Errors
+/// ENOTSOCK for a descriptor of another kind.
+pub fn kind(fd: BorrowedFd<'_>) -> SysResult<i32> {
+    get(fd, libc::SOL_SOCKET, libc::SO_TYPE, "get SO_TYPE")
+}
+
+/// The socket's protocol (`IPPROTO_TCP`, …).
+///
+/// # Errors
+/// ENOTSOCK for a descriptor of another kind.
+pub fn protocol(fd: BorrowedFd<'_>) -> SysResult<i32> {
+    get(fd, libc::SOL_SOCKET, libc::SO_PROTOCOL, "get SO_PROTOCOL")
+}
+
+/// Whether the descriptor is a TCP socket over IPv4 or IPv6.
+#[must_use]
+pub fn is_tcp(fd: BorrowedFd<'_>) -> bool {
+    protocol(fd) == Ok(libc::IPPROTO_TCP)
+        && kind(fd) == Ok(libc::SOCK_STREAM)
+        && matches!(domain(fd), Ok(libc::AF_INET | libc::AF_INET6))
+}
+
+/// The kernel's own name of a socket, unique until reboot, the same behind every descriptor of it.
+///
+/// # Errors
+/// ENOTSOCK for a descriptor of another kind.
+pub fn cookie(fd: BorrowedFd<'_>) -> SysResult<u64> {
+    get(fd, libc::SOL_SOCKET, libc::SO_COOKIE, "get SO_COOKIE")
+}
+
+/// Memory that a socket's queues hold, in bytes of kernel memory (SO_MEMINFO, Linux 4.12).
+#[derive(Clone, Copy, Debug)]
+pub struct QueueMemory {
+    /// Receive queue; 0 exactly when nothing is in it, in order or out of order.
+    pub receive: u32,
+    /// Send queue; 0 exactly when nothing is unacknowledged or unsent, not even a FIN.
+    pub send: u32,
+}
+
+/// Reads [`QueueMemory`].
+///
+/// # Errors
+/// ENOPROTOOPT before Linux 4.12.
+pub fn queue_memory(fd: BorrowedFd<'_>) -> SysResult<QueueMemory> {
+    const RMEM_ALLOC: usize = 0;
+    const WMEM_QUEUED: usize = 5;
+    let words: [u32; 9] = get(fd, libc::SOL_SOCKET, libc::SO_MEMINFO, "get SO_MEMINFO")?;
+    Ok(QueueMemory { receive: words[RMEM_ALLOC], send: words[WMEM_QUEUED] })
+}
+
+/// Which buffer of a socket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Buffer {
+    /// SO_SNDBUF.
+    Send,
+    /// SO_RCVBUF.
+    Receive,
+}
+
+/// The size of a buffer in the kernel's accounting: twice what a program set.
+///
+/// # Errors
+/// The kernel's answer.
+pub fn buffer_size(fd: BorrowedFd<'_>, which: Buffer) -> SysResult<i32> {
+    match which {
+        Buffer::Send => get(fd, libc::SOL_SOCKET, libc::SO_SNDBUF, "get SO_SNDBUF"),
+        Buffer::Receive => get(fd, libc::SOL_SOCKET, libc::SO_RCVBUF, "get SO_RCVBUF"),
+    }
+}
+
+/// Sets a buffer's size in the kernel's accounting (as [`buffer_size`] shows it), beyond the system's
+/// limit where CAP_NET_ADMIN of the first user namespace allows it, and up to the limit otherwise.
+///
+/// # Errors
+/// The kernel's answer.
+pub fn set_buffer_size(fd: BorrowedFd<'_>, which: Buffer, size: i32) -> SysResult<()> {
+    let half = size / 2;
+    let (force, plain, call_force, call) = match which {
+        Buffer::Send => (libc::SO_SNDBUFFORCE, libc::SO_SNDBUF, "set SO_SNDBUFFORCE", "set SO_SNDBUF"),
+        Buffer::Receive => (libc::SO_RCVBUFFORCE, libc::SO_RCVBUF, "set SO_RCVBUFFORCE", "set SO_RCVBUF"),
+    };
+    match set(fd, libc::SOL_SOCKET, force, &half, call_force) {
+        Err(SysError { errno: Errno::EPERM, .. }) => set(fd, libc::SOL_SOCKET, plain, &half, call),
+        other => other,
+    }
+}
+
+const SO_BUF_LOCK: i32 = 72;
+
+/// Which buffers the program fixed, so that the kernel does not tune them (SO_BUF_LOCK, Linux 5.14).
+///
+/// # Errors
+/// ENOPROTOOPT before Linux 5.14.
+pub fn buffer_locks(fd: BorrowedFd<'_>) -> SysResult<u32> {
+    get(fd, libc::SOL_SOCKET, SO_BUF_LOCK, "get SO_BUF_LOCK")
+}
+
+/// Sets what [`buffer_locks`] reads.
+///
+/// # Errors
+/// ENOPROTOOPT before Linux 5.14.
+pub fn set_buffer_locks(fd: BorrowedFd<'_>, locks: u32) -> SysResult<()> {
+    set(fd, libc::SOL_SOCKET, SO_BUF_LOCK, &locks, "set SO_BUF_LOCK")
+}
+
+/// Marks every packet of the socket (SO_MARK).
+///
+/// # Errors
+/// EPERM without CAP_NET_ADMIN or CAP_NET_RAW in the socket's network namespace.
+pub fn set_mark(fd: BorrowedFd<'_>, mark: u32) -> SysResult<()> {
+    set(fd, libc::SOL_SOCKET, libc::SO_MARK, &mark, "set SO_MARK")
+}
+
+/// Where MSG_PEEK of a Unix or TCP socket starts (SO_PEEK_OFF); -1 is off.
+///
+/// # Errors
+/// ENOPROTOOPT or EOPNOTSUPP where the socket's protocol has none.
+pub fn peek_offset(fd: BorrowedFd<'_>) -> SysResult<i32> {
+    get(fd, libc::SOL_SOCKET, libc::SO_PEEK_OFF, "get SO_PEEK_OFF")
+}
+
+/// Sets what [`peek_offset`] reads.
+///
+/// # Errors
+/// ENOPROTOOPT or EOPNOTSUPP where the socket's protocol has none.
+pub fn set_peek_offset(fd: BorrowedFd<'_>, offset: i32) -> SysResult<()> {
+    set(fd, libc::SOL_SOCKET, libc::SO_PEEK_OFF, &offset, "set SO_PEEK_OFF")
+}
+
+/// `socket()`, close-on-exec.
+///
+/// # Errors
+/// The kernel's answer.
+pub fn socket(domain: i32, kind: i32, protocol: i32) -> SysResult<OwnedFd> {
+    // SAFETY: no pointers.
+    let fd = check("create a socket", unsafe { libc::socket(domain, kind | libc::SOCK_CLOEXEC, protocol) })?;
+    // SAFETY: a descriptor the kernel just gave us; nobody else owns it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}

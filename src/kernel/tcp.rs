@@ -1,0 +1,409 @@
+//! TCP: repair mode, sequences, windows, queues, and the calls that build a connection.
+
+use std::mem::{MaybeUninit, offset_of, size_of};
+use std::net::SocketAddr;
+use std::os::fd::{AsRawFd, BorrowedFd};
+
+use nix::errno::Errno;
+
+use super::sockopt::{Plain, get, set, set_slice};
+use super::{SysError, SysResult, addr, check};
+use crate::connection::Window;
+
+const TCP_REPAIR: i32 = 19;
+const TCP_REPAIR_QUEUE: i32 = 20;
+const TCP_QUEUE_SEQ: i32 = 21;
+const TCP_REPAIR_OPTIONS: i32 = 22;
+const TCP_TIMESTAMP: i32 = 24;
+const TCP_REPAIR_WINDOW: i32 = 29;
+
+/// What to do with repair mode.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(i32)]
+pub enum Repair {
+    /// Enter it. The kernel also sets SO_REUSEADDR to 2, so that any address can be bound.
+    On = 1,
+    /// Leave it and, in ESTABLISHED, send a window probe, which wakes a flow that waits.
+    Off = 0,
+    /// Leave it silently (Linux 4.19). The kernel clears SO_REUSEADDR whenever repair mode ends.
+    OffNoProbe = -1,
+}
+
+/// Enters or leaves repair mode.
+///
+/// # Errors
+/// EPERM without CAP_NET_ADMIN in the socket's network namespace, or for a listening socket.
+pub fn set_repair(fd: BorrowedFd<'_>, mode: Repair) -> SysResult<()> {
+    let call = match mode {
+        Repair::On => "turn TCP_REPAIR on",
+        Repair::Off | Repair::OffNoProbe => "turn TCP_REPAIR off",
+    };
+    match set(fd, libc::SOL_TCP, TCP_REPAIR, &(mode as i32), call) {
+        Err(SysError { errno: Errno::EINVAL, .. }) if mode == Repair::OffNoProbe => {
+            set(fd, libc::SOL_TCP, TCP_REPAIR, &(Repair::Off as i32), call)
+        }
+        other => other,
+    }
+}
+
+/// Whether the socket is in repair mode.
+///
+/// # Errors
+/// The kernel's answer.
+pub fn in_repair(fd: BorrowedFd<'_>) -> SysResult<bool> {
+    Ok(get::<i32>(fd, libc::SOL_TCP, TCP_REPAIR, "get TCP_REPAIR")? != 0)
+}
+
+/// The queue that the repair-mode calls work on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(i32)]
+pub enum Queue {
+    /// None: a FIN that is queued now counts as not yet sent.
+    None = 0,
+    /// TCP_RECV_QUEUE.
+    Receive = 1,
+    /// TCP_SEND_QUEUE: what is queued now counts as sent.
+    Send = 2,
+}
+
+/// Chooses the queue for [`queue_seq`], [`set_queue_seq`], [`peek`] and [`send`] in repair mode.
+///
+/// # Errors
+/// EPERM outside repair mode.
+pub fn select_queue(fd: BorrowedFd<'_>, queue: Queue) -> SysResult<()> {
+    set(fd, libc::SOL_TCP, TCP_REPAIR_QUEUE, &(queue as i32), "set TCP_REPAIR_QUEUE")
+}
+
+/// The chosen queue's sequence: write_seq or rcv_nxt.
+///
+/// # Errors
+/// EINVAL with no queue chosen.
+pub fn queue_seq(fd: BorrowedFd<'_>) -> SysResult<u32> {
+    get(fd, libc::SOL_TCP, TCP_QUEUE_SEQ, "get TCP_QUEUE_SEQ")
+}
+
+/// Sets the chosen queue's sequence on a socket that is not connected yet.
+///
+/// # Errors
+/// EPERM on a connected socket.
+pub fn set_queue_seq(fd: BorrowedFd<'_>, seq: u32) -> SysResult<()> {
+    set(fd, libc::SOL_TCP, TCP_QUEUE_SEQ, &seq, "set TCP_QUEUE_SEQ")
+}
+
+/// `struct tcp_repair_window` of linux/tcp.h.
+#[derive(Clone, Copy)]
+#[repr(C)]
+struct RepairWindow {
+    snd_wl1: u32,
+    snd_wnd: u32,
+    max_window: u32,
+    rcv_wnd: u32,
+    rcv_wup: u32,
+}
+const _: () = assert!(size_of::<RepairWindow>() == 20);
+// SAFETY: five u32, no padding.
+unsafe impl Plain for RepairWindow {}
+
+/// The five window fields; `None` on a kernel before 4.8, which has no such option.
+///
+/// # Errors
+/// EPERM outside repair mode.
+pub fn window(fd: BorrowedFd<'_>) -> SysResult<Option<Window>> {
+    match get::<RepairWindow>(fd, libc::SOL_TCP, TCP_REPAIR_WINDOW, "get TCP_REPAIR_WINDOW") {
+        Ok(w) => Ok(Some(Window {
+            snd_wl1: w.snd_wl1,
+            snd_wnd: w.snd_wnd,
+            max_window: w.max_window,
+            rcv_wnd: w.rcv_wnd,
+            rcv_wup: w.rcv_wup,
+        })),
+        Err(SysError { errno: Errno::ENOPROTOOPT, .. }) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// Sets the five window fields.
+///
+/// # Errors
+/// EINVAL when `snd_wl1` lies beyond our receive window or `rcv_wup` beyond rcv_nxt.
+pub fn set_window(fd: BorrowedFd<'_>, w: &Window) -> SysResult<()> {
+    let value = RepairWindow {
+        snd_wl1: w.snd_wl1,
+        snd_wnd: w.snd_wnd,
+        max_window: w.max_window,
+        rcv_wnd: w.rcv_wnd,
+        rcv_wup: w.rcv_wup,
+    };
+    set(fd, libc::SOL_TCP, TCP_REPAIR_WINDOW, &value, "set TCP_REPAIR_WINDOW")
+}
+
+/// One negotiated option for [`set_options`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RepairOption {
+    /// The peer's largest segment, in bytes.
+    MaxSegment(u32),
+    /// Shifts of the peer's and of our windows.
+    WindowScale {
+        /// For windows that the peer announces.
+        snd: u8,
+        /// For windows that we announce.
+        rcv: u8,
+    },
+    /// Selective acknowledgements.
+    SackPermitted,
+    /// Timestamps.
+    Timestamps,
+}
+
+/// `struct tcp_repair_opt` of linux/tcp.h.
+#[derive(Clone, Copy, Default)]
+#[repr(C)]
+struct RepairOpt {
+    code: u32,
+    value: u32,
+}
+const _: () = assert!(size_of::<RepairOpt>() == 8);
+// SAFETY: two u32, no padding.
+unsafe impl Plain for RepairOpt {}
+
+impl From<RepairOption> for RepairOpt {
+    fn from(option: RepairOption) -> Self {
+        // The codes are those of the options in a SYN segment (RFC 9293, 7323, 2018).
+        let (code, value) = match option {
+            RepairOption::MaxSegment(bytes) => (2, bytes),
+            RepairOption::WindowScale { snd, rcv } => (3, u32::from(snd) | u32::from(rcv) << 16),
+            RepairOption::SackPermitted => (4, 0),
+            RepairOption::Timestamps => (8, 0),
+        };
+        Self { code, value }
+    }
+}
+
+/// Sets what the ends agreed on in their SYN segments; at most four options.
+///
+/// # Errors
+/// EPERM unless the socket is ESTABLISHED, in repair mode, and has sent nothing yet.
+pub fn set_options(fd: BorrowedFd<'_>, options: &[RepairOption]) -> SysResult<()> {
+    const MOST: usize = 4;
+    const CALL: &str = "set TCP_REPAIR_OPTIONS";
+    let mut values = [RepairOpt::default(); MOST];
+    let used = values.get_mut(..options.len()).ok_or(SysError { call: CALL, errno: Errno::E2BIG })?;
+    for (slot, option) in used.iter_mut().zip(options) {
+        *slot = (*option).into();
+    }
+    set_slice(fd, libc::SOL_TCP, TCP_REPAIR_OPTIONS, used, CALL)
+}
+
+/// The TSval that a segment sent now would carry. Bit 0 tells the clock's unit since Linux 6.7.
+///
+/// # Errors
+/// The kernel's answer.
+pub fn timestamp(fd: BorrowedFd<'_>) -> SysResult<u32> {
+    get(fd, libc::SOL_TCP, TCP_TIMESTAMP, "get TCP_TIMESTAMP")
+}
+
+/// Sets what [`timestamp`] reads.
+///
+/// # Errors
+/// EPERM outside repair mode.
+pub fn set_timestamp(fd: BorrowedFd<'_>, tsval: u32) -> SysResult<()> {
+    set(fd, libc::SOL_TCP, TCP_TIMESTAMP, &tsval, "set TCP_TIMESTAMP")
+}
+
+/// In repair mode the peer's largest segment (mss_clamp), otherwise the current segment size.
+///
+/// # Errors
+/// The kernel's answer.
+pub fn max_segment(fd: BorrowedFd<'_>) -> SysResult<u32> {
+    get(fd, libc::SOL_TCP, libc::TCP_MAXSEG, "get TCP_MAXSEG")
+}
+
+/// Makes the kernel compute the segment size anew from the path's MTU and the peer's clamp.
+///
+/// connect() computes it while the clamp is still the default of 536, and the repair options change
+/// the clamp alone; setting (no) IP options is the one call that makes the kernel compute it again.
+///
+/// # Errors
+/// The kernel's answer.
+pub fn sync_segment_size(fd: BorrowedFd<'_>) -> SysResult<()> {
+    set_slice::<u8>(fd, libc::SOL_IP, libc::IP_OPTIONS, &[], "set IP_OPTIONS")
+}
+
+/// What is needed of `struct tcp_info`.
+#[derive(Clone, Copy, Debug)]
+pub struct Info {
+    /// The state's number, as [`crate::connection::State`] has it.
+    pub state: u8,
+    /// `TCPI_OPT_*` bits.
+    pub options: u8,
+    /// Shift of the peer's windows.
+    pub snd_wscale: u8,
+    /// Shift of our windows.
+    pub rcv_wscale: u8,
+    /// Bytes in the send queue that were never sent, a FIN among them; `None` before Linux 4.6.
+    pub unsent: Option<u32>,
+}
+
+/// The head of `struct tcp_info`, as far as `tcpi_notsent_bytes`.
+#[derive(Clone, Copy)]
+#[repr(C)]
+struct TcpInfo {
+    state: u8,
+    ca_state: u8,
+    retransmits: u8,
+    probes: u8,
+    backoff: u8,
+    options: u8,
+    wscale: u8,
+    rate_limited: u8,
+    words: [u32; 24],
+    rates: [u64; 4],
+    segments: [u32; 2],
+    notsent_bytes: u32,
+}
+const _: () = assert!(offset_of!(TcpInfo, notsent_bytes) == 144);
+
+/// Reads [`Info`].
+///
+/// # Errors
+/// The kernel's answer; EMSGSIZE if it knows less than the state.
+pub fn info(fd: BorrowedFd<'_>) -> SysResult<Info> {
+    const CALL: &str = "get TCP_INFO";
+    const NEEDED: usize = offset_of!(TcpInfo, words);
+    const WITH_UNSENT: usize = offset_of!(TcpInfo, notsent_bytes) + size_of::<u32>();
+    let mut value = MaybeUninit::<TcpInfo>::zeroed();
+    #[allow(clippy::cast_possible_truncation)] // 148
+    let mut len = WITH_UNSENT as libc::socklen_t;
+    // SAFETY: the kernel writes at most `len` bytes, which fit into `value`.
+    let ret = unsafe {
+        libc::getsockopt(fd.as_raw_fd(), libc::SOL_TCP, libc::TCP_INFO, value.as_mut_ptr().cast(), &raw mut len)
+    };
+    check(CALL, ret)?;
+    // SAFETY: zeroed before, and any bit pattern is a value of the integers in it.
+    let value = unsafe { value.assume_init() };
+    let len = len as usize;
+    if len < NEEDED {
+        return Err(SysError { call: CALL, errno: Errno::EMSGSIZE });
+    }
+    let (low, high) = (value.wscale & 0xf, value.wscale >> 4);
+    let (snd_wscale, rcv_wscale) = if cfg!(target_endian = "little") { (low, high) } else { (high, low) };
+    Ok(Info {
+        state: value.state,
+        options: value.options,
+        snd_wscale,
+        rcv_wscale,
+        unsent: (len >= WITH_UNSENT).then_some(value.notsent_bytes),
+    })
+}
+
+fn ioctl_bytes(fd: BorrowedFd<'_>, request: libc::Ioctl, call: &'static str) -> SysResult<u32> {
+    let mut bytes: libc::c_int = 0;
+    // SAFETY: these requests write one int.
+    check(call, unsafe { libc::ioctl(fd.as_raw_fd(), request, &raw mut bytes) })?;
+    u32::try_from(bytes).map_err(|_| SysError { call, errno: Errno::EOVERFLOW })
+}
+
+/// Bytes to read up to urgent data, without the FIN (SIOCINQ).
+///
+/// # Errors
+/// EINVAL for a listening socket.
+pub fn receive_queue_len(fd: BorrowedFd<'_>) -> SysResult<u32> {
+    ioctl_bytes(fd, libc::FIONREAD, "get SIOCINQ")
+}
+
+/// Bytes written and not acknowledged, with the FIN (SIOCOUTQ).
+///
+/// # Errors
+/// EINVAL for a listening socket.
+pub fn send_queue_len(fd: BorrowedFd<'_>) -> SysResult<u32> {
+    ioctl_bytes(fd, libc::TIOCOUTQ, "get SIOCOUTQ")
+}
+
+/// Bytes never sent, with the FIN (SIOCOUTQNSD).
+///
+/// # Errors
+/// EINVAL for a listening socket.
+pub fn unsent_len(fd: BorrowedFd<'_>) -> SysResult<u32> {
+    const SIOCOUTQNSD: libc::Ioctl = 0x894B;
+    ioctl_bytes(fd, SIOCOUTQNSD, "get SIOCOUTQNSD")
+}
+
+/// Copies bytes of the receive queue (or, in repair mode, of the chosen queue) without taking them;
+/// returns how many.
+///
+/// # Errors
+/// EAGAIN when there is nothing.
+pub fn peek(fd: BorrowedFd<'_>, into: &mut [MaybeUninit<u8>]) -> SysResult<usize> {
+    let flags = libc::MSG_PEEK | libc::MSG_DONTWAIT;
+    // SAFETY: the kernel writes at most `into.len()` bytes to `into`.
+    let got = unsafe { libc::recv(fd.as_raw_fd(), into.as_mut_ptr().cast(), into.len(), flags) };
+    usize::try_from(got).map_err(|_| SysError::last("peek into a queue"))
+}
+
+/// Appends bytes to the send queue (or, in repair mode, to the chosen queue); returns how many went.
+///
+/// # Errors
+/// EAGAIN when the buffer is full, ENOMEM when the kernel wants smaller pieces.
+pub fn send(fd: BorrowedFd<'_>, bytes: &[u8]) -> SysResult<usize> {
+    let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
+    // SAFETY: the kernel reads `bytes.len()` bytes of a live slice.
+    let sent = unsafe { libc::send(fd.as_raw_fd(), bytes.as_ptr().cast(), bytes.len(), flags) };
+    usize::try_from(sent).map_err(|_| SysError::last("append to a queue"))
+}
+
+/// `bind()`.
+///
+/// # Errors
+/// EADDRNOTAVAIL where this host does not have the address (or, IPv6, not yet).
+pub fn bind(fd: BorrowedFd<'_>, local: SocketAddr) -> SysResult<()> {
+    addr::with_raw(local, |sa, len| {
+        // SAFETY: `sa` points to a valid socket address of `len` bytes.
+        check("bind", unsafe { libc::bind(fd.as_raw_fd(), sa, len) }).map(drop)
+    })
+}
+
+/// `connect()`; in repair mode it sends nothing and the socket is ESTABLISHED at once. EINPROGRESS
+/// of a non-blocking socket counts as success.
+///
+/// # Errors
+/// EADDRNOTAVAIL where the four-tuple is taken, ENETUNREACH without a route.
+pub fn connect(fd: BorrowedFd<'_>, remote: SocketAddr) -> SysResult<()> {
+    addr::with_raw(remote, |sa, len| {
+        // SAFETY: `sa` points to a valid socket address of `len` bytes.
+        match check("connect", unsafe { libc::connect(fd.as_raw_fd(), sa, len) }) {
+            Err(SysError { errno: Errno::EINPROGRESS, .. }) | Ok(_) => Ok(()),
+            Err(error) => Err(error),
+        }
+    })
+}
+
+/// `connect(AF_UNSPEC)`: back to a fresh, unbound socket, with any shutdown forgotten.
+///
+/// # Errors
+/// The kernel's answer.
+pub fn disconnect(fd: BorrowedFd<'_>) -> SysResult<()> {
+    let unspec = libc::sockaddr { sa_family: 0, sa_data: [0; 14] };
+    #[allow(clippy::cast_possible_truncation)] // 16
+    let len = size_of::<libc::sockaddr>() as libc::socklen_t;
+    // SAFETY: a valid address with family AF_UNSPEC.
+    check("disconnect", unsafe { libc::connect(fd.as_raw_fd(), &raw const unspec, len) }).map(drop)
+}
+
+/// A direction of `shutdown()`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(i32)]
+pub enum Direction {
+    /// SHUT_RD.
+    Receive = libc::SHUT_RD,
+    /// SHUT_WR: queues a FIN.
+    Send = libc::SHUT_WR,
+}
+
+/// `shutdown()`.
+///
+/// # Errors
+/// ENOTCONN on a closed socket.
+pub fn shutdown(fd: BorrowedFd<'_>, direction: Direction) -> SysResult<()> {
+    // SAFETY: no pointers.
+    check("shut down", unsafe { libc::shutdown(fd.as_raw_fd(), direction as i32) }).map(drop)
+}
