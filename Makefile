@@ -1,0 +1,56 @@
+# The front door. Every target does its own set-up on a fresh Debian machine with a Rust toolchain.
+# The work is done by the scripts in scripts/, each of which can be run by hand.
+
+.DEFAULT_GOAL := all
+.PHONY: all criu demo test bench soak lint zdtm criu-with-libsoccr install clean distclean help
+
+# One place for what is built, whatever the shell says: scripts and tests look for it there.
+export CARGO_TARGET_DIR := $(CURDIR)/target
+# Debian's python3, which has the modules that CRIU's tools need, before any other.
+export PATH := /usr/bin:$(PATH)
+
+PREFIX ?= /usr/local
+DESTDIR ?=
+WHAT ?= plugin
+T ?=
+
+all: ## libsoccr.{a,so}, the soccr command and the plugin for CRIU, under target/
+	@scripts/build
+
+criu: ## a stock CRIU with its tests under target/criu (CRIU=DIR or FILE: yours instead)
+	@scripts/criu
+
+demo: all criu ## freeze, kill and bring back a server while its clients go on
+	@scripts/packages redis-server || echo "demo: no redis-server here, using the built-in echo server"
+	@target/release/soccr-demo
+
+test: ## everything that can be tested here (STEPS="cargo zdtm …": only these)
+	@scripts/test $(STEPS)
+
+bench: all criu ## what a dump and a restore cost, beside stock CRIU
+	@target/release/soccr-bench
+
+soak: all criu ## dump and restore under load, loss and reordering for ten minutes
+	@target/release/soccr-soak
+
+lint: ## formatting, clippy, the C header, the shell scripts
+	@scripts/lint
+
+zdtm: all criu ## CRIU's own TCP tests (WHAT=plugin|libsoccr|stock, T="names": only these)
+	@if [ $(WHAT) = libsoccr ]; then scripts/criu-with-libsoccr; fi
+	@scripts/zdtm $(WHAT) $(T)
+
+criu-with-libsoccr: all criu ## CRIU linked with our libsoccr.a in place of its own
+	@scripts/criu-with-libsoccr
+
+install: all ## into $(DESTDIR)$(PREFIX)
+	@DESTDIR='$(DESTDIR)' PREFIX='$(PREFIX)' scripts/install
+
+clean: ## everything built here but CRIU
+	@if [ -d target ]; then find target -mindepth 1 -maxdepth 1 ! -name '*criu*' -exec rm -rf --one-file-system {} +; fi
+
+distclean: ## everything built or fetched here
+	@rm -rf --one-file-system target
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' Makefile | expand -t 20
