@@ -2,7 +2,10 @@
 
 #![deny(unsafe_code)]
 
+pub mod checkpoint;
 pub mod connection;
+pub mod fin;
 pub mod image;
 pub mod kernel;
 pub mod lock;
+pub mod restore;

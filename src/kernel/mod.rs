@@ -5,6 +5,7 @@
 #![allow(unsafe_code)]
 
 pub mod addr;
+pub mod netns_stub;
 pub mod process;
 pub mod raw;
 pub mod sockopt;

@@ -36,7 +36,8 @@ pub(super) fn get<T: Plain>(fd: BorrowedFd<'_>, level: i32, name: i32, call: &'s
     let mut value = MaybeUninit::<T>::zeroed();
     let mut len = length::<T>();
     // SAFETY: the kernel writes at most `len` bytes, the size of `value`.
-    let ret = unsafe { libc::getsockopt(fd.as_raw_fd(), level, name, value.as_mut_ptr().cast(), &raw mut len) };
+    let ret =
+        unsafe { libc::getsockopt(fd.as_raw_fd(), level, name, value.as_mut_ptr().cast(), &raw mut len) };
     check(call, ret)?;
     if len != length::<T>() {
         return Err(SysError { call, errno: Errno::EMSGSIZE });
@@ -68,7 +69,8 @@ pub(super) fn set_slice<T: Plain>(
     values: &[T],
     call: &'static str,
 ) -> SysResult<()> {
-    let len = libc::socklen_t::try_from(size_of_val(values)).map_err(|_| SysError { call, errno: Errno::E2BIG })?;
+    let len =
+        libc::socklen_t::try_from(size_of_val(values)).map_err(|_| SysError { call, errno: Errno::E2BIG })?;
     // SAFETY: the kernel reads `len` bytes, the size of the live slice of padding-free values.
     let ret = unsafe { libc::setsockopt(fd.as_raw_fd(), level, name, values.as_ptr().cast(), len) };
     check(call, ret).map(drop)
@@ -278,4 +280,24 @@ pub fn socket(domain: i32, kind: i32, protocol: i32) -> SysResult<OwnedFd> {
     let fd = check("create a socket", unsafe { libc::socket(domain, kind | libc::SOCK_CLOEXEC, protocol) })?;
     // SAFETY: a descriptor the kernel just gave us; nobody else owns it.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Runs `f` with O_NONBLOCK on the socket, and puts the flags back.
+///
+/// # Errors
+/// Those of `f`, else the kernel's answer.
+pub fn with_nonblocking<R>(fd: BorrowedFd<'_>, f: impl FnOnce() -> SysResult<R>) -> SysResult<R> {
+    // SAFETY: no pointers.
+    let flags = check("get the status flags", unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_GETFL) })?;
+    let set = |flags: i32| {
+        // SAFETY: no pointers.
+        check("set the status flags", unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_SETFL, flags) })
+    };
+    if flags & libc::O_NONBLOCK != 0 {
+        return f();
+    }
+    set(flags | libc::O_NONBLOCK)?;
+    let result = f();
+    set(flags)?;
+    result
 }

@@ -276,7 +276,13 @@ pub fn info(fd: BorrowedFd<'_>) -> SysResult<Info> {
     let mut len = WITH_UNSENT as libc::socklen_t;
     // SAFETY: the kernel writes at most `len` bytes, which fit into `value`.
     let ret = unsafe {
-        libc::getsockopt(fd.as_raw_fd(), libc::SOL_TCP, libc::TCP_INFO, value.as_mut_ptr().cast(), &raw mut len)
+        libc::getsockopt(
+            fd.as_raw_fd(),
+            libc::SOL_TCP,
+            libc::TCP_INFO,
+            value.as_mut_ptr().cast(),
+            &raw mut len,
+        )
     };
     check(CALL, ret)?;
     // SAFETY: zeroed before, and any bit pattern is a value of the integers in it.
@@ -328,16 +334,21 @@ pub fn unsent_len(fd: BorrowedFd<'_>) -> SysResult<u32> {
     ioctl_bytes(fd, SIOCOUTQNSD, "get SIOCOUTQNSD")
 }
 
-/// Copies bytes of the receive queue (or, in repair mode, of the chosen queue) without taking them;
-/// returns how many.
+/// Copies at most `most` bytes of the receive queue (or, in repair mode, of the chosen queue) to the end
+/// of `into`, as far as its capacity goes, without taking them; returns how many.
 ///
 /// # Errors
 /// EAGAIN when there is nothing.
-pub fn peek(fd: BorrowedFd<'_>, into: &mut [MaybeUninit<u8>]) -> SysResult<usize> {
+pub fn peek(fd: BorrowedFd<'_>, into: &mut Vec<u8>, most: usize) -> SysResult<usize> {
     let flags = libc::MSG_PEEK | libc::MSG_DONTWAIT;
-    // SAFETY: the kernel writes at most `into.len()` bytes to `into`.
-    let got = unsafe { libc::recv(fd.as_raw_fd(), into.as_mut_ptr().cast(), into.len(), flags) };
-    usize::try_from(got).map_err(|_| SysError::last("peek into a queue"))
+    let space = into.spare_capacity_mut();
+    let most = most.min(space.len());
+    // SAFETY: the kernel writes at most `most` bytes to the spare capacity.
+    let got = unsafe { libc::recv(fd.as_raw_fd(), space.as_mut_ptr().cast(), most, flags) };
+    let got = usize::try_from(got).map_err(|_| SysError::last("peek into a queue"))?;
+    // SAFETY: the kernel wrote `got` bytes, no more than the spare capacity, behind the old length.
+    unsafe { into.set_len(into.len() + got) };
+    Ok(got)
 }
 
 /// Appends bytes to the send queue (or, in repair mode, to the chosen queue); returns how many went.

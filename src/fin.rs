@@ -1,0 +1,248 @@
+//! Forged segments: how a FIN gets into a receive queue.
+//!
+//! Repair mode fills a receive queue with bytes, but the kernel has no call that puts the peer's FIN behind
+//! them, nor one that acknowledges ours. So the engine sends the socket the segment that its peer would have
+//! sent, through a raw socket and the host's own stack. The segment carries [`MARK`], which the network
+//! lock lets pass; other people's firewall rules may not, and then a passage is opened through them for the
+//! moment ([`crate::lock::passage`]).
+
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
+use std::net::{IpAddr, SocketAddr};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+
+use crate::connection::{FourTuple, State};
+use crate::kernel::netns_stub::NetNs;
+use crate::kernel::{SysError, raw, sockopt, tcp};
+use stub::LockError;
+use stub::Passage;
+
+/// `SOCCR_MARK`: packets with this mark pass the network lock, stock CRIU's and ours.
+pub const MARK: u32 = 0xC114;
+
+/// A segment from the peer: FIN and ACK, or ACK alone.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Segment {
+    pub tuple: FourTuple,
+    pub fin: bool,
+    /// The peer's sequence: our rcv_nxt.
+    pub seq: u32,
+    /// What the peer acknowledges.
+    pub ack: u32,
+    /// The peer's window as the header has it, scaled.
+    pub window: u16,
+}
+
+/// A forged segment could not be brought to its socket.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ForgeError {
+    /// A system call failed.
+    #[error(transparent)]
+    Sys(#[from] SysError),
+    /// The way through other rules could not be opened or closed.
+    #[error("cannot open a way through the firewall for the forged segment: {0}")]
+    Passage(#[from] LockError),
+    /// The network namespace could not be entered.
+    #[error("cannot enter the socket's network namespace: {0}")]
+    Namespace(#[from] std::io::Error),
+    /// The socket did not react.
+    #[error(
+        "the forged {segment} did not reach the socket, which stays in state {state}: a firewall rule drops it"
+    )]
+    Lost {
+        /// "FIN" or "ACK".
+        segment: &'static str,
+        /// The state's number.
+        state: u8,
+    },
+}
+
+/// Forges segments; keeps its raw sockets, one per network namespace and IP version, and any passage that it
+/// had to open, until it is dropped.
+#[derive(Debug, Default)]
+pub struct Forge {
+    sockets: HashMap<(NetNs, bool), OwnedFd>,
+    passages: HashMap<NetNs, Passage>,
+}
+
+impl Forge {
+    /// A forge without any socket yet.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Sends the segment to `socket` until its state is `reaches`.
+    pub(crate) fn deliver(
+        &mut self,
+        socket: BorrowedFd<'_>,
+        segment: &Segment,
+        reaches: State,
+    ) -> Result<(), ForgeError> {
+        let ns = NetNs::of_socket(socket)?;
+        if self.send_and_see(&ns, socket, segment, reaches)? {
+            return Ok(());
+        }
+        if let Entry::Vacant(vacant) = self.passages.entry(ns.clone()) {
+            vacant.insert(Passage::open(&ns)?);
+            if self.send_and_see(&ns, socket, segment, reaches)? {
+                return Ok(());
+            }
+        }
+        let state = tcp::info(socket)?.state;
+        Err(ForgeError::Lost { segment: if segment.fin { "FIN" } else { "ACK" }, state })
+    }
+
+    /// Closes the passages, if any, and reports what goes wrong with it.
+    ///
+    /// # Errors
+    /// The first rule that cannot be removed.
+    pub fn finish(mut self) -> Result<(), LockError> {
+        let mut result = Ok(());
+        for (_, passage) in self.passages.drain() {
+            result = result.and(passage.close());
+        }
+        result
+    }
+
+    fn send_and_see(
+        &mut self,
+        ns: &NetNs,
+        socket: BorrowedFd<'_>,
+        segment: &Segment,
+        reaches: State,
+    ) -> Result<bool, ForgeError> {
+        let wire = Segment { tuple: segment.tuple.on_wire(), ..*segment };
+        let ipv6 = wire.tuple.local.is_ipv6();
+        let raw = match self.sockets.entry((ns.clone(), ipv6)) {
+            Entry::Occupied(entry) => entry.into_mut(),
+            Entry::Vacant(entry) => entry.insert(open(ns, ipv6)?),
+        };
+        match raw::send(raw.as_fd(), &wire.packet(), wire.tuple.local) {
+            // EPERM: a rule drops it on its way out already.
+            Ok(()) | Err(SysError { errno: Errno::EPERM, .. }) => {}
+            Err(error) => return Err(error.into()),
+        }
+        arrived(socket, reaches)
+    }
+}
+
+fn open(ns: &NetNs, ipv6: bool) -> Result<OwnedFd, ForgeError> {
+    let socket = ns.run(|| raw::open(ipv6))??;
+    sockopt::set_mark(socket.as_fd(), MARK)?;
+    Ok(socket)
+}
+
+/// The loopback path delivers before sendto() returns, unless the softirq was put off to its thread; no event
+/// tells of FIN_WAIT2, so the state is asked for, and only a short while.
+fn arrived(socket: BorrowedFd<'_>, reaches: State) -> Result<bool, ForgeError> {
+    const PATIENCE: Duration = Duration::from_millis(20);
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        if tcp::info(socket)?.state == reaches as u8 {
+            return Ok(true);
+        }
+        if Instant::now() >= deadline {
+            return Ok(false);
+        }
+        std::thread::yield_now();
+    }
+}
+
+const TCP_HEADER: usize = 20;
+const PROTOCOL_TCP: u8 = 6;
+/// The most that IP knows: a socket with IP_MINTTL would drop less.
+const TTL: u8 = 255;
+
+impl Segment {
+    /// The packet from the IP header on; the tuple must be as on the wire.
+    fn packet(&self) -> Vec<u8> {
+        match (self.tuple.remote.ip(), self.tuple.local.ip()) {
+            (IpAddr::V4(from), IpAddr::V4(to)) => {
+                // The kernel fills in length, identification and checksum.
+                let mut packet = vec![0x45, 0, 0, 40, 0, 0, 0, 0, TTL, PROTOCOL_TCP, 0, 0];
+                packet.extend(from.octets());
+                packet.extend(to.octets());
+                packet.extend(self.tcp(&from.octets(), &to.octets()));
+                packet
+            }
+            (from, to) => {
+                let (from, to) = (v6(from), v6(to));
+                let mut packet = vec![0x60, 0, 0, 0, 0, 20, PROTOCOL_TCP, TTL];
+                packet.extend(from);
+                packet.extend(to);
+                packet.extend(self.tcp(&from, &to));
+                packet
+            }
+        }
+    }
+
+    fn tcp(&self, from: &[u8], to: &[u8]) -> [u8; TCP_HEADER] {
+        const FIN: u8 = 0x01;
+        const ACK: u8 = 0x10;
+        let mut header = [0; TCP_HEADER];
+        header[0..2].copy_from_slice(&self.tuple.remote.port().to_be_bytes());
+        header[2..4].copy_from_slice(&self.tuple.local.port().to_be_bytes());
+        header[4..8].copy_from_slice(&self.seq.to_be_bytes());
+        header[8..12].copy_from_slice(&self.ack.to_be_bytes());
+        header[12] = 5 << 4; // header length in words
+        header[13] = if self.fin { FIN | ACK } else { ACK };
+        header[14..16].copy_from_slice(&self.window.to_be_bytes());
+        let pseudo = [from, to, &[0, PROTOCOL_TCP, 0, 20]];
+        let sum = checksum(pseudo.into_iter().chain([&header[..]]));
+        header[16..18].copy_from_slice(&sum.to_be_bytes());
+        header
+    }
+}
+
+fn v6(ip: IpAddr) -> [u8; 16] {
+    match ip {
+        IpAddr::V6(ip) => ip.octets(),
+        IpAddr::V4(ip) => ip.to_ipv6_mapped().octets(),
+    }
+}
+
+/// The Internet checksum (RFC 1071) of parts of even length.
+fn checksum<'a>(parts: impl Iterator<Item = &'a [u8]>) -> u16 {
+    let words = parts.flat_map(|part| part.chunks_exact(2));
+    let mut sum: u32 = words.map(|word| u32::from(u16::from_be_bytes([word[0], word[1]]))).sum();
+    while sum > 0xffff {
+        sum = (sum & 0xffff) + (sum >> 16);
+    }
+    #[allow(clippy::cast_possible_truncation)] // folded to 16 bits above
+    {
+        !(sum as u16)
+    }
+}
+
+/// The peer's window as a header shows it: at most 16 bits after scaling.
+pub(crate) fn header_window(snd_wnd: u32, snd_wscale: u8) -> u16 {
+    u16::try_from(snd_wnd >> snd_wscale.min(14)).unwrap_or(u16::MAX)
+}
+
+/// The address that a forged segment's port must match: the socket's, which bind() may have chosen.
+pub(crate) fn with_local_port(tuple: &FourTuple, port: u16) -> FourTuple {
+    let mut local: SocketAddr = tuple.local;
+    local.set_port(port);
+    FourTuple { local, remote: tuple.remote }
+}
+mod stub {
+    use super::NetNs;
+    #[derive(Debug)]
+    pub struct Passage;
+    #[derive(Debug, thiserror::Error)]
+    #[error("x")]
+    pub struct LockError;
+    impl Passage {
+        pub fn open(_: &NetNs) -> Result<Self, LockError> {
+            Ok(Self)
+        }
+        pub fn close(self) -> Result<(), LockError> {
+            Ok(())
+        }
+    }
+}

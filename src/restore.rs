@@ -1,0 +1,389 @@
+//! Connection → socket.
+//!
+//! In repair mode connect() sends nothing and makes an ESTABLISHED socket at once, from the sequences that it
+//! was given before. The rest is put in behind that:
+//!
+//! 1. bind() and both sequences, each as far back as its queue is long (and one more for a FIN): what is
+//!    appended to a queue moves its sequence forward again;
+//! 2. connect(); only a SYN_SENT socket does this outside repair mode, since its SYN has yet to be answered;
+//! 3. what the SYN segments agreed on, then the clock of the timestamps;
+//! 4. the receive queue, the part of the send queue that was sent, and outside repair mode the part that was
+//!    not, which the kernel treats as written just now;
+//! 5. the windows. They are set when both queues are in place, since the kernel checks them against
+//!    rcv_nxt;
+//! 6. FINs, in the order in which the state says they came: ours by shutdown(), the peer's by a forged
+//!    segment (module `fin`), and the windows again, which the forged segment has touched.
+//!
+//! The socket stays in repair mode and must be locked from the network until [`Paused::resume`]: a segment
+//! from the peer in between would be taken for one of a connection that is half built.
+
+use std::os::fd::BorrowedFd;
+
+use nix::errno::Errno;
+
+use crate::checkpoint::Paused;
+use crate::connection::{FourTuple, OPT_SACK, State, TcpState, Window};
+use crate::fin::{self, Forge, ForgeError, Segment};
+use crate::kernel::tcp::{Direction, Queue, Repair, RepairOption};
+use crate::kernel::{SysError, addr, sockopt, tcp};
+
+/// A connection could not be built.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum RestoreError {
+    /// A system call failed.
+    #[error("{tuple}: {source}")]
+    Sys {
+        /// The connection.
+        tuple: FourTuple,
+        /// The call.
+        source: SysError,
+    },
+    /// The description contradicts itself.
+    #[error("{tuple}: {what}")]
+    Inconsistent {
+        /// The connection.
+        tuple: FourTuple,
+        /// What does not fit.
+        what: &'static str,
+    },
+    /// The kernel took only a part of a queue.
+    #[error("{tuple}: the {queue} queue takes {taken} of {len} bytes: {source}")]
+    Queue {
+        /// The connection.
+        tuple: FourTuple,
+        /// "receive", "send" or "unsent".
+        queue: &'static str,
+        /// Bytes that went in.
+        taken: usize,
+        /// Bytes there are.
+        len: usize,
+        /// The last call.
+        source: SysError,
+    },
+    /// The peer's FIN or ACK could not be brought in.
+    #[error("{tuple}: {source}")]
+    Forge {
+        /// The connection.
+        tuple: FourTuple,
+        /// Why.
+        source: ForgeError,
+    },
+}
+
+impl Paused<'_> {
+    /// Builds the connection in a socket that is not bound yet, and leaves it in repair mode.
+    ///
+    /// `recv` and `send` are the queues' bytes, `tcp.recv_len` and `tcp.send_len` of them. The socket's buffers
+    /// must have room for them ([`RoomForQueues`]).
+    ///
+    /// # Errors
+    /// A [`RestoreError`] that names the connection; the socket is of no use then but to be closed.
+    pub fn restore(
+        &self,
+        tuple: &FourTuple,
+        tcp: &TcpState,
+        recv: &[u8],
+        send: &[u8],
+        forge: &mut Forge,
+    ) -> Result<(), RestoreError> {
+        consistent(tcp, recv, send).map_err(|what| RestoreError::Inconsistent { tuple: *tuple, what })?;
+        Restoring { fd: self.fd, tuple, tcp, forge }.run(recv, send)
+    }
+}
+
+fn consistent(tcp: &TcpState, recv: &[u8], send: &[u8]) -> Result<(), &'static str> {
+    if recv.len() != tcp.recv_len as usize {
+        return Err("the receive queue's bytes are not as many as announced");
+    }
+    if send.len() != tcp.send_len as usize {
+        return Err("the send queue's bytes are not as many as announced");
+    }
+    if tcp.unsent_len > tcp.send_len {
+        return Err("more bytes are unsent than there are in the send queue");
+    }
+    if tcp.options.wscale.is_some_and(|scale| scale.snd > 14 || scale.rcv > 14) {
+        return Err("a window scale is beyond 14");
+    }
+    if tcp.state == State::SynSent && tcp.send_len + tcp.recv_len > 0 {
+        return Err("a SYN_SENT connection has bytes in a queue");
+    }
+    Ok(())
+}
+
+struct Restoring<'a> {
+    fd: BorrowedFd<'a>,
+    tuple: &'a FourTuple,
+    tcp: &'a TcpState,
+    forge: &'a mut Forge,
+}
+
+impl Restoring<'_> {
+    fn run(&mut self, recv: &[u8], send: &[u8]) -> Result<(), RestoreError> {
+        self.sys(self.sequences())?;
+        self.sys(self.connect())?;
+        self.sys(self.options())?;
+        self.receive_queue(recv)?;
+        self.send_queue(send)?;
+        self.sys(self.window_before_fin())?;
+        self.fins()?;
+        // Now that max_window is known: half of it bounds the segment size.
+        self.sys(tcp::sync_segment_size(self.fd))
+    }
+
+    fn sys<T>(&self, result: Result<T, SysError>) -> Result<T, RestoreError> {
+        result.map_err(|source| RestoreError::Sys { tuple: *self.tuple, source })
+    }
+
+    fn sequences(&self) -> Result<(), SysError> {
+        let tcp = self.tcp;
+        self.bind()?;
+        let peer_fin = u32::from(tcp.state.fin_received());
+        tcp::select_queue(self.fd, Queue::Receive)?;
+        tcp::set_queue_seq(self.fd, tcp.rcv_nxt.wrapping_sub(peer_fin).wrapping_sub(tcp.recv_len))?;
+        // The SYN that connect() will send takes a sequence number as a FIN does.
+        let syn_or_fin = u32::from(tcp.state.fin_sent() || tcp.state == State::SynSent);
+        tcp::select_queue(self.fd, Queue::Send)?;
+        tcp::set_queue_seq(self.fd, tcp.write_seq.wrapping_sub(syn_or_fin).wrapping_sub(tcp.send_len))
+    }
+
+    fn bind(&self) -> Result<(), SysError> {
+        match tcp::bind(self.fd, self.tuple.local) {
+            // An IPv6 address that was added a moment ago is "tentative" and cannot be bound yet.
+            Err(SysError { errno: Errno::EADDRNOTAVAIL, .. }) if self.tuple.local.is_ipv6() => {
+                let before = sockopt::free_bind(self.fd)?;
+                sockopt::set_free_bind(self.fd, true)?;
+                let result = tcp::bind(self.fd, self.tuple.local);
+                sockopt::set_free_bind(self.fd, before)?;
+                result
+            }
+            other => other,
+        }
+    }
+
+    fn connect(&self) -> Result<(), SysError> {
+        if self.tcp.state != State::SynSent {
+            return tcp::connect(self.fd, self.tuple.remote);
+        }
+        tcp::set_repair(self.fd, Repair::OffNoProbe)?;
+        let result = sockopt::with_nonblocking(self.fd, || tcp::connect(self.fd, self.tuple.remote));
+        tcp::set_repair(self.fd, Repair::On)?;
+        result
+    }
+
+    fn options(&self) -> Result<(), SysError> {
+        if self.tcp.state != State::SynSent {
+            let options = &self.tcp.options;
+            let mut repair = Vec::with_capacity(4);
+            if options.mask & OPT_SACK != 0 {
+                repair.push(RepairOption::SackPermitted);
+            }
+            if let Some(scale) = options.wscale {
+                repair.push(RepairOption::WindowScale { snd: scale.snd, rcv: scale.rcv });
+            }
+            if options.timestamp.is_some() {
+                repair.push(RepairOption::Timestamps);
+            }
+            repair.push(RepairOption::MaxSegment(options.mss_clamp));
+            tcp::set_options(self.fd, &repair)?;
+        }
+        self.timestamp()
+    }
+
+    /// Bit 0 of the timestamp turns on microsecond ticks since Linux 6.7. In an image of an older kernel it is
+    /// noise, so it counts only where the route asks for such ticks, which connect() has looked up.
+    fn timestamp(&self) -> Result<(), SysError> {
+        let Some(mut tsval) = self.tcp.options.timestamp else { return Ok(()) };
+        if tsval & 1 != 0 && tcp::timestamp(self.fd)? & 1 == 0 {
+            tsval &= !1;
+        }
+        tcp::set_timestamp(self.fd, tsval)
+    }
+
+    fn receive_queue(&self, bytes: &[u8]) -> Result<(), RestoreError> {
+        if bytes.is_empty() {
+            return Ok(());
+        }
+        self.sys(tcp::select_queue(self.fd, Queue::Receive))?;
+        self.append("receive", bytes)
+    }
+
+    fn send_queue(&self, bytes: &[u8]) -> Result<(), RestoreError> {
+        let (sent, unsent) = bytes.split_at(bytes.len() - self.tcp.unsent_len as usize);
+        if !bytes.is_empty() {
+            // Before the bytes are cut into segments. (The receive queue is not.)
+            self.sys(tcp::sync_segment_size(self.fd))?;
+        }
+        if !sent.is_empty() {
+            self.sys(tcp::select_queue(self.fd, Queue::Send))?;
+            self.append("send", sent)?;
+        }
+        if !unsent.is_empty() {
+            self.sys(tcp::set_repair(self.fd, Repair::OffNoProbe))?;
+            let result = self.append("unsent", unsent);
+            self.sys(tcp::set_repair(self.fd, Repair::On))?;
+            result?;
+        }
+        Ok(())
+    }
+
+    /// The kernel allocates a receive queue's piece in one go and refuses one that is too large for that, so
+    /// pieces get smaller before we give up.
+    fn append(&self, queue: &'static str, bytes: &[u8]) -> Result<(), RestoreError> {
+        const SMALLEST: usize = 1024;
+        let (mut taken, mut piece) = (0, bytes.len());
+        while taken < bytes.len() {
+            let end = bytes.len().min(taken + piece);
+            match tcp::send(self.fd, &bytes[taken..end]) {
+                Ok(0) => piece = piece.div_ceil(2),
+                Ok(sent) => taken += sent,
+                Err(_) if piece > SMALLEST => piece = piece.div_ceil(2),
+                Err(source) => {
+                    return Err(RestoreError::Queue {
+                        tuple: *self.tuple,
+                        queue,
+                        taken,
+                        len: bytes.len(),
+                        source,
+                    });
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// With the peer's FIN still to come rcv_nxt is one less, and so must be what we announced; the window's
+    /// right edge stays.
+    fn window_before_fin(&self) -> Result<(), SysError> {
+        let Some(window) = self.tcp.window else { return Ok(()) };
+        if !self.tcp.state.fin_received() {
+            return tcp::set_window(self.fd, &window);
+        }
+        let before = Window {
+            rcv_wup: window.rcv_wup.wrapping_sub(1),
+            rcv_wnd: window.rcv_wnd.saturating_add(1),
+            ..window
+        };
+        tcp::set_window(self.fd, &before)
+    }
+
+    fn fins(&mut self) -> Result<(), RestoreError> {
+        match self.tcp.state {
+            State::Established | State::SynSent => return Ok(()),
+            State::FinWait1 => self.our_fin()?,
+            State::FinWait2 => {
+                self.our_fin()?;
+                self.acknowledge(State::FinWait2)?;
+            }
+            State::Closing => {
+                self.our_fin()?;
+                self.peer_fin(State::Closing)?;
+            }
+            State::CloseWait => self.peer_fin(State::CloseWait)?,
+            State::LastAck => {
+                self.peer_fin(State::CloseWait)?;
+                self.our_fin()?;
+            }
+            State::Close => {
+                self.peer_fin(State::CloseWait)?;
+                self.our_fin()?;
+                self.acknowledge(State::Close)?;
+            }
+        }
+        // A forged segment carries a window that the kernel believes.
+        match self.tcp.window {
+            Some(window) => self.sys(tcp::set_window(self.fd, &window)),
+            None => Ok(()),
+        }
+    }
+
+    /// With the send queue chosen the kernel takes the FIN for sent; without, it is sent as soon as it can be.
+    fn our_fin(&self) -> Result<(), RestoreError> {
+        let queue = if self.tcp.unsent_len == 0 { Queue::Send } else { Queue::None };
+        self.sys(tcp::select_queue(self.fd, queue))?;
+        self.sys(tcp::shutdown(self.fd, Direction::Send))?;
+        self.sys(tcp::select_queue(self.fd, Queue::None))
+    }
+
+    /// The segment that the peer closed its direction with.
+    fn peer_fin(&mut self, reaches: State) -> Result<(), RestoreError> {
+        let unacked = self.tcp.send_len.wrapping_add(u32::from(self.tcp.state.fin_sent()));
+        let seq = self.tcp.rcv_nxt.wrapping_sub(1);
+        self.deliver(true, seq, self.tcp.write_seq.wrapping_sub(unacked), reaches)
+    }
+
+    /// The segment by which the peer acknowledged our FIN, and with it all that we sent.
+    fn acknowledge(&mut self, reaches: State) -> Result<(), RestoreError> {
+        self.deliver(false, self.tcp.rcv_nxt, self.tcp.write_seq, reaches)
+    }
+
+    fn deliver(&mut self, fin: bool, seq: u32, ack: u32, reaches: State) -> Result<(), RestoreError> {
+        let port = self.sys(addr::local(self.fd))?.port();
+        let scale = self.tcp.options.wscale.map_or(0, |scale| scale.snd);
+        let segment = Segment {
+            tuple: fin::with_local_port(self.tuple, port),
+            fin,
+            seq,
+            ack,
+            window: fin::header_window(self.tcp.window.map_or(0, |window| window.snd_wnd), scale),
+        };
+        self.forge
+            .deliver(self.fd, &segment, reaches)
+            .map_err(|source| RestoreError::Forge { tuple: *self.tuple, source })
+    }
+}
+
+/// Buffers that have room for both queues while a connection is built, and then what they were.
+///
+/// The sizes and whether the program fixed them (SO_BUF_LOCK) are put back by [`RoomForQueues::give_back`]; bytes
+/// beyond the size stay, as they do in a running socket whose buffer shrinks.
+#[derive(Debug)]
+pub struct RoomForQueues<'fd> {
+    fd: BorrowedFd<'fd>,
+    send: i32,
+    receive: i32,
+    locks: Option<u32>,
+}
+
+impl<'fd> RoomForQueues<'fd> {
+    /// Makes room for as many bytes as `tcp` has in its queues.
+    ///
+    /// # Errors
+    /// The kernel's answer.
+    pub fn make(fd: BorrowedFd<'fd>, tcp: &TcpState) -> Result<Option<Self>, SysError> {
+        use sockopt::Buffer::{Receive, Send};
+        if tcp.recv_len == 0 && tcp.send_len == 0 {
+            return Ok(None);
+        }
+        let room = Self {
+            fd,
+            send: sockopt::buffer_size(fd, Send)?,
+            receive: sockopt::buffer_size(fd, Receive)?,
+            locks: match sockopt::buffer_locks(fd) {
+                Ok(locks) => Some(locks),
+                Err(SysError { errno: Errno::ENOPROTOOPT, .. }) => None,
+                Err(error) => return Err(error),
+            },
+        };
+        sockopt::set_buffer_size(fd, Send, accounted(tcp.send_len).max(room.send))?;
+        sockopt::set_buffer_size(fd, Receive, accounted(tcp.recv_len).max(room.receive))?;
+        Ok(Some(room))
+    }
+
+    /// Puts the program's sizes back.
+    ///
+    /// # Errors
+    /// The kernel's answer.
+    pub fn give_back(self) -> Result<(), SysError> {
+        sockopt::set_buffer_size(self.fd, sockopt::Buffer::Send, self.send)?;
+        sockopt::set_buffer_size(self.fd, sockopt::Buffer::Receive, self.receive)?;
+        self.locks.map_or(Ok(()), |locks| sockopt::set_buffer_locks(self.fd, locks))
+    }
+}
+
+/// What the kernel accounts for so many bytes at most: each small piece has a buffer of its own.
+fn accounted(len: u32) -> i32 {
+    const PER_BYTE: u32 = 8;
+    const AT_LEAST: u32 = 1 << 20;
+    i32::try_from(len.saturating_mul(PER_BYTE).saturating_add(AT_LEAST)).unwrap_or(i32::MAX)
+}

@@ -1,0 +1,251 @@
+//! The engine on real sockets: every state, both queues, every address family.
+
+mod support;
+
+use std::io::{ErrorKind, Read, Write};
+use std::net::{Shutdown, TcpStream};
+use std::os::fd::{AsFd, OwnedFd};
+use std::time::{Duration, Instant};
+
+use soccr::checkpoint::{Paused, Probe, SaveError, four_tuple};
+use soccr::connection::{FourTuple, Queues, State, TcpState};
+use soccr::fin::Forge;
+use soccr::kernel::{sockopt, tcp};
+use soccr::restore::RoomForQueues;
+use support::{connected, expect_bytes, in_own_network, pattern};
+
+struct Saved {
+    tuple: FourTuple,
+    tcp: TcpState,
+    queues: Queues,
+    domain: i32,
+    mss: u32,
+}
+
+/// Reads the connection and lets the socket go without a word to its peer.
+fn save_and_close(stream: TcpStream) -> Saved {
+    let mss = tcp::max_segment(stream.as_fd()).expect("segment size");
+    let domain = sockopt::domain(stream.as_fd()).expect("domain");
+    let paused = Paused::pause(stream.as_fd()).expect("pause");
+    let mut queues = Queues::default();
+    let tcp = paused.save(&mut queues).expect("save");
+    let tuple = paused.four_tuple().expect("addresses");
+    paused.release();
+    drop(stream);
+    Saved { tuple, tcp, queues, domain, mss }
+}
+
+fn build(saved: &Saved) -> TcpStream {
+    let socket: OwnedFd =
+        sockopt::socket(saved.domain, libc::SOCK_STREAM, libc::IPPROTO_TCP).expect("socket");
+    let room = RoomForQueues::make(socket.as_fd(), &saved.tcp).expect("room");
+    let paused = Paused::pause(socket.as_fd()).expect("pause");
+    let mut forge = Forge::new();
+    paused
+        .restore(&saved.tuple, &saved.tcp, &saved.queues.recv, &saved.queues.send, &mut forge)
+        .unwrap_or_else(|error| panic!("restore: {error}"));
+    forge.finish().expect("no rule left");
+    check_same(&paused, saved);
+    if let Some(room) = room {
+        room.give_back().expect("buffers");
+    }
+    paused.resume(Probe::Send).expect("resume");
+    TcpStream::from(socket)
+}
+
+/// What was built reads as what was saved, up to the clock.
+fn check_same(paused: &Paused<'_>, saved: &Saved) {
+    let mut queues = Queues::default();
+    let mut again = paused.save(&mut queues).expect("save again");
+    again.options.timestamp = saved.tcp.options.timestamp;
+    // ECN is agreed on in the SYN segments and has no place in the repair options.
+    again.options.mask |= saved.tcp.options.mask & !7;
+    assert_eq!(again, saved.tcp);
+    assert!(queues == saved.queues, "queues differ");
+}
+
+fn state_of(stream: &TcpStream) -> State {
+    State::try_from(tcp::info(stream.as_fd()).expect("TCP_INFO").state).expect("state")
+}
+
+fn await_state(stream: &TcpStream, state: State) {
+    let deadline = Instant::now() + Duration::from_secs(5);
+    while state_of(stream) != state {
+        assert!(Instant::now() < deadline, "still {}", state_of(stream));
+        std::thread::yield_now();
+    }
+}
+
+fn moved(stream: TcpStream) -> TcpStream {
+    build(&save_and_close(stream))
+}
+
+const FAMILIES: [&str; 3] = ["127.0.0.1:0", "[::1]:0", "[::ffff:127.0.0.1]:0"];
+
+#[test]
+fn established_with_bytes_to_read() {
+    in_own_network(|| {
+        for address in FAMILIES {
+            let (ours, mut theirs) = connected(address);
+            let unread = pattern(1, 100_000);
+            theirs.write_all(&unread).expect("write");
+            let mut ours = moved(ours);
+            expect_bytes(&mut ours, &unread);
+            ours.write_all(&unread).expect("write");
+            expect_bytes(&mut theirs, &unread);
+            theirs.write_all(b"on").expect("write");
+            expect_bytes(&mut ours, b"on");
+        }
+    });
+}
+
+#[test]
+fn bytes_beyond_the_peers_window_are_sent_later() {
+    in_own_network(|| {
+        for address in FAMILIES {
+            let (mut ours, mut theirs) = connected(address);
+            ours.set_nonblocking(true).expect("non-blocking");
+            let mut written = Vec::new();
+            let part = pattern(7, 65_536);
+            loop {
+                match ours.write(&part) {
+                    Ok(len) => written.extend_from_slice(&part[..len]),
+                    Err(error) if error.kind() == ErrorKind::WouldBlock => break,
+                    Err(error) => panic!("{error}"),
+                }
+            }
+            let saved = save_and_close(ours);
+            assert!(saved.tcp.unsent_len > 0, "the window is not closed: {:?}", saved.tcp);
+            let ours = build(&saved);
+            expect_bytes(&mut theirs, &written);
+            drop(ours);
+            assert_eq!(theirs.read(&mut [0]).expect("the end of the stream"), 0);
+        }
+    });
+}
+
+#[test]
+fn the_segment_size_survives() {
+    in_own_network(|| {
+        for address in FAMILIES {
+            let (mut ours, mut theirs) = connected(address);
+            for _ in 0..50 {
+                ours.write_all(&pattern(3, 10_000)).expect("write");
+                expect_bytes(&mut theirs, &pattern(3, 10_000));
+            }
+            let saved = save_and_close(ours);
+            let ours = build(&saved);
+            let mss = tcp::max_segment(ours.as_fd()).expect("segment size");
+            assert_eq!(mss, saved.mss, "{address}");
+        }
+    });
+}
+
+#[test]
+fn close_wait() {
+    in_own_network(|| {
+        for address in FAMILIES {
+            let (ours, mut theirs) = connected(address);
+            theirs.write_all(b"last words").expect("write");
+            theirs.shutdown(Shutdown::Write).expect("shutdown");
+            assert_eq!(state_of(&ours), State::CloseWait);
+            let mut ours = moved(ours);
+            expect_bytes(&mut ours, b"last words");
+            assert_eq!(ours.read(&mut [0]).expect("the end"), 0);
+            ours.write_all(b"answer").expect("write");
+            drop(ours);
+            let mut answer = Vec::new();
+            theirs.read_to_end(&mut answer).expect("read");
+            assert_eq!(answer, b"answer");
+        }
+    });
+}
+
+#[test]
+fn fin_wait2() {
+    in_own_network(|| {
+        for address in FAMILIES {
+            let (ours, mut theirs) = connected(address);
+            ours.shutdown(Shutdown::Write).expect("shutdown");
+            assert_eq!(theirs.read(&mut [0]).expect("the end"), 0);
+            await_state(&ours, State::FinWait2); // the acknowledgement may be a delayed one
+            let mut ours = moved(ours);
+            theirs.write_all(b"more").expect("write");
+            drop(theirs);
+            let mut got = Vec::new();
+            ours.read_to_end(&mut got).expect("read");
+            assert_eq!(got, b"more");
+        }
+    });
+}
+
+#[test]
+fn closed_with_bytes_to_read() {
+    in_own_network(|| {
+        for address in FAMILIES {
+            let (ours, mut theirs) = connected(address);
+            ours.shutdown(Shutdown::Write).expect("shutdown");
+            theirs.write_all(b"unread").expect("write");
+            theirs.shutdown(Shutdown::Write).expect("shutdown");
+            // Both FINs are acknowledged; ours went first, so this end passes TIME_WAIT.
+            await_state(&ours, State::Close);
+            let tuple = four_tuple(ours.as_fd()).expect("the peer's address is still known");
+            assert_eq!(tuple.remote, theirs.local_addr().expect("address"));
+            let mut ours = moved(ours);
+            let mut got = Vec::new();
+            ours.read_to_end(&mut got).expect("read");
+            assert_eq!(got, b"unread");
+        }
+    });
+}
+
+#[test]
+fn a_paused_socket_resumes_untouched() {
+    in_own_network(|| {
+        let (mut ours, mut theirs) = connected("127.0.0.1:0");
+        sockopt::set_reuse_addr(ours.as_fd(), true).expect("SO_REUSEADDR");
+        theirs.write_all(b"kept").expect("write");
+        let mut queues = Queues::default();
+        {
+            let paused = Paused::pause(ours.as_fd()).expect("pause");
+            paused.save(&mut queues).expect("save");
+            assert!(tcp::in_repair(ours.as_fd()).expect("TCP_REPAIR"));
+            paused.resume(Probe::None).expect("resume");
+        }
+        assert_eq!(queues.recv, b"kept");
+        assert!(!tcp::in_repair(ours.as_fd()).expect("TCP_REPAIR"));
+        assert_eq!(sockopt::reuse_addr(ours.as_fd()), Ok(1));
+        expect_bytes(&mut ours, b"kept");
+    });
+}
+
+#[test]
+fn urgent_data_is_refused_by_name() {
+    in_own_network(|| {
+        for inline in [false, true] {
+            let (ours, mut theirs) = connected("127.0.0.1:0");
+            sockopt::set_oob_inline(ours.as_fd(), inline).expect("SO_OOBINLINE");
+            theirs.write_all(b"ten bytes.").expect("write");
+            nix::sys::socket::send(
+                std::os::fd::AsRawFd::as_raw_fd(&theirs),
+                b"!",
+                nix::sys::socket::MsgFlags::MSG_OOB,
+            )
+            .expect("send urgent data");
+            theirs.write_all(b"ten more b").expect("write");
+            let paused = Paused::pause(ours.as_fd()).expect("pause");
+            let error = paused.save(&mut Queues::default()).expect_err("urgent data");
+            assert!(matches!(error, SaveError::Urgent { unread: 21, .. }), "{error}");
+            assert!(error.to_string().contains(&theirs.local_addr().expect("address").to_string()));
+        }
+    });
+}
+
+#[test]
+fn a_listener_is_refused() {
+    in_own_network(|| {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("bind");
+        let error = Paused::pause(listener.as_fd()).expect_err("a listener has no connection");
+        assert_eq!(error.source.errno, nix::errno::Errno::EPERM);
+    });
+}
