@@ -1,1 +1,34 @@
 //! CRIU image files.
+//!
+//! An image directory holds one file per kind of object. Most files are *containers*: one or two
+//! magic words, then messages, each behind its length ([`container`]). The directory is somebody
+//! else's input: files are opened relative to it, never through a symbolic link, every length is
+//! checked against the file before memory is taken for it, and an [`ImageError`] names the file
+//! and the offset.
+//!
+//! | file | module |
+//! |---|---|
+//! | `tcp-stream-<inode hex>.img` | [`tcp_stream`] |
+//! | `soccr-ext-<id hex>.img`, this project's own | [`external`] |
+//! | `inventory.img` | [`inventory`] |
+//! | `nftables-<ns>.img` | [`nftables`] |
+//! | the way from a task's descriptor to its connection, over seven kinds of files | [`index`] |
+
+pub mod container;
+mod dir;
+mod error;
+pub mod external;
+pub mod index;
+pub mod inventory;
+pub mod nftables;
+pub mod tcp_stream;
+mod wire;
+
+/// The messages of `proto/`, generated.
+#[allow(missing_docs, clippy::all, clippy::pedantic)]
+pub mod proto {
+    include!(concat!(env!("OUT_DIR"), "/proto/mod.rs"));
+}
+
+pub use dir::ImageDir;
+pub use error::{Fault, ImageError};

@@ -1,0 +1,245 @@
+//! CRIU's container format.
+//!
+//! A file begins with [`COMMON`] and the magic of its kind (`inventory.img`, and every file of
+//! images older than CRIU 1.1, with the latter only). Then come messages, each behind its length as
+//! a little-endian `u32`. Some kinds put raw bytes after a message: as many as the message says.
+
+use std::fs::File;
+use std::io::{BufReader, Read};
+
+use protobuf::Message;
+
+use super::dir::ImageFile;
+use super::{Fault, ImageDir, ImageError};
+
+/// The word before the magic of a kind.
+pub const COMMON: u32 = 0x5456_4319;
+
+/// The magic of a kind of file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+#[allow(missing_docs)] // they are named after the files
+pub enum Magic {
+    Inventory = 0x5831_3116,
+    Pstree = 0x5027_3030,
+    Core = 0x5505_3847,
+    Ids = 0x5443_2030,
+    Fdinfo = 0x5621_3732,
+    Files = 0x5630_3138,
+    /// Inet sockets before CRIU 3.0 put all kinds of files into one.
+    InetSk = 0x5644_3851,
+    SkQueues = 0x5626_4026,
+    TcpStream = 0x5146_5506,
+    /// `soccr-ext-*.img`; Strasbourg lies there.
+    SoccrExternal = 0x4835_0745,
+}
+
+/// The longest message, in bytes, that is decoded. A decoded message can take thirty times its own
+/// length (empty submessages), so this bounds the memory that a hostile file can take; the longest
+/// known one, a socket's entry with a full classic BPF filter, has 37 KiB.
+const MESSAGE_LIMIT: u64 = 256 << 10;
+
+/// Reads a container's messages one after the other.
+#[derive(Debug)]
+pub struct Reader {
+    input: BufReader<File>,
+    name: String,
+    size: u64,
+    offset: u64,
+    message: Vec<u8>,
+    message_offset: u64,
+}
+
+impl Reader {
+    /// Opens the file `name` and checks its magic.
+    ///
+    /// # Errors
+    /// [`ImageError::Missing`] if it is not there, or what else is wrong with it.
+    pub fn open(dir: &ImageDir, name: &str, magic: Magic) -> Result<Self, ImageError> {
+        Self::new(dir.read(name)?, magic)
+    }
+
+    /// As [`open`](Self::open), but `None` if the file is not there.
+    ///
+    /// # Errors
+    /// What is wrong with the file.
+    pub fn open_if_there(dir: &ImageDir, name: &str, magic: Magic) -> Result<Option<Self>, ImageError> {
+        dir.read_if_there(name)?.map(|file| Self::new(file, magic)).transpose()
+    }
+
+    /// The next message as it stands in the file, or `None` at the file's end. Takes memory for one
+    /// message, which is at most the file's size.
+    ///
+    /// # Errors
+    /// [`ImageError::Io`], or [`ImageError::Malformed`] if the file ends inside the message.
+    pub fn next_bytes(&mut self) -> Result<Option<&[u8]>, ImageError> {
+        let Some(length) = self.next_length()? else { return Ok(None) };
+        self.read_message(length).map(Some)
+    }
+
+    /// The next message, or `None` at the file's end.
+    ///
+    /// # Errors
+    /// As [`next_bytes`](Self::next_bytes), or if it is longer than 256 KiB or no valid `M`.
+    pub fn next_message<M: Message>(&mut self) -> Result<Option<M>, ImageError> {
+        let Some(length) = self.next_length()? else { return Ok(None) };
+        self.limit(length)?;
+        let message = M::parse_from_bytes(self.read_message(length)?);
+        message.map(Some).map_err(|e| self.bad_message(e))
+    }
+
+    /// The next message, which must be there.
+    ///
+    /// # Errors
+    /// As [`next_message`](Self::next_message), or [`Fault::Truncated`] at the file's end.
+    pub fn required<M: Message>(&mut self) -> Result<M, ImageError> {
+        let end = self.offset;
+        self.next_message()?.ok_or_else(|| self.malformed(end, Fault::Truncated { needed: 4, left: 0 }))
+    }
+
+    /// Fills `buffer` with the next `length` raw bytes; what it held before is gone.
+    ///
+    /// # Errors
+    /// [`ImageError::Io`], or [`ImageError::Malformed`] if the file has fewer.
+    pub fn read_raw(&mut self, length: u64, buffer: &mut Vec<u8>) -> Result<(), ImageError> {
+        buffer.clear();
+        self.check_left(length)?;
+        let fits = usize::try_from(length);
+        let fits =
+            fits.map_err(|_| self.malformed(self.offset, Fault::TooLong { length, limit: u64::MAX }))?;
+        buffer.resize(fits, 0);
+        self.input.read_exact(buffer).map_err(|e| ImageError::io("read", &self.name, e))?;
+        self.offset += length;
+        Ok(())
+    }
+
+    /// Passes over the next `length` raw bytes.
+    ///
+    /// # Errors
+    /// As [`read_raw`](Self::read_raw).
+    pub fn skip_raw(&mut self, length: u64) -> Result<(), ImageError> {
+        self.check_left(length)?;
+        let step = i64::try_from(length).map_err(|_| {
+            self.malformed(self.offset, Fault::TooLong { length, limit: i64::MAX.unsigned_abs() })
+        })?;
+        self.input.seek_relative(step).map_err(|e| ImageError::io("seek in", &self.name, e))?;
+        self.offset += length;
+        Ok(())
+    }
+
+    /// Checks that the file ends here.
+    ///
+    /// # Errors
+    /// [`Fault::Trailing`] if it does not.
+    pub fn finish(self) -> Result<(), ImageError> {
+        match self.left() {
+            0 => Ok(()),
+            left => Err(self.malformed(self.offset, Fault::Trailing(left))),
+        }
+    }
+
+    /// The message read last, as it stands in the file.
+    pub(super) fn message(&self) -> &[u8] {
+        &self.message
+    }
+
+    /// The error that says `fault` about the message read last.
+    #[must_use]
+    pub fn bad_message(&self, fault: impl Into<Fault>) -> ImageError {
+        self.malformed(self.message_offset, fault)
+    }
+
+    /// The error that says `fault` about the byte `at` of the message read last.
+    pub(super) fn bad_byte(&self, at: usize, fault: impl Into<Fault>) -> ImageError {
+        self.malformed(self.message_offset.saturating_add(at as u64), fault)
+    }
+
+    pub(super) fn new(file: ImageFile, magic: Magic) -> Result<Self, ImageError> {
+        let ImageFile { file, name, size } = file;
+        let input = BufReader::with_capacity(4096, file);
+        let mut reader = Self { input, name, size, offset: 0, message: Vec::new(), message_offset: 0 };
+        reader.check_magic(magic)?;
+        Ok(reader)
+    }
+
+    fn check_magic(&mut self, magic: Magic) -> Result<(), ImageError> {
+        let mut at = self.offset;
+        let mut found = self.word()?;
+        if found == COMMON && magic != Magic::Inventory {
+            at = self.offset;
+            found = self.word()?;
+        }
+        if found != magic as u32 {
+            return Err(self.malformed(at, Fault::Magic { expected: magic as u32, found }));
+        }
+        Ok(())
+    }
+
+    fn next_length(&mut self) -> Result<Option<u64>, ImageError> {
+        if self.left() == 0 {
+            return Ok(None);
+        }
+        let length = u64::from(self.word()?);
+        self.check_left(length)?;
+        self.message_offset = self.offset;
+        Ok(Some(length))
+    }
+
+    fn limit(&self, length: u64) -> Result<(), ImageError> {
+        if length > MESSAGE_LIMIT {
+            return Err(self.malformed(self.message_offset, Fault::TooLong { length, limit: MESSAGE_LIMIT }));
+        }
+        Ok(())
+    }
+
+    fn read_message(&mut self, length: u64) -> Result<&[u8], ImageError> {
+        let mut message = std::mem::take(&mut self.message);
+        let read = self.read_raw(length, &mut message);
+        self.message = message;
+        read.map(|()| self.message.as_slice())
+    }
+
+    fn word(&mut self) -> Result<u32, ImageError> {
+        let mut word = [0; 4];
+        self.check_left(4)?;
+        self.input.read_exact(&mut word).map_err(|e| ImageError::io("read", &self.name, e))?;
+        self.offset += 4;
+        Ok(u32::from_le_bytes(word))
+    }
+
+    fn left(&self) -> u64 {
+        self.size.saturating_sub(self.offset)
+    }
+
+    fn check_left(&self, needed: u64) -> Result<(), ImageError> {
+        let left = self.left();
+        if needed > left {
+            return Err(self.malformed(self.offset, Fault::Truncated { needed, left }));
+        }
+        Ok(())
+    }
+
+    fn malformed(&self, offset: u64, fault: impl Into<Fault>) -> ImageError {
+        ImageError::malformed(&self.name, offset, fault)
+    }
+}
+
+/// The beginning of a container: magic and one message; raw bytes and further
+/// [records](push_record) may follow.
+///
+/// # Errors
+/// [`ImageError::Unwritable`] if the message lacks a required field or is 4 GiB long.
+pub(super) fn head(name: &str, magic: Magic, message: &impl Message) -> Result<Vec<u8>, ImageError> {
+    let mut out = Vec::with_capacity(128);
+    if magic != Magic::Inventory {
+        out.extend_from_slice(&COMMON.to_le_bytes());
+    }
+    out.extend_from_slice(&(magic as u32).to_le_bytes());
+    let start = out.len();
+    out.extend_from_slice(&[0; 4]);
+    message.write_to_vec(&mut out).map_err(|e| ImageError::unwritable(name, e.to_string()))?;
+    let length = u32::try_from(out.len() - start - 4)
+        .map_err(|_| ImageError::unwritable(name, "the message's length does not fit 32 bits"))?;
+    out[start..start + 4].copy_from_slice(&length.to_le_bytes());
+    Ok(out)
+}

@@ -1,0 +1,60 @@
+//! The way from a task's descriptor to its connection.
+//!
+//! `pstree.img` lists the tasks, `core-<pid>.img` tells which of them live, `ids-<pid>.img` names
+//! each one's descriptor table, `fdinfo-<table>.img` maps descriptors to file ids, `files.img` (in
+//! older images `inetsk.img`) holds the sockets, and `tcp-stream-<inode>.img` the connections.
+//! Sockets that were in flight inside a unix socket are in no table: `sk-queues.img` has them.
+//!
+//! Every file is read once, message by message, so that time and memory stay proportional to the
+//! files' sizes.
+
+mod in_flight;
+mod sockets;
+mod tasks;
+
+use std::collections::{BTreeMap, HashMap};
+
+pub use in_flight::Packet;
+pub use sockets::InetConnection;
+pub use tasks::{Fd, Task};
+
+use super::inventory::{Inventory, NetworkLock};
+use super::{ImageDir, ImageError};
+
+/// All that a restore has to know before the first connection is read.
+#[derive(Clone, Debug)]
+pub struct Index {
+    /// Names the dump, and its nftables table; `None` in images of CRIU before 4.2.
+    pub dump_run_id: Option<String>,
+    /// How the dump kept packets away.
+    pub network_lock: NetworkLock,
+    /// Made with `--tcp-close`.
+    pub tcp_close: bool,
+    /// The network namespace in which the dumping criu itself ran.
+    pub root_net_ns_id: Option<u32>,
+    /// The tasks by pid, as they see it themselves inside their pid namespace.
+    pub tasks: BTreeMap<u32, Task>,
+    /// The connections by file id.
+    pub connections: HashMap<u32, InetConnection>,
+    /// For each unix socket, by file id, the unread packets that carry descriptors, first come first.
+    pub in_flight: HashMap<u32, Vec<Packet>>,
+}
+
+impl Index {
+    /// Reads the index of the image in `dir`.
+    ///
+    /// # Errors
+    /// What is wrong with which file, and where in it.
+    pub fn read(dir: &ImageDir) -> Result<Self, ImageError> {
+        let Inventory { tcp_close, network_lock, dump_run_id, root_net_ns_id } = Inventory::read(dir)?;
+        Ok(Self {
+            dump_run_id,
+            network_lock,
+            tcp_close,
+            root_net_ns_id,
+            tasks: tasks::read(dir)?,
+            connections: sockets::read(dir)?,
+            in_flight: in_flight::read(dir)?,
+        })
+    }
+}

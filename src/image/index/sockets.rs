@@ -1,0 +1,155 @@
+//! The TCP connections among the files.
+
+use std::collections::{HashMap, HashSet};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+
+use protobuf::{Enum, Message};
+
+use crate::connection::{FourTuple, State};
+use crate::image::container::{Magic, Reader};
+use crate::image::external::{port_of, state_of};
+use crate::image::proto::sk_inet::Inet_sk_entry;
+use crate::image::proto::sk_opts::Sk_shutdown;
+use crate::image::wire::{self, Value};
+use crate::image::{Fault, ImageDir, ImageError};
+
+/// A TCP socket that has a peer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct InetConnection {
+    /// The socket's inode number, which names its tcp-stream image.
+    pub ino: u32,
+    /// Both ends. The image has no scope id of a link-local address: it is 0 here, and comes from
+    /// [`ifname`](Self::ifname) when the interface is known.
+    pub tuple: FourTuple,
+    /// The state.
+    pub state: State,
+    /// The network namespace; `None` in old images, which had one only.
+    pub net_ns_id: Option<u32>,
+    /// The interface of a link-local local address.
+    pub ifname: Option<String>,
+    /// The interface that the socket is bound to (`SO_BINDTODEVICE`).
+    pub bound_device: Option<String>,
+    /// Whether the program has shut its reading side.
+    pub shutdown_read: bool,
+    /// Whether the program has shut its writing side.
+    pub shutdown_write: bool,
+    /// `SO_REUSEADDR`; repair mode itself disturbs it.
+    pub reuseaddr: bool,
+    /// `SO_REUSEPORT`; `None` in images that do not tell.
+    pub reuseport: Option<bool>,
+    /// Whether there is a tcp-stream image for it.
+    pub has_stream: bool,
+}
+
+/// Reads the connections, by file id.
+pub(super) fn read(dir: &ImageDir) -> Result<HashMap<u32, InetConnection>, ImageError> {
+    let streams = streams(dir)?;
+    let mut connections = HashMap::new();
+    let mut add = |reader: &Reader, entry: Inet_sk_entry| {
+        if !is_connection(&entry) {
+            return Ok(());
+        }
+        let id = entry.id();
+        let connection = connection(entry, &streams).map_err(|fault| reader.bad_message(fault))?;
+        match connections.insert(id, connection) {
+            None => Ok(()),
+            Some(_) => Err(reader.bad_message(Fault::value("id", format!("{id} stands here twice")))),
+        }
+    };
+    if let Some(mut files) = Reader::open_if_there(dir, "files.img", Magic::Files)? {
+        while let Some(message) = files.next_bytes()? {
+            if let Some(entry) = inet_entry(message).map_err(|(at, fault)| files.bad_byte(at, fault))? {
+                add(&files, entry)?;
+            }
+        }
+    } else if let Some(mut sockets) = Reader::open_if_there(dir, "inetsk.img", Magic::InetSk)? {
+        while let Some(entry) = sockets.next_message()? {
+            add(&sockets, entry)?;
+        }
+    }
+    Ok(connections)
+}
+
+/// The inode numbers for which there are tcp-stream images.
+fn streams(dir: &ImageDir) -> Result<HashSet<u32>, ImageError> {
+    let mut streams = HashSet::new();
+    dir.for_each_name(|name| {
+        let hex = name.strip_prefix("tcp-stream-").and_then(|rest| rest.strip_suffix(".img"));
+        streams.extend(hex.and_then(|hex| u32::from_str_radix(hex, 16).ok()));
+    })?;
+    Ok(streams)
+}
+
+/// The inet socket in a `file_entry`, if it is one. Looked for in the raw message: the entry of
+/// another kind of file (an epoll descriptor lists all that it watches) may be large.
+fn inet_entry(file: &[u8]) -> Result<Option<Inet_sk_entry>, (usize, Fault)> {
+    const ISK: u32 = 4;
+    const LIMIT: usize = 256 << 10; // see container.rs
+    let mut found = None;
+    for field in wire::fields(file) {
+        let field = field.map_err(|e| (e.0, Fault::Wire))?;
+        let (ISK, Value::Bytes(bytes)) = (field.number, field.value) else { continue };
+        let start = field.span.end - bytes.len();
+        if bytes.len() > LIMIT {
+            return Err((start, Fault::TooLong { length: bytes.len() as u64, limit: LIMIT as u64 }));
+        }
+        let entry = Inet_sk_entry::parse_from_bytes(bytes).map_err(|e| (start, e.into()))?;
+        if found.replace(entry).is_some() {
+            return Err((start, Fault::value("isk", "stands here twice")));
+        }
+    }
+    Ok(found)
+}
+
+/// A listener, a socket not yet connected, UDP or raw have no peer or are no stream.
+fn is_connection(entry: &Inet_sk_entry) -> bool {
+    const SOCK_STREAM: u32 = libc::SOCK_STREAM.unsigned_abs();
+    const IPPROTO_TCP: u32 = libc::IPPROTO_TCP.unsigned_abs();
+    entry.type_() == SOCK_STREAM && entry.proto() == IPPROTO_TCP && entry.dst_port() != 0
+}
+
+fn connection(entry: Inet_sk_entry, streams: &HashSet<u32>) -> Result<InetConnection, Fault> {
+    let tuple = FourTuple {
+        local: address(&entry, &entry.src_addr, entry.src_port(), "src_addr")?,
+        remote: address(&entry, &entry.dst_addr, entry.dst_port(), "dst_addr")?,
+    };
+    let shutdown = entry.shutdown.map_or(0, |shutdown| shutdown.value());
+    let opts = entry.opts.into_option().unwrap_or_default();
+    Ok(InetConnection {
+        ino: entry.ino.unwrap_or_default(),
+        tuple,
+        state: state_of(entry.state.unwrap_or_default())?,
+        net_ns_id: entry.ns_id,
+        ifname: entry.ifname,
+        shutdown_read: shutdown & Sk_shutdown::READ.value() != 0,
+        shutdown_write: shutdown & Sk_shutdown::WRITE.value() != 0,
+        reuseaddr: opts.reuseaddr(),
+        reuseport: opts.so_reuseport,
+        bound_device: opts.so_bound_dev,
+        has_stream: entry.ino.is_some_and(|ino| streams.contains(&ino)),
+    })
+}
+
+/// CRIU copies addresses into arrays of `u32` as they lie in memory, in network byte order; hence
+/// the words' native bytes are the address.
+fn address(
+    entry: &Inet_sk_entry,
+    words: &[u32],
+    port: u32,
+    field: &'static str,
+) -> Result<SocketAddr, Fault> {
+    const AF_INET: u32 = libc::AF_INET.unsigned_abs();
+    const AF_INET6: u32 = libc::AF_INET6.unsigned_abs();
+    let port = port_of(port, field)?;
+    match (entry.family(), words) {
+        (AF_INET, [word, ..]) => Ok((Ipv4Addr::from(word.to_ne_bytes()), port).into()),
+        (AF_INET6, [a, b, c, d]) => {
+            let mut octets = [0; 16];
+            for (bytes, word) in octets.chunks_exact_mut(4).zip([a, b, c, d]) {
+                bytes.copy_from_slice(&word.to_ne_bytes());
+            }
+            Ok((Ipv6Addr::from(octets), port).into())
+        }
+        (family, words) => Err(Fault::value(field, format!("{} words in family {family}", words.len()))),
+    }
+}

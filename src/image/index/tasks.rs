@@ -1,0 +1,118 @@
+//! Tasks and their descriptor tables.
+
+use std::collections::hash_map::Entry;
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+
+use crate::image::container::{Magic, Reader};
+use crate::image::proto::core::Task_kobj_ids_entry;
+use crate::image::proto::fdinfo::Fdinfo_entry;
+use crate::image::wire::{self, Value};
+use crate::image::{Fault, ImageDir, ImageError};
+
+/// A dumped task (a process; threads are not counted).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Task {
+    /// Whether it runs, or is stopped, after the restore: only then does CRIU call its late hook. A
+    /// zombie is not alive.
+    pub alive: bool,
+    /// Its descriptor table; tasks that share one have the same id. A zombie has none.
+    pub files_id: Option<u32>,
+    /// Its network namespace. A zombie has none.
+    pub net_ns_id: Option<u32>,
+    /// The descriptors, shared between tasks that share the table.
+    pub fds: Arc<[Fd]>,
+}
+
+/// An open descriptor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Fd {
+    /// The number in the task.
+    pub fd: i32,
+    /// What stands behind it; several descriptors may have the same.
+    pub file_id: u32,
+}
+
+/// Reads all tasks with their descriptors.
+pub(super) fn read(dir: &ImageDir) -> Result<BTreeMap<u32, Task>, ImageError> {
+    let mut tasks = BTreeMap::new();
+    let mut tables = HashMap::new();
+    let mut pstree = Reader::open(dir, "pstree.img", Magic::Pstree)?;
+    while let Some(message) = pstree.next_bytes()? {
+        let pid = varint(message, 1, "pid").map_err(|(at, fault)| pstree.bad_byte(at, fault))?;
+        let task = read_task(dir, pid, &mut tables)?;
+        if tasks.insert(pid, task).is_some() {
+            return Err(pstree.bad_message(Fault::value("pid", format!("{pid} stands here twice"))));
+        }
+    }
+    Ok(tasks)
+}
+
+fn read_task(dir: &ImageDir, pid: u32, tables: &mut HashMap<u32, Arc<[Fd]>>) -> Result<Task, ImageError> {
+    let alive = is_alive(dir, pid)?;
+    let Some(mut ids) = Reader::open_if_there(dir, &format!("ids-{pid}.img"), Magic::Ids)? else {
+        return Ok(Task { alive, files_id: None, net_ns_id: None, fds: Arc::default() });
+    };
+    let ids: Task_kobj_ids_entry = ids.required()?;
+    let files_id = ids.files_id();
+    let fds = match tables.entry(files_id) {
+        Entry::Occupied(table) => table.get().clone(),
+        Entry::Vacant(table) => table.insert(read_table(dir, files_id)?).clone(),
+    };
+    Ok(Task { alive, files_id: Some(files_id), net_ns_id: ids.net_ns_id, fds })
+}
+
+/// A table without a file has no descriptors: CRIU makes no file for nothing.
+fn read_table(dir: &ImageDir, files_id: u32) -> Result<Arc<[Fd]>, ImageError> {
+    let mut fds = Vec::new();
+    let name = format!("fdinfo-{files_id}.img");
+    let Some(mut reader) = Reader::open_if_there(dir, &name, Magic::Fdinfo)? else {
+        return Ok(Arc::default());
+    };
+    while let Some(entry) = reader.next_message::<Fdinfo_entry>()? {
+        let fd = i32::try_from(entry.fd()).map_err(|_| {
+            reader.bad_message(Fault::value("fd", format!("{} is no descriptor", entry.fd())))
+        })?;
+        fds.push(Fd { fd, file_id: entry.id() });
+    }
+    Ok(fds.into())
+}
+
+/// `task_state` of CRIU (`enum __compel_task_state`): running and stopped tasks come back.
+fn is_alive(dir: &ImageDir, pid: u32) -> Result<bool, ImageError> {
+    const ALIVE: u32 = 1;
+    const STOPPED: u32 = 3;
+    let name = format!("core-{pid}.img");
+    let mut reader = Reader::open(dir, &name, Magic::Core)?;
+    // Registers and timers make this message large; of it only one number is wanted.
+    let state = match reader.next_bytes()? {
+        Some(core) => task_state(core).map_err(|(at, fault)| reader.bad_byte(at, fault))?,
+        None => return Err(reader.bad_byte(0, Fault::Truncated { needed: 4, left: 0 })),
+    };
+    Ok(matches!(state, ALIVE | STOPPED))
+}
+
+/// `tc.task_state` of a `core_entry`.
+fn task_state(core: &[u8]) -> Result<u32, (usize, Fault)> {
+    for field in wire::fields(core) {
+        let field = field.map_err(|e| (e.0, Fault::Wire))?;
+        if let (3, Value::Bytes(tc)) = (field.number, field.value) {
+            let start = field.span.end - tc.len();
+            return varint(tc, 1, "task_state").map_err(|(at, fault)| (start + at, fault));
+        }
+    }
+    Err((0, Fault::missing("tc")))
+}
+
+/// The 32-bit field `number` of `message`; an error comes with its offset in the message.
+fn varint(message: &[u8], number: u32, name: &'static str) -> Result<u32, (usize, Fault)> {
+    for field in wire::fields(message) {
+        let field = field.map_err(|e| (e.0, Fault::Wire))?;
+        if let (true, Value::Varint(value)) = (field.number == number, field.value) {
+            return u32::try_from(value).map_err(|_| {
+                (field.span.start, Fault::value(name, format!("{value} does not fit 32 bits")))
+            });
+        }
+    }
+    Err((0, Fault::missing(name)))
+}
