@@ -6,8 +6,8 @@
 
 # One place for what is built, whatever the shell says: scripts and tests look for it there.
 export CARGO_TARGET_DIR := $(CURDIR)/target
-# Debian's python3, which has the modules that CRIU's tools need, before any other.
-export PATH := /usr/bin:$(PATH)
+# CRIU's makefiles shall not inherit what was given to this one.
+unexport MAKEFLAGS MFLAGS MAKELEVEL
 
 PREFIX ?= /usr/local
 DESTDIR ?=
