@@ -24,7 +24,7 @@
 //! that is the network lock's task (the `lock` module), before [`Paused::pause`].
 
 use std::fmt;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd, BorrowedFd};
 
 use nix::errno::Errno;
 
@@ -34,10 +34,12 @@ use crate::connection::{
 use crate::kernel::tcp::{Info, Queue, Repair};
 use crate::kernel::{SysError, addr, sockopt, tcp};
 
-/// A socket in repair mode. Dropping it leaves repair mode as [`Paused::resume`] would, without a report.
+/// A socket in repair mode, borrowed or owned. Dropping it leaves repair mode as [`Paused::resume`] would, without
+/// a probe and without a report.
 #[derive(Debug)]
-pub struct Paused<'fd> {
-    pub(crate) fd: BorrowedFd<'fd>,
+pub struct Paused<F: AsFd> {
+    /// Present until `resume` or `release` take it.
+    fd: Option<F>,
     reuse_addr: bool,
 }
 
@@ -50,19 +52,20 @@ pub enum Probe {
     None,
 }
 
-impl<'fd> Paused<'fd> {
+impl<F: AsFd> Paused<F> {
     /// Puts a socket into repair mode.
     ///
     /// # Errors
     /// EPERM without CAP_NET_ADMIN in the user namespace of the socket's network namespace, or for a
     /// listening socket; ENOPROTOOPT or EOPNOTSUPP for what is not a TCP socket.
-    pub fn pause(fd: BorrowedFd<'fd>) -> Result<Self, PauseError> {
-        let fail = |source| PauseError { who: Who::of(fd), source };
+    pub fn pause(fd: F) -> Result<Self, PauseError> {
+        let socket = fd.as_fd();
+        let fail = |source| PauseError { who: Who::of(socket), source };
         // SO_REUSEADDR reads 2 when somebody left the socket in repair mode: the program's own value is
         // lost then, and 0 is what the kernel would make of it.
-        let reuse_addr = sockopt::reuse_addr(fd).map_err(fail)? == 1;
-        tcp::set_repair(fd, Repair::On).map_err(fail)?;
-        Ok(Self { fd, reuse_addr })
+        let reuse_addr = sockopt::reuse_addr(socket).map_err(fail)? == 1;
+        tcp::set_repair(socket, Repair::On).map_err(fail)?;
+        Ok(Self { fd: Some(fd), reuse_addr })
     }
 
     /// Reads the whole state of the connection; `queues` is cleared and gets the bytes of both queues.
@@ -70,7 +73,7 @@ impl<'fd> Paused<'fd> {
     /// # Errors
     /// A [`SaveError`] that names the connection. The socket stays in repair mode and nothing is taken from it.
     pub fn save(&self, queues: &mut Queues) -> Result<TcpState, SaveError> {
-        save(self.fd, queues)
+        save(self.socket(), queues)
     }
 
     /// Both ends' addresses.
@@ -78,7 +81,7 @@ impl<'fd> Paused<'fd> {
     /// # Errors
     /// ENOTCONN for a socket that never was connected.
     pub fn four_tuple(&self) -> Result<FourTuple, SysError> {
-        four_tuple(self.fd)
+        four_tuple(self.socket())
     }
 
     /// What SO_REUSEADDR will be after [`Paused::resume`]; a restored socket gets the saved value here.
@@ -90,33 +93,41 @@ impl<'fd> Paused<'fd> {
     ///
     /// # Errors
     /// The kernel's answer; the guard has no further effect then.
-    pub fn resume(self, probe: Probe) -> Result<(), PauseError> {
-        let this = std::mem::ManuallyDrop::new(self);
-        this.leave(match probe {
+    pub fn resume(mut self, probe: Probe) -> Result<(), PauseError> {
+        let mode = match probe {
             Probe::Send => Repair::Off,
             Probe::None => Repair::OffNoProbe,
-        })
-        .map_err(|source| PauseError { who: Who::of(this.fd), source })
+        };
+        let result = leave(self.socket(), mode, self.reuse_addr);
+        let result = result.map_err(|source| PauseError { who: Who::of(self.socket()), source });
+        self.fd = None;
+        result
     }
 
     /// Forgets the guard and leaves the socket in repair mode, to be closed silently.
-    pub fn release(self) {
-        let _ = std::mem::ManuallyDrop::new(self);
+    pub fn release(mut self) -> Option<F> {
+        self.fd.take()
     }
 
-    fn leave(&self, mode: Repair) -> Result<(), SysError> {
-        tcp::set_repair(self.fd, mode)?;
-        if self.reuse_addr {
-            sockopt::set_reuse_addr(self.fd, true)?;
-        }
-        Ok(())
+    /// The socket.
+    ///
+    /// # Panics
+    /// Never: only the calls that consume the guard take the socket out of it.
+    pub(crate) fn socket(&self) -> BorrowedFd<'_> {
+        self.fd.as_ref().expect("taken only with the guard itself").as_fd()
     }
 }
 
-impl Drop for Paused<'_> {
+fn leave(socket: BorrowedFd<'_>, mode: Repair, reuse_addr: bool) -> Result<(), SysError> {
+    tcp::set_repair(socket, mode)?;
+    if reuse_addr { sockopt::set_reuse_addr(socket, true) } else { Ok(()) }
+}
+
+impl<F: AsFd> Drop for Paused<F> {
     fn drop(&mut self) {
-        if let Err(error) = self.leave(Repair::OffNoProbe) {
-            log::error!("{}: {error}", Who::of(self.fd));
+        let Some(fd) = &self.fd else { return };
+        if let Err(error) = leave(fd.as_fd(), Repair::OffNoProbe, self.reuse_addr) {
+            log::error!("{}: {error}", Who::of(fd.as_fd()));
         }
     }
 }

@@ -17,7 +17,7 @@
 //! The socket stays in repair mode and must be locked from the network until [`Paused::resume`]: a segment
 //! from the peer in between would be taken for one of a connection that is half built.
 
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd, BorrowedFd};
 
 use nix::errno::Errno;
 
@@ -71,7 +71,7 @@ pub enum RestoreError {
     },
 }
 
-impl Paused<'_> {
+impl<F: AsFd> Paused<F> {
     /// Builds the connection in a socket that is not bound yet, and leaves it in repair mode.
     ///
     /// `recv` and `send` are the queues' bytes, `tcp.recv_len` and `tcp.send_len` of them. The socket's buffers
@@ -88,7 +88,7 @@ impl Paused<'_> {
         forge: &mut Forge,
     ) -> Result<(), RestoreError> {
         consistent(tcp, recv, send).map_err(|what| RestoreError::Inconsistent { tuple: *tuple, what })?;
-        Restoring { fd: self.fd, tuple, tcp, forge }.run(recv, send)
+        Restoring { fd: self.socket(), tuple, tcp, forge }.run(recv, send)
     }
 }
 

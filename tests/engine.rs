@@ -30,7 +30,7 @@ fn save_and_close(stream: TcpStream) -> Saved {
     let mut queues = Queues::default();
     let tcp = paused.save(&mut queues).expect("save");
     let tuple = paused.four_tuple().expect("addresses");
-    paused.release();
+    let _in_repair = paused.release();
     drop(stream);
     Saved { tuple, tcp, queues, domain, mss }
 }
@@ -54,7 +54,7 @@ fn build(saved: &Saved) -> TcpStream {
 }
 
 /// What was built reads as what was saved, up to the clock.
-fn check_same(paused: &Paused<'_>, saved: &Saved) {
+fn check_same<F: AsFd>(paused: &Paused<F>, saved: &Saved) {
     let mut queues = Queues::default();
     let mut again = paused.save(&mut queues).expect("save again");
     again.options.timestamp = saved.tcp.options.timestamp;
