@@ -9,6 +9,7 @@ use std::io::{BufReader, Read};
 
 use protobuf::Message;
 
+use super::decode::{ImageMessage, check_length, decode};
 use super::dir::ImageFile;
 use super::{Fault, ImageDir, ImageError};
 
@@ -33,11 +34,6 @@ pub enum Magic {
     /// `soccr-ext-*.img`; Strasbourg lies there.
     SoccrExternal = 0x4835_0745,
 }
-
-/// The longest message, in bytes, that is decoded. A decoded message can take thirty times its own
-/// length (empty submessages), so this bounds the memory that a hostile file can take; the longest
-/// known one, a socket's entry with a full classic BPF filter, has 37 KiB.
-const MESSAGE_LIMIT: u64 = 256 << 10;
 
 /// Reads a container's messages one after the other.
 #[derive(Debug)]
@@ -81,18 +77,18 @@ impl Reader {
     ///
     /// # Errors
     /// As [`next_bytes`](Self::next_bytes), or if it is longer than 256 KiB or no valid `M`.
-    pub fn next_message<M: Message>(&mut self) -> Result<Option<M>, ImageError> {
+    pub fn next_message<M: ImageMessage>(&mut self) -> Result<Option<M>, ImageError> {
         let Some(length) = self.next_length()? else { return Ok(None) };
-        self.limit(length)?;
-        let message = M::parse_from_bytes(self.read_message(length)?);
-        message.map(Some).map_err(|e| self.bad_message(e))
+        check_length(length).map_err(|fault| self.bad_message(fault))?;
+        let message = decode(self.read_message(length)?);
+        message.map(Some).map_err(|(at, fault)| self.bad_byte(at, fault))
     }
 
     /// The next message, which must be there.
     ///
     /// # Errors
     /// As [`next_message`](Self::next_message), or [`Fault::Truncated`] at the file's end.
-    pub fn required<M: Message>(&mut self) -> Result<M, ImageError> {
+    pub fn required<M: ImageMessage>(&mut self) -> Result<M, ImageError> {
         let end = self.offset;
         self.next_message()?.ok_or_else(|| self.malformed(end, Fault::Truncated { needed: 4, left: 0 }))
     }
@@ -183,13 +179,6 @@ impl Reader {
         self.check_left(length)?;
         self.message_offset = self.offset;
         Ok(Some(length))
-    }
-
-    fn limit(&self, length: u64) -> Result<(), ImageError> {
-        if length > MESSAGE_LIMIT {
-            return Err(self.malformed(self.message_offset, Fault::TooLong { length, limit: MESSAGE_LIMIT }));
-        }
-        Ok(())
     }
 
     fn read_message(&mut self, length: u64) -> Result<&[u8], ImageError> {

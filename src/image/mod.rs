@@ -15,6 +15,7 @@
 //! | the way from a task's descriptor to its connection, over seven kinds of files | [`index`] |
 
 pub mod container;
+mod decode;
 mod dir;
 mod error;
 pub mod external;
@@ -30,5 +31,6 @@ pub mod proto {
     include!(concat!(env!("OUT_DIR"), "/proto/mod.rs"));
 }
 
+pub use decode::{ImageMessage, Nested};
 pub use dir::ImageDir;
 pub use error::{Fault, ImageError};

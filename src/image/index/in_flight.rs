@@ -7,6 +7,9 @@ use crate::image::proto::sk_packet::Sk_packet_entry;
 use crate::image::{ImageDir, ImageError};
 
 /// An unread packet in a unix socket's receive queue that carries descriptors.
+///
+/// Packets are as CRIU read them, and as it sends them again at the restore: those of a stream
+/// socket it may have joined with bytes that came before without a descriptor.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Packet {
     /// How many bytes are in the queue before it: the `SO_PEEK_OFF` at which it is seen.

@@ -3,10 +3,11 @@
 use std::collections::{HashMap, HashSet};
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 
-use protobuf::{Enum, Message};
+use protobuf::Enum;
 
 use crate::connection::{FourTuple, State};
 use crate::image::container::{Magic, Reader};
+use crate::image::decode::decode;
 use crate::image::external::{port_of, state_of};
 use crate::image::proto::sk_inet::Inet_sk_entry;
 use crate::image::proto::sk_opts::Sk_shutdown;
@@ -29,9 +30,9 @@ pub struct InetConnection {
     pub ifname: Option<String>,
     /// The interface that the socket is bound to (`SO_BINDTODEVICE`).
     pub bound_device: Option<String>,
-    /// Whether the program has shut its reading side.
+    /// Whether the reading side is shut: by the program, or by the peer's FIN.
     pub shutdown_read: bool,
-    /// Whether the program has shut its writing side.
+    /// Whether the writing side is shut.
     pub shutdown_write: bool,
     /// `SO_REUSEADDR`; repair mode itself disturbs it.
     pub reuseaddr: bool,
@@ -84,16 +85,12 @@ fn streams(dir: &ImageDir) -> Result<HashSet<u32>, ImageError> {
 /// another kind of file (an epoll descriptor lists all that it watches) may be large.
 fn inet_entry(file: &[u8]) -> Result<Option<Inet_sk_entry>, (usize, Fault)> {
     const ISK: u32 = 4;
-    const LIMIT: usize = 256 << 10; // see container.rs
     let mut found = None;
     for field in wire::fields(file) {
         let field = field.map_err(|e| (e.0, Fault::Wire))?;
         let (ISK, Value::Bytes(bytes)) = (field.number, field.value) else { continue };
         let start = field.span.end - bytes.len();
-        if bytes.len() > LIMIT {
-            return Err((start, Fault::TooLong { length: bytes.len() as u64, limit: LIMIT as u64 }));
-        }
-        let entry = Inet_sk_entry::parse_from_bytes(bytes).map_err(|e| (start, e.into()))?;
+        let entry = decode(bytes).map_err(|(at, fault)| (start + at, fault))?;
         if found.replace(entry).is_some() {
             return Err((start, Fault::value("isk", "stands here twice")));
         }

@@ -1,0 +1,359 @@
+//! Damaged and malicious images: every reader ends with an error or a result, in memory bounded by
+//! the files, and never panics.
+//!
+//! `SOCCR_SEED` repeats a run of the random test; the seed is printed when it fails.
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::cell::Cell;
+use std::collections::BTreeMap;
+use std::hash::{BuildHasher, DefaultHasher, Hasher, RandomState};
+use std::path::{Path, PathBuf};
+
+use soccr::connection::{FourTuple, Options, Queues, State, TcpState};
+use soccr::image::container::{COMMON, Magic, Reader};
+use soccr::image::external::{ExternalImage, SocketOption};
+use soccr::image::index::Index;
+use soccr::image::inventory::{Inventory, release_to_stock};
+use soccr::image::nftables::strip_table;
+use soccr::image::tcp_stream::TcpStreamImage;
+use soccr::image::{Fault, ImageDir, ImageError};
+
+/// Counts the bytes that each thread has allocated, and their maximum.
+struct Counting;
+
+thread_local! {
+    static USED: Cell<isize> = const { Cell::new(0) };
+    static PEAK: Cell<isize> = const { Cell::new(0) };
+}
+
+fn count(bytes: isize) {
+    USED.set(USED.get() + bytes);
+    PEAK.set(PEAK.get().max(USED.get()));
+}
+
+// SAFETY: every call is passed on to the system's allocator unchanged.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        count(layout.size().cast_signed());
+        // SAFETY: the caller keeps alloc()'s contract.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, ptr: *mut u8, layout: Layout) {
+        count(-layout.size().cast_signed());
+        // SAFETY: the caller keeps dealloc()'s contract; `ptr` came from `System`.
+        unsafe { System.dealloc(ptr, layout) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+/// The most memory that `work` held at a time, in bytes.
+fn peak_of(work: impl FnOnce()) -> u64 {
+    let before = USED.get();
+    PEAK.set(before);
+    work();
+    u64::try_from(PEAK.get() - before).unwrap()
+}
+
+const ALLOWANCE: u64 = 16 << 20;
+
+fn golden(set: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/stock-4.2.1").join(set)
+}
+
+/// A copy of stock's images together with one of each kind that stock does not write.
+struct Victim {
+    folder: tempfile::TempDir,
+    files: BTreeMap<String, Vec<u8>>,
+}
+
+impl Victim {
+    fn new() -> Self {
+        // Thousands of files are written: on a disk, ext4 would write each of them out at once.
+        let folder = tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).unwrap();
+        for entry in std::fs::read_dir(golden("outside")).unwrap().map(Result::unwrap) {
+            std::fs::copy(entry.path(), folder.path().join(entry.file_name())).unwrap();
+        }
+        external().write(&ImageDir::open(folder.path()).unwrap(), 7, b"recv", b"send").unwrap();
+        let entries = std::fs::read_dir(folder.path()).unwrap().map(Result::unwrap);
+        let files = entries
+            .map(|e| (e.file_name().into_string().unwrap(), std::fs::read(e.path()).unwrap()))
+            .collect();
+        Self { folder, files }
+    }
+
+    fn put(&self, name: &str, content: &[u8]) {
+        std::fs::write(self.folder.path().join(name), content).unwrap();
+    }
+
+    /// Reads all that can be read, and returns the errors.
+    fn read(&self) -> Vec<ImageError> {
+        let dir = ImageDir::open(self.folder.path()).unwrap();
+        let mut errors = Vec::new();
+        let mut queues = Queues::default();
+        let index = Index::read(&dir).map_err(|e| errors.push(e)).ok();
+        for name in self.files.keys() {
+            let hex = name.strip_prefix("tcp-stream-").and_then(|rest| rest.strip_suffix(".img"));
+            let Some(ino) = hex.map(|hex| u32::from_str_radix(hex, 16).unwrap()) else { continue };
+            let state = index.as_ref().and_then(|i| i.connections.values().find(|c| c.ino == ino));
+            let state = state.map_or(State::Established, |found| found.state);
+            errors.extend(TcpStreamImage::read(&dir, ino, state, &mut queues).err());
+        }
+        errors.extend(ExternalImage::read(&dir, 7, &mut queues).err());
+        errors
+    }
+
+    /// Changes what the plugin changes. The files are whole again after [`restore`](Self::restore).
+    fn rewrite(&self) -> Vec<ImageError> {
+        let dir = ImageDir::open(self.folder.path()).unwrap();
+        let mut errors: Vec<_> = release_to_stock(&dir, Some("ours")).err().into_iter().collect();
+        errors.extend(strip_table(&dir, "inet", "quiet").err());
+        errors
+    }
+
+    fn restore(&self, name: &str) {
+        for name in [name, "inventory.img", "nftables-9.img"] {
+            self.put(name, &self.files[name]);
+        }
+    }
+}
+
+fn external() -> ExternalImage {
+    ExternalImage {
+        tuple: FourTuple { local: "[fe80::1%2]:1".parse().unwrap(), remote: "[fe80::2]:2".parse().unwrap() },
+        tcp: TcpState {
+            state: State::CloseWait,
+            recv_len: 4,
+            rcv_nxt: 1,
+            send_len: 4,
+            write_seq: 2,
+            unsent_len: 1,
+            options: Options { mask: 1, mss_clamp: 1440, wscale: None, timestamp: Some(9) },
+            window: None,
+        },
+        options: vec![SocketOption { level: 6, name: 1, value: vec![1, 0, 0, 0] }],
+        shut_rd: true,
+        usec_ts_known: true,
+    }
+}
+
+/// Where a container's messages end: a file cut there is a shorter, good one.
+fn message_ends(dir: &Path, name: &str, magic: Magic) -> Vec<usize> {
+    let mut reader = Reader::open(&ImageDir::open(dir).unwrap(), name, magic).unwrap();
+    let mut end = 8;
+    let mut ends = vec![end];
+    while let Some(message) = reader.next_bytes().unwrap() {
+        end += 4 + message.len();
+        ends.push(end);
+    }
+    ends
+}
+
+#[test]
+fn a_cut_file_is_an_error_that_names_it() {
+    let victim = Victim::new();
+    assert!(victim.read().is_empty() && victim.files.len() > 15);
+    for (name, content) in &victim.files {
+        let repeated = match name.split(['-', '.']).next().unwrap() {
+            "nftables" => continue, // text has no end of its own
+            "files" => message_ends(victim.folder.path(), name, Magic::Files),
+            "fdinfo" => message_ends(victim.folder.path(), name, Magic::Fdinfo),
+            "pstree" => message_ends(victim.folder.path(), name, Magic::Pstree),
+            "sk" => vec![8, 8 + 4 + 4 + 5], // after a packet's entry come its bytes
+            _ => Vec::new(),
+        };
+        for length in 0..content.len() {
+            victim.put(name, &content[..length]);
+            let errors = victim.read();
+            if repeated.contains(&length) {
+                continue;
+            }
+            assert!(!errors.is_empty(), "{name} cut to {length} bytes");
+            for error in errors {
+                let ImageError::Malformed { file, offset, .. } = &error else { panic!("{error}") };
+                assert!(file == name && *offset <= length as u64, "{name} cut to {length}: {error}");
+            }
+        }
+        victim.restore(name);
+    }
+}
+
+#[test]
+fn bytes_after_the_end_are_an_error() {
+    let victim = Victim::new();
+    for (name, content) in victim.files.iter().filter(|(n, _)| n.starts_with("tcp") || n.starts_with("soccr"))
+    {
+        victim.put(name, &[content, &b"x"[..]].concat());
+        let errors = victim.read();
+        let [ImageError::Malformed { file, offset, fault: Fault::Trailing(1) }] = &errors[..] else {
+            panic!("{name}: {errors:?}")
+        };
+        assert_eq!((file, *offset), (name, content.len() as u64));
+        victim.restore(name);
+    }
+}
+
+#[test]
+fn random_damage_is_survived() {
+    let seed = std::env::var("SOCCR_SEED").map_or_else(|_| Random::seed(), |s| s.parse().unwrap());
+    println!("SOCCR_SEED={seed}");
+    let mut random = Random { seed, count: 0 };
+    let victim = Victim::new();
+    let names: Vec<_> = victim.files.keys().collect();
+    let size: u64 = victim.files.values().map(|content| content.len() as u64).sum();
+    let mut errors = 0;
+    for _ in 0..3000 {
+        let name = names[random.below(names.len())];
+        let mut content = victim.files[name].clone();
+        damage(&mut content, &mut random);
+        victim.put(name, &content);
+        let peak = peak_of(|| errors += victim.read().len() + victim.rewrite().len());
+        assert!(peak < size + ALLOWANCE, "{name}: {peak} bytes of memory");
+        victim.restore(name);
+    }
+    assert!(errors > 500, "damage goes unnoticed: {errors} errors");
+    assert!(victim.read().is_empty());
+}
+
+/// Numbers that a seed determines.
+struct Random {
+    seed: u64,
+    count: u64,
+}
+
+impl Random {
+    fn seed() -> u64 {
+        RandomState::new().build_hasher().finish()
+    }
+
+    fn below(&mut self, limit: usize) -> usize {
+        self.count += 1;
+        let mut hasher = DefaultHasher::new();
+        hasher.write_u64(self.seed);
+        hasher.write_u64(self.count);
+        usize::try_from(hasher.finish() % limit as u64).unwrap()
+    }
+
+    fn byte(&mut self) -> u8 {
+        u8::try_from(self.below(256)).unwrap()
+    }
+}
+
+/// One to four changes: bits, bytes, words of interest, pieces removed or doubled.
+fn damage(content: &mut Vec<u8>, random: &mut Random) {
+    const WORDS: [u32; 8] = [0, 1, 0x7fff_ffff, 0x8000_0000, u32::MAX, u32::MAX - 3, 1 << 24, 0xffff];
+    for _ in 0..=random.below(4) {
+        let at = random.below(content.len() + 1);
+        let piece = at..(at + random.below(40)).min(content.len());
+        match random.below(5) {
+            0 => content.iter_mut().skip(at).take(1).for_each(|byte| *byte ^= 1 << random.below(8)),
+            1 => content.iter_mut().skip(at).take(1).for_each(|byte| *byte = random.byte()),
+            2 => {
+                let word = WORDS[random.below(WORDS.len())].to_le_bytes();
+                content.iter_mut().skip(at).zip(word).for_each(|(byte, new)| *byte = new);
+            }
+            3 => drop(content.drain(piece)),
+            _ => content.splice(at..at, content[piece].to_vec()).for_each(drop),
+        }
+    }
+}
+
+/// A length of ten million wherever one may stand: the memory it asks for is not taken.
+#[test]
+fn no_length_is_believed() {
+    const LENGTH: [u8; 4] = [0x80, 0xad, 0xe2, 0x04];
+    let victim = Victim::new();
+    for (name, content) in &victim.files {
+        for at in 0..content.len().saturating_sub(1) {
+            for key in [&[][..], &[0x5a], &[0x82, 0x01]] {
+                let mut content = content.clone();
+                content.splice(at..at, [key, &LENGTH].concat());
+                victim.put(name, &content);
+                let peak = peak_of(|| drop(victim.read()));
+                assert!(peak < 1 << 20, "{name}, byte {at}: {peak} bytes of memory");
+            }
+        }
+        victim.restore(name);
+    }
+}
+
+fn container(magic: Magic, message: &[u8], times: usize) -> Vec<u8> {
+    let mut out = COMMON.to_le_bytes().to_vec();
+    out.extend((magic as u32).to_le_bytes());
+    for _ in 0..times {
+        out.extend(u32::try_from(message.len()).unwrap().to_le_bytes());
+        out.extend(message);
+    }
+    out
+}
+
+#[test]
+fn memory_is_bounded_by_the_file() {
+    const MIB: usize = 1 << 20;
+    let name = |kind: &str| {
+        let victim = Victim::new();
+        victim.files.keys().find(|n| n.starts_with(kind)).unwrap().clone()
+    };
+    for (name, content) in [
+        // A length that the file does not have.
+        (name("tcp-stream"), [&container(Magic::TcpStream, &[], 0)[..], &[0xff; 4]].concat()),
+        // Queues that the file does not have.
+        (name("tcp-stream"), {
+            let message = [0x08, 0xff, 0xff, 0xff, 0xff, 0x0f, 0x10, 0, 0x18, 0, 0x20, 0];
+            let rest = [0x28, 0, 0x30, 0, 0x38, 0, 0x60, 0];
+            container(Magic::TcpStream, &[&message[..], &rest].concat(), 1)
+        }),
+        // Unknown fields, each of which would be a vector of its own.
+        (name("tcp-stream"), container(Magic::TcpStream, &[0xfa, 0x07, 0].repeat(MIB), 1)),
+        (name("tcp-stream"), container(Magic::TcpStream, &[0xfa, 0x07, 0].repeat(MIB / 13), 1)),
+        ("inventory.img".into(), {
+            let message = [0xfa, 0x07, 0].repeat(8 * MIB);
+            let mut out = (Magic::Inventory as u32).to_le_bytes().to_vec();
+            out.extend(u32::try_from(message.len()).unwrap().to_le_bytes());
+            [out, message].concat()
+        }),
+        ("files.img".into(), container(Magic::Files, &[0x1a, 0].repeat(10 * MIB), 1)),
+        (
+            "files.img".into(),
+            container(Magic::Files, &[&[0x22, 0x80, 0x80, 1][..], &[0x58, 0].repeat(8192)].concat(), 600),
+        ),
+        (name("core"), container(Magic::Core, &[0x12, 0].repeat(10 * MIB), 1)),
+        ("pstree.img".into(), container(Magic::Pstree, &[0x28, 1].repeat(10 * MIB), 1)),
+        // Empty submessages, the largest that are decoded, and a longer one.
+        ("sk-queues.img".into(), container(Magic::SkQueues, &[0x22, 0].repeat(128 << 10), 1)),
+        ("sk-queues.img".into(), container(Magic::SkQueues, &[0x22, 0].repeat(MIB), 1)),
+        // Many good entries.
+        (name("fdinfo"), container(Magic::Fdinfo, &[0x08, 1, 0x10, 0, 0x18, 4, 0x20, 9], MIB)),
+        (
+            "sk-queues.img".into(),
+            container(Magic::SkQueues, &[0x08, 1, 0x10, 0, 0x22, 4, 0x08, 1, 0x10, 1], MIB / 8),
+        ),
+    ] {
+        let victim = Victim::new();
+        victim.put(&name, &content);
+        let peak = peak_of(|| {
+            victim.read();
+            victim.rewrite();
+        });
+        let limit = content.len() as u64 + ALLOWANCE;
+        assert!(peak < limit, "{name} of {} bytes: {peak} bytes of memory", content.len());
+        println!("{name} of {} bytes: {peak} bytes of memory", content.len());
+    }
+}
+
+#[test]
+fn the_inventory_is_whole_after_any_rewrite() {
+    let victim = Victim::new();
+    let dir = ImageDir::open(victim.folder.path()).unwrap();
+    for length in 0..victim.files["inventory.img"].len() {
+        victim.put("inventory.img", &victim.files["inventory.img"][..length]);
+        assert!(release_to_stock(&dir, Some("ours")).is_err());
+        let left = std::fs::read(victim.folder.path().join("inventory.img")).unwrap();
+        assert_eq!(left, victim.files["inventory.img"][..length], "a file that is wrong was changed");
+    }
+    victim.restore("inventory.img");
+    release_to_stock(&dir, Some("ours")).unwrap();
+    assert_eq!(Inventory::read(&dir).unwrap().dump_run_id.as_deref(), Some("ours"));
+}
