@@ -15,13 +15,12 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 
 use crate::connection::{FourTuple, State};
-use crate::kernel::netns_stub::NetNs;
+use crate::kernel::netns::{NetNs, NetNsError};
 use crate::kernel::{SysError, raw, sockopt, tcp};
 use stub::LockError;
 use stub::Passage;
 
-/// `SOCCR_MARK`: packets with this mark pass the network lock, stock CRIU's and ours.
-pub const MARK: u32 = 0xC114;
+pub use crate::lock::MARK;
 
 /// A segment from the peer: FIN and ACK, or ACK alone.
 #[derive(Clone, Copy, Debug)]
@@ -47,8 +46,8 @@ pub enum ForgeError {
     #[error("cannot open a way through the firewall for the forged segment: {0}")]
     Passage(#[from] LockError),
     /// The network namespace could not be entered.
-    #[error("cannot enter the socket's network namespace: {0}")]
-    Namespace(#[from] std::io::Error),
+    #[error("cannot work in the socket's network namespace: {0}")]
+    Namespace(#[from] NetNsError),
     /// The socket did not react.
     #[error(
         "the forged {segment} did not reach the socket, which stays in state {state}: a firewall rule drops it"

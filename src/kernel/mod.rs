@@ -5,7 +5,8 @@
 #![allow(unsafe_code)]
 
 pub mod addr;
-pub mod netns_stub;
+pub mod netlink;
+pub mod netns;
 pub mod process;
 pub mod raw;
 pub mod sockopt;

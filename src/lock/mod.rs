@@ -1,1 +1,234 @@
-//! The network lock.
+//! The network lock: no packet of the chosen connections passes, in either direction, while their
+//! sockets are read, gone, or not yet restored.
+//!
+//! A connection whose socket is gone is answered with a reset as soon as its peer sends, and a
+//! socket that is read while packets arrive has no one state. So the lock comes first and goes
+//! last. All connections of one network namespace are locked by one transaction: it is there for
+//! all of them at once or, after an error, for none, and its cost per connection is constant.
+//!
+//! Packets that carry the mark [`MARK`] pass: they are the segments that soccr forges itself.
+//!
+//! ```no_run
+//! # use soccr::{connection::FourTuple, kernel::netns::NetNs, lock::*};
+//! # fn f(socket: std::os::fd::BorrowedFd, tuples: &[FourTuple]) -> Result<(), Box<dyn std::error::Error>> {
+//! let ns = NetNs::of_socket(socket)?;
+//! let lock = NetworkLock::lock(&ns, &LockName::criu("1f3a")?, tuples, &LockOptions::from_env()?)?;
+//! // … read the sockets; then either
+//! lock.unlock()?; // they live on here, or
+//! # let lock = NetworkLock::lock(&ns, &LockName::criu("1f3a")?, tuples, &LockOptions::from_env()?)?;
+//! lock.keep(); // they are gone, and who restores them unlocks
+//! # Ok(()) }
+//! ```
+
+mod iptables;
+mod name;
+mod nft;
+mod options;
+mod xtables;
+
+use crate::connection::FourTuple;
+use crate::kernel::netns::NetNs;
+
+pub use name::{BadLockName, LockName};
+pub use nft::{MARK, NftError};
+pub use options::{BadOption, LEASE_VARIABLE, LockOptions, METHOD_VARIABLE, Method};
+pub use xtables::XtablesError;
+
+/// A lock could not be set, changed, listed or removed.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum LockError {
+    /// The kernel has no nf_tables.
+    #[error(
+        "cannot {action} in {ns}: this kernel has no nf_tables; load the modules nf_tables and nf_tables_inet, \
+         or choose iptables with {METHOD_VARIABLE}=iptables"
+    )]
+    NoNftables {
+        /// What was tried, with the lock's name.
+        action: String,
+        /// The namespace.
+        ns: NetNs,
+    },
+    /// nf_tables failed; nothing was changed.
+    #[error("cannot {action} in {ns}")]
+    Nftables {
+        /// What was tried, with the lock's name.
+        action: String,
+        /// The namespace.
+        ns: NetNs,
+        /// Why.
+        source: NftError,
+    },
+    /// iptables or ip6tables failed. Each changes all or nothing, and what iptables did is undone
+    /// as far as possible when ip6tables fails.
+    #[error("cannot {action} in {ns}")]
+    Iptables {
+        /// What was tried, with the lock's name.
+        action: String,
+        /// The namespace.
+        ns: NetNs,
+        /// Why.
+        source: XtablesError,
+    },
+    /// Only nf_tables can end a lock by itself.
+    #[error("a lease ({LEASE_VARIABLE}) needs {METHOD_VARIABLE}=nftables: iptables rules do not expire")]
+    LeaseNeedsNftables,
+    /// One end is IPv4, the other IPv6: no packet looks like that.
+    #[error("cannot lock {0}: its ends are of different families")]
+    MixedFamilies(FourTuple),
+}
+
+/// A lock that was found in a namespace.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LockInfo {
+    /// The method: how to remove it.
+    pub method: Method,
+    /// Its name. Of an iptables lock only the id is known; the prefix is a guess.
+    pub name: LockName,
+    /// Set elements, or rules that drop: two for a connection, or one for each direction of those
+    /// that have both ends in the namespace.
+    pub entries: usize,
+}
+
+/// Connections of one network namespace, locked. Dropping it unlocks, as far as that works.
+#[derive(Debug)]
+#[must_use = "dropping a lock unlocks"]
+pub struct NetworkLock {
+    ns: NetNs,
+    name: LockName,
+    options: LockOptions,
+    armed: bool,
+}
+
+impl NetworkLock {
+    /// Locks `tuples` in `ns`, all or none, under `name`. A lock of that name that is there already
+    /// is replaced at one stroke: what both lock stays locked throughout (with iptables, where
+    /// the families are apart, for each family).
+    ///
+    /// # Errors
+    /// [`LockError`]; nothing was changed then.
+    pub fn lock(
+        ns: &NetNs,
+        name: &LockName,
+        tuples: &[FourTuple],
+        options: &LockOptions,
+    ) -> Result<Self, LockError> {
+        match options.method {
+            Method::Nftables => nft::lock(ns, name, tuples, options.lease)?,
+            Method::Iptables if options.lease.is_some() => return Err(LockError::LeaseNeedsNftables),
+            Method::Iptables => iptables::lock(ns, name, tuples)?,
+            Method::Skip => log::warn!("{ns}: connections are not locked ({METHOD_VARIABLE}=skip)"),
+        }
+        Ok(Self::adopt(ns, name, options))
+    }
+
+    /// Takes over a lock that is there already, such as one that was [kept](Self::keep) at the
+    /// dump; nothing is looked at or changed.
+    pub fn adopt(ns: &NetNs, name: &LockName, options: &LockOptions) -> Self {
+        Self { ns: ns.clone(), name: name.clone(), options: *options, armed: true }
+    }
+
+    /// Locks more connections; those locked already stay as they are.
+    ///
+    /// # Errors
+    /// [`LockError`]; nothing was changed then.
+    pub fn add(&mut self, tuples: &[FourTuple]) -> Result<(), LockError> {
+        match self.options.method {
+            Method::Nftables => nft::add(&self.ns, &self.name, tuples),
+            Method::Iptables => iptables::add(&self.ns, &self.name, tuples),
+            Method::Skip => Ok(()),
+        }
+    }
+
+    /// Removes the lock. `false`: somebody else had removed it already.
+    ///
+    /// # Errors
+    /// [`LockError`]; the lock is still there, and is not tried again.
+    pub fn unlock(mut self) -> Result<bool, LockError> {
+        self.armed = false;
+        remove(&self.ns, self.options.method, &self.name)
+    }
+
+    /// Leaves the lock where it is, for whoever restores the connections.
+    pub fn keep(mut self) {
+        self.armed = false;
+    }
+
+    /// The namespace.
+    #[must_use]
+    pub fn namespace(&self) -> &NetNs {
+        &self.ns
+    }
+
+    /// The name.
+    #[must_use]
+    pub fn name(&self) -> &LockName {
+        &self.name
+    }
+}
+
+impl Drop for NetworkLock {
+    fn drop(&mut self) {
+        if !self.armed {
+            return;
+        }
+        if let Err(error) = remove(&self.ns, self.options.method, &self.name) {
+            log::error!("the network lock stays: {}", crate::lock::chain(&error));
+        }
+    }
+}
+
+/// Removes the lock `name`, whoever made it. `false`: there was none.
+///
+/// # Errors
+/// [`LockError`]; the lock is still there.
+pub fn remove(ns: &NetNs, method: Method, name: &LockName) -> Result<bool, LockError> {
+    match method {
+        Method::Nftables => nft::remove(ns, name),
+        Method::Iptables => iptables::remove(ns, name),
+        Method::Skip => Ok(true),
+    }
+}
+
+/// Makes the lock `to` for `tuples` and removes the lock `from`, which must exist: in one
+/// transaction with nf_tables, the new one first with iptables.
+///
+/// # Errors
+/// [`LockError`]; with nf_tables nothing was changed then.
+pub fn rename(
+    ns: &NetNs,
+    from: &LockName,
+    to: &LockName,
+    tuples: &[FourTuple],
+    options: &LockOptions,
+) -> Result<NetworkLock, LockError> {
+    match options.method {
+        Method::Nftables => {
+            nft::rename(ns, from, to, tuples, options.lease)?;
+            Ok(NetworkLock::adopt(ns, to, options))
+        }
+        Method::Iptables | Method::Skip => {
+            let new = NetworkLock::lock(ns, to, tuples, options)?;
+            if from.id() != to.id() {
+                remove(ns, options.method, from)?; // else they are the same chain
+            }
+            Ok(new)
+        }
+    }
+}
+
+/// All locks in `ns`: those of soccr, and those that stock CRIU made in nf_tables.
+///
+/// # Errors
+/// [`LockError`]. A kernel without nf_tables has none of these, which is no error.
+pub fn list(ns: &NetNs) -> Result<Vec<LockInfo>, LockError> {
+    let mut locks = nft::list(ns)?;
+    locks.extend(iptables::list(ns)?);
+    Ok(locks)
+}
+
+/// An error with all its causes, in one line.
+fn chain(error: &dyn std::error::Error) -> String {
+    let causes = std::iter::successors(Some(error), |e| e.source());
+    causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
+}

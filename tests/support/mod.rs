@@ -4,7 +4,7 @@
 #![allow(unsafe_code, clippy::missing_panics_doc)]
 
 use std::fs;
-use std::io::Read;
+use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsRawFd;
 use std::time::Duration;
@@ -24,6 +24,8 @@ pub fn in_own_network(body: impl FnOnce() + std::panic::UnwindSafe) {
     match unsafe { fork() }.expect("fork") {
         ForkResult::Child => {
             nix::unistd::alarm::set(TIMEOUT_SECONDS);
+            // The harness's captured output is in the parent; what is wrong has to be seen.
+            std::panic::set_hook(Box::new(|panic| drop(writeln!(std::io::stderr(), "{panic}"))));
             let code = match enter() {
                 Ok(()) => i32::from(std::panic::catch_unwind(body).is_err()),
                 Err(error) => {

@@ -1,0 +1,112 @@
+//! The netfilter netlink socket: whole messages in, whole messages out.
+
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+
+use nix::errno::Errno;
+use nix::sys::socket::{MsgFlags, send};
+
+use super::sockopt::{self, Buffer};
+use super::{SysError, SysResult};
+
+/// Below this a send buffer needs no raising: half of what kernels give by default.
+const DEFAULT_BUFFER: i32 = 106_496;
+
+/// A netlink socket of netfilter (`NETLINK_NETFILTER`), bound to the network namespace that the
+/// thread was in when it was opened, wherever the thread goes afterwards.
+#[derive(Debug)]
+pub struct NetfilterSocket {
+    fd: OwnedFd,
+}
+
+impl NetfilterSocket {
+    /// Opens a socket in the calling thread's network namespace.
+    ///
+    /// # Errors
+    /// EPROTONOSUPPORT where the kernel has no netfilter netlink at all.
+    pub fn open() -> SysResult<Self> {
+        let fd = sockopt::socket(libc::AF_NETLINK, libc::SOCK_RAW, libc::NETLINK_NETFILTER)?;
+        let socket = Self { fd };
+        // Only the header of a refused message comes back (Linux 4.3), not its 50 KiB of elements,
+        // so that a few answers cannot overrun the receive buffer.
+        socket.set(libc::NETLINK_CAP_ACK, "set NETLINK_CAP_ACK")?;
+        // The kernel's own words for a refusal (Linux 4.12); an older kernel gives the number alone.
+        let _ = socket.set(libc::NETLINK_EXT_ACK, "set NETLINK_EXT_ACK");
+        Ok(socket)
+    }
+
+    fn set(&self, option: libc::c_int, call: &'static str) -> SysResult<()> {
+        sockopt::set(self.fd.as_fd(), libc::SOL_NETLINK, option, &1_i32, call)
+    }
+
+    /// Sends `messages` in one call: the kernel takes them as one skb, which is what makes a
+    /// netfilter batch one transaction. It has worked through all of them when this returns.
+    ///
+    /// # Errors
+    /// EMSGSIZE: more bytes than the send buffer may hold (`net.core.wmem_max`, twice, for a
+    /// process without CAP_NET_ADMIN in the initial user namespace). EPERM: no CAP_NET_ADMIN here.
+    pub fn send(&self, messages: &[u8]) -> SysResult<()> {
+        self.make_room(messages.len());
+        let sent = send(self.fd.as_raw_fd(), messages, MsgFlags::empty())
+            .map_err(|errno| SysError { call: "send to nf_tables", errno })?;
+        if sent == messages.len() {
+            Ok(())
+        } else {
+            Err(SysError { call: "send to nf_tables", errno: Errno::EMSGSIZE })
+        }
+    }
+
+    /// A message may be as long as the send buffer less 32 bytes. Where the buffer may not be
+    /// raised that far, [`Self::send`] gets EMSGSIZE and says so.
+    fn make_room(&self, len: usize) {
+        let size = i32::try_from(len).unwrap_or(i32::MAX).saturating_mul(2);
+        if size > DEFAULT_BUFFER {
+            let _ = sockopt::set_buffer_size(self.fd.as_fd(), Buffer::Send, size);
+        }
+    }
+
+    /// Receives the next datagram of the kernel's answer, `None` when there is no more. Never
+    /// waits: the kernel puts every answer to a request in the queue before it returns from the
+    /// request, and the next part of a dump before it returns from this call.
+    ///
+    /// # Errors
+    /// ENOBUFS: answers were lost. EMSGSIZE: `buffer` is too small for a datagram.
+    pub fn receive(&self, buffer: &mut [u8]) -> SysResult<Option<usize>> {
+        const CALL: &str = "receive from nf_tables";
+        loop {
+            let (len, sender) = match self.receive_from(buffer) {
+                Ok(got) => got,
+                Err(Errno::EAGAIN) => return Ok(None),
+                Err(Errno::EINTR) => continue,
+                Err(errno) => return Err(SysError { call: CALL, errno }),
+            };
+            if sender != 0 {
+                continue; // any process may write to our address; only port 0 is the kernel
+            }
+            if len > buffer.len() {
+                return Err(SysError { call: CALL, errno: Errno::EMSGSIZE });
+            }
+            return Ok(Some(len));
+        }
+    }
+
+    /// The datagram's own length, which may exceed the buffer's, and the sender's port.
+    fn receive_from(&self, buffer: &mut [u8]) -> Result<(usize, u32), Errno> {
+        // SAFETY: all zeroes is a valid sockaddr_nl.
+        let mut from: libc::sockaddr_nl = unsafe { std::mem::zeroed() };
+        let mut from_len =
+            libc::socklen_t::try_from(size_of::<libc::sockaddr_nl>()).map_err(|_| Errno::EINVAL)?;
+        // SAFETY: the kernel writes at most `buffer.len()` bytes to the buffer and at most
+        // `from_len` bytes to the address; both are live and that long.
+        let len = unsafe {
+            libc::recvfrom(
+                self.fd.as_raw_fd(),
+                buffer.as_mut_ptr().cast(),
+                buffer.len(),
+                libc::MSG_DONTWAIT | libc::MSG_TRUNC,
+                (&raw mut from).cast(),
+                &raw mut from_len,
+            )
+        };
+        Ok((usize::try_from(len).map_err(|_| Errno::last())?, from.nl_pid))
+    }
+}

@@ -1,0 +1,102 @@
+//! The name of a lock.
+
+use std::fmt;
+use std::str::FromStr;
+
+/// A lock's name: the nf_tables table `inet NAME`, such as `CRIU-1f3a`, or `soccr-1f3a`.
+///
+/// With iptables the lock is a chain `SOCCR-ID`, where the ID is what follows the prefix.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct LockName(String);
+
+/// Text that cannot name a lock. Names come out of images, so they are not trusted.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "{0:?} cannot name a network lock: it takes \"CRIU-\" or \"soccr-\", then letters, digits, '-', '_' or '.', \
+     {max} characters in all",
+    max = LockName::MAX_LEN
+)]
+pub struct BadLockName(String);
+
+impl LockName {
+    /// Stock CRIU has room for 31 characters in `inet NAME`.
+    pub const MAX_LEN: usize = 31 - "inet ".len();
+    /// The prefix of stock CRIU's tables: of the locks that stock CRIU shall be able to remove.
+    pub const CRIU: &str = "CRIU-";
+    /// The prefix of locks that are soccr's own business.
+    pub const SOCCR: &str = "soccr-";
+
+    /// `CRIU-<id>`: what stock CRIU removes when `id` is its image's `dump_criu_run_id`.
+    ///
+    /// # Errors
+    /// [`BadLockName`]; the id has at most 21 characters.
+    pub fn criu(id: &str) -> Result<Self, BadLockName> {
+        format!("{}{id}", Self::CRIU).parse()
+    }
+
+    /// `soccr-<id>`, which nobody but soccr removes.
+    ///
+    /// # Errors
+    /// [`BadLockName`]; the id has at most 20 characters.
+    pub fn soccr(id: &str) -> Result<Self, BadLockName> {
+        format!("{}{id}", Self::SOCCR).parse()
+    }
+
+    /// The table's name.
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+
+    /// What follows the prefix.
+    #[must_use]
+    pub fn id(&self) -> &str {
+        Self::strip_prefix(&self.0).unwrap_or(&self.0)
+    }
+
+    fn strip_prefix(name: &str) -> Option<&str> {
+        name.strip_prefix(Self::CRIU).or_else(|| name.strip_prefix(Self::SOCCR))
+    }
+}
+
+impl FromStr for LockName {
+    type Err = BadLockName;
+
+    fn from_str(text: &str) -> Result<Self, BadLockName> {
+        let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
+        let good = text.len() <= Self::MAX_LEN
+            && Self::strip_prefix(text).is_some_and(|id| !id.is_empty() && id.chars().all(plain));
+        if good { Ok(Self(text.to_owned())) } else { Err(BadLockName(text.to_owned())) }
+    }
+}
+
+impl fmt::Display for LockName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_id_has_at_most_21_characters() {
+        assert_eq!(LockName::criu(&"x".repeat(21)).unwrap().to_string().len(), 26);
+        assert!(LockName::criu(&"x".repeat(22)).is_err());
+    }
+
+    #[test]
+    fn the_id_is_what_follows_the_prefix() {
+        assert_eq!(LockName::criu("12-a").unwrap().id(), "12-a");
+        assert_eq!(LockName::soccr("b").unwrap().id(), "b");
+    }
+
+    #[test]
+    fn nothing_that_nft_or_iptables_would_read_as_syntax() {
+        for id in ["", "a b", "a;flush", "a\n", "ä", "a\"", "a{", "a\0"] {
+            assert!(LockName::criu(id).is_err(), "{id:?}");
+        }
+        assert!("filter".parse::<LockName>().is_err());
+    }
+}

@@ -1,0 +1,141 @@
+//! The network lock in nf_tables, over netlink.
+
+mod abi;
+mod client;
+mod expr;
+mod table;
+mod wire;
+
+use std::time::Duration;
+
+use nix::errno::Errno;
+
+use super::{LockError, LockInfo, LockName, Method};
+use crate::connection::FourTuple;
+use crate::kernel::netns::NetNs;
+use table::Keys;
+use wire::Malformed;
+
+pub use client::NftError;
+pub(super) use client::{Client, Transaction};
+pub use expr::MARK;
+
+/// See [`super::NetworkLock::lock`].
+pub(super) fn lock(
+    ns: &NetNs,
+    name: &LockName,
+    tuples: &[FourTuple],
+    lease: Option<Duration>,
+) -> Result<(), LockError> {
+    let keys = Keys::of(tuples)?;
+    let mut transaction = Transaction::new();
+    table::replace(&mut transaction, name.as_str(), &keys, lease);
+    commit(ns, transaction).map_err(|e| failed("set", name, ns, e))
+}
+
+/// See [`super::NetworkLock::add`].
+pub(super) fn add(ns: &NetNs, name: &LockName, tuples: &[FourTuple]) -> Result<(), LockError> {
+    let keys = Keys::of(tuples)?;
+    let mut transaction = Transaction::new();
+    table::add(&mut transaction, name.as_str(), &keys);
+    commit(ns, transaction).map_err(|e| failed("add to", name, ns, e))
+}
+
+/// See [`super::rename`].
+pub(super) fn rename(
+    ns: &NetNs,
+    from: &LockName,
+    to: &LockName,
+    tuples: &[FourTuple],
+    lease: Option<Duration>,
+) -> Result<(), LockError> {
+    if from == to {
+        return lock(ns, to, tuples, lease);
+    }
+    let keys = Keys::of(tuples)?;
+    let mut transaction = Transaction::new();
+    table::replace(&mut transaction, to.as_str(), &keys, lease);
+    table::delete(&mut transaction, from.as_str());
+    commit(ns, transaction).map_err(|e| failed("rename", from, ns, e))
+}
+
+/// See [`super::remove`].
+pub(super) fn remove(ns: &NetNs, name: &LockName) -> Result<bool, LockError> {
+    let mut transaction = Transaction::new();
+    table::delete(&mut transaction, name.as_str());
+    match commit(ns, transaction) {
+        Ok(()) => Ok(true),
+        Err(e) if e.is(Errno::ENOENT) => Ok(false),
+        Err(e) => Err(failed("remove", name, ns, e)),
+    }
+}
+
+/// See [`super::list`].
+pub(super) fn list(ns: &NetNs) -> Result<Vec<LockInfo>, LockError> {
+    match list_tables(ns) {
+        Err(NftError::Missing) => Ok(Vec::new()),
+        other => other.map_err(|source| LockError::Nftables {
+            action: "list network locks".into(),
+            ns: ns.clone(),
+            source,
+        }),
+    }
+}
+
+fn list_tables(ns: &NetNs) -> Result<Vec<LockInfo>, NftError> {
+    let client = Client::open(ns)?;
+    let names = client.dump(
+        "list tables",
+        libc::NFT_MSG_GETTABLE,
+        table::FAMILY,
+        |_| (),
+        |_, table| Ok(table.require(abi::table::NAME)?.str()?.parse::<LockName>().ok()),
+    );
+    let names = match names {
+        Err(e) if e.is(Errno::EINVAL) => return Err(NftError::Missing), // no such subsystem of nfnetlink
+        other => other?,
+    };
+    let info = |name: LockName| {
+        let entries = table::SETS
+            .iter()
+            .map(|set| count_elements(&client, name.as_str(), set))
+            .sum::<Result<_, _>>()?;
+        Ok(LockInfo { method: Method::Nftables, name, entries })
+    };
+    names.into_iter().map(info).collect()
+}
+
+fn count_elements(client: &Client, table: &str, set: &str) -> Result<usize, NftError> {
+    let filter = |w: &mut wire::Writer| {
+        w.put_str(abi::element_list::TABLE, table);
+        w.put_str(abi::element_list::SET, set);
+    };
+    let count = |_, part: wire::Attributes<'_>| -> Result<Option<usize>, Malformed> {
+        let elements = part.find(abi::element_list::ELEMENTS)?;
+        let mut n = 0;
+        for element in elements.into_iter().flat_map(wire::Value::nested) {
+            element?;
+            n += 1;
+        }
+        Ok(Some(n))
+    };
+    let parts =
+        client.dump("list a lock's connections", libc::NFT_MSG_GETSETELEM, table::FAMILY, filter, count);
+    match parts {
+        Ok(parts) => Ok(parts.into_iter().sum()),
+        Err(e) if e.is(Errno::ENOENT) => Ok(0), // another program's table, or gone since
+        Err(e) => Err(e),
+    }
+}
+
+fn commit(ns: &NetNs, transaction: Transaction) -> Result<(), NftError> {
+    Client::open(ns)?.commit(transaction)
+}
+
+fn failed(verb: &str, name: &LockName, ns: &NetNs, source: NftError) -> LockError {
+    let (action, ns) = (format!("{verb} the network lock {name}"), ns.clone());
+    match source {
+        NftError::Missing => LockError::NoNftables { action, ns },
+        source => LockError::Nftables { action, ns, source },
+    }
+}

@@ -1,0 +1,312 @@
+//! The lock as nf_tables has it: one table of family `inet` per dump and namespace.
+//!
+//! ```text
+//! table inet CRIU-ID {
+//!     set conns4 { type ipv4_addr . inet_service . ipv4_addr . inet_service; elements = { … } }
+//!     set conns6 { type ipv6_addr . inet_service . ipv6_addr . inet_service; elements = { … } }
+//!     chain output {
+//!         type filter hook output priority raw; policy accept;
+//!         meta mark 0x0000c114 accept
+//!         ip saddr . tcp sport . ip daddr . tcp dport @conns4 drop
+//!         ip6 saddr . tcp sport . ip6 daddr . tcp dport @conns6 drop
+//!     }
+//!     chain input { type filter hook input priority 300; policy accept; …the same rules… }
+//! }
+//! ```
+//!
+//! Which packets are locked ([`Keys`], the sets) is kept apart from what happens to them and where
+//! ([`Policy`], the chains), so that another policy needs no other sets.
+
+use std::time::Duration;
+
+use super::abi;
+use super::client::Transaction;
+use super::expr::{Base, Expressions, Verdict, number};
+use super::wire::Writer;
+use crate::connection::FourTuple;
+use crate::lock::LockError;
+use std::net::SocketAddr;
+
+/// `NFPROTO_INET`: the table sees IPv4 and IPv6.
+#[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // the constant is 1
+pub const FAMILY: u8 = libc::NFPROTO_INET as u8;
+
+/// A chain: where in the packet's way the policy acts.
+struct Hook {
+    chain: &'static str,
+    hook: libc::c_int,
+    priority: i32,
+}
+
+/// What becomes of locked packets, and where.
+struct Policy {
+    hooks: &'static [Hook],
+    verdict: Verdict,
+}
+
+/// Drops them where sockets see them as they are: with a NAT in between, the socket's addresses are
+/// those *before* the address is rewritten on the way out (`dstnat`, -100) and *after* it is
+/// rewritten back on the way in (`srcnat`, 100). Before `mangle` (-150), the mark is still ours, too.
+const DROP: Policy = Policy {
+    hooks: &[
+        Hook { chain: "output", hook: libc::NF_INET_LOCAL_OUT, priority: -300 },
+        Hook { chain: "input", hook: libc::NF_INET_LOCAL_IN, priority: 300 },
+    ],
+    verdict: Verdict::Drop,
+};
+
+const V4_KEY: usize = 16;
+const V6_KEY: usize = 40;
+
+/// A set of connections, and how to find a packet's own key: source address, source port,
+/// destination address, destination port, each padded to four bytes.
+struct Selector {
+    set: &'static str,
+    id: u32,
+    address: u32,
+    key_len: u32,
+    nfproto: u8,
+    /// Offset in the IP header, and bytes, of the source and the destination address.
+    source: u32,
+    destination: u32,
+    address_len: u32,
+}
+
+#[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // constants: 2, 10, 16, 40
+const V4: Selector = Selector {
+    set: "conns4",
+    id: 1,
+    address: abi::datatype::IPV4_ADDR,
+    key_len: V4_KEY as u32,
+    nfproto: libc::NFPROTO_IPV4 as u8,
+    source: 12,
+    destination: 16,
+    address_len: 4,
+};
+
+#[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // as above
+const V6: Selector = Selector {
+    set: "conns6",
+    id: 2,
+    address: abi::datatype::IPV6_ADDR,
+    key_len: V6_KEY as u32,
+    nfproto: libc::NFPROTO_IPV6 as u8,
+    source: 8,
+    destination: 24,
+    address_len: 16,
+};
+
+/// The names of the sets, here and in stock CRIU's tables.
+pub const SETS: [&str; 2] = [V4.set, V6.set];
+
+/// Elements in one message: their list is one attribute, whose length is 16 bits.
+const ELEMENTS_PER_MESSAGE: usize = 1024;
+const _: () = assert!(ELEMENTS_PER_MESSAGE * (V6_KEY + 3 * 4) + 4 <= u16::MAX as usize);
+
+/// The set elements of some connections: both directions of each, each only once.
+#[derive(Debug, Default)]
+pub struct Keys {
+    v4: Vec<[u8; V4_KEY]>,
+    v6: Vec<[u8; V6_KEY]>,
+}
+
+impl Keys {
+    /// The elements for these connections.
+    pub fn of(tuples: &[FourTuple]) -> Result<Self, LockError> {
+        let mut keys = Self::default();
+        for tuple in tuples {
+            let wire = tuple.on_wire();
+            let both = keys.push(wire.local, wire.remote) && keys.push(wire.remote, wire.local);
+            if !both {
+                return Err(LockError::MixedFamilies(*tuple));
+            }
+        }
+        // Both ends of a connection within one namespace have the same two elements.
+        keys.v4.sort_unstable();
+        keys.v4.dedup();
+        keys.v6.sort_unstable();
+        keys.v6.dedup();
+        Ok(keys)
+    }
+
+    /// Whether source and destination are of one family.
+    fn push(&mut self, source: SocketAddr, destination: SocketAddr) -> bool {
+        match (source, destination) {
+            (SocketAddr::V4(s), SocketAddr::V4(d)) => {
+                self.v4.push(key(s.ip().octets(), s.port(), d.ip().octets(), d.port()));
+            }
+            (SocketAddr::V6(s), SocketAddr::V6(d)) => {
+                self.v6.push(key(s.ip().octets(), s.port(), d.ip().octets(), d.port()));
+            }
+            _ => return false,
+        }
+        true
+    }
+}
+
+fn key<const A: usize, const K: usize>(
+    source: [u8; A],
+    sport: u16,
+    destination: [u8; A],
+    dport: u16,
+) -> [u8; K] {
+    const { assert!(K == 2 * (A + 4)) };
+    let mut key = [0; K];
+    let (from, to) = key.split_at_mut(A + 4);
+    for (half, address, port) in [(from, source, sport), (to, destination, dport)] {
+        half[..A].copy_from_slice(&address);
+        half[A..A + 2].copy_from_slice(&port.to_be_bytes());
+    }
+    key
+}
+
+/// Adds the steps that make the table `name` hold exactly these elements, whether it exists or not.
+pub fn replace(transaction: &mut Transaction, name: &str, keys: &Keys, lease: Option<Duration>) {
+    // Deleting what is not there would fail, so it is made first; nothing of this shows outside.
+    create_table(transaction, name, libc::NLM_F_CREATE);
+    delete(transaction, name);
+    create(transaction, name, keys, lease);
+}
+
+/// Adds the steps that make the table `name`, which must not exist.
+pub fn create(transaction: &mut Transaction, name: &str, keys: &Keys, lease: Option<Duration>) {
+    create_table(transaction, name, libc::NLM_F_CREATE | libc::NLM_F_EXCL);
+    for selector in [&V4, &V6] {
+        create_set(transaction, name, selector, lease);
+    }
+    add(transaction, name, keys);
+    for hook in DROP.hooks {
+        create_chain(transaction, name, hook);
+        create_rules(transaction, name, hook.chain, DROP.verdict);
+    }
+}
+
+/// Adds the step that deletes the table `name` with all that is in it; it must exist.
+pub fn delete(transaction: &mut Transaction, name: &str) {
+    transaction.step("delete the lock's table", libc::NFT_MSG_DELTABLE, 0, FAMILY, |w| {
+        w.put_str(abi::table::NAME, name);
+    });
+}
+
+/// Adds the steps that put more elements into the table `name`; those already there are left alone.
+pub fn add(transaction: &mut Transaction, name: &str, keys: &Keys) {
+    for chunk in keys.v4.chunks(ELEMENTS_PER_MESSAGE) {
+        add_elements(transaction, name, &V4, chunk);
+    }
+    for chunk in keys.v6.chunks(ELEMENTS_PER_MESSAGE) {
+        add_elements(transaction, name, &V6, chunk);
+    }
+}
+
+fn create_table(transaction: &mut Transaction, name: &str, flags: libc::c_int) {
+    transaction.step("create the lock's table", libc::NFT_MSG_NEWTABLE, flags, FAMILY, |w| {
+        w.put_str(abi::table::NAME, name);
+        w.put_u32(abi::table::FLAGS, 0);
+    });
+}
+
+fn create_set(transaction: &mut Transaction, table: &str, selector: &Selector, lease: Option<Duration>) {
+    let flags = libc::NLM_F_CREATE | libc::NLM_F_EXCL;
+    transaction.step("create a set of connections", libc::NFT_MSG_NEWSET, flags, FAMILY, |w| {
+        w.put_str(abi::set::TABLE, table);
+        w.put_str(abi::set::NAME, selector.set);
+        w.put_u32(abi::set::ID, selector.id);
+        w.put_u32(abi::set::KEY_TYPE, selector.key_type());
+        w.put_u32(abi::set::KEY_LEN, selector.key_len);
+        w.put_u32(abi::set::FLAGS, if lease.is_some() { number(libc::NFT_SET_TIMEOUT) } else { 0 });
+        if let Some(lease) = lease {
+            let milliseconds = u64::try_from(lease.as_millis()).unwrap_or(u64::MAX);
+            w.put_u64(abi::set::TIMEOUT, milliseconds.max(1)); // 0 would mean "for ever"
+        }
+    });
+}
+
+fn add_elements<const K: usize>(
+    transaction: &mut Transaction,
+    table: &str,
+    selector: &Selector,
+    keys: &[[u8; K]],
+) {
+    let step = "add connections to the lock's set";
+    transaction.step(step, libc::NFT_MSG_NEWSETELEM, libc::NLM_F_CREATE, FAMILY, |w| {
+        w.put_str(abi::element_list::TABLE, table);
+        w.put_str(abi::element_list::SET, selector.set);
+        w.nest(abi::element_list::ELEMENTS, |w| keys.iter().for_each(|key| element(w, key)));
+    });
+}
+
+fn element(w: &mut Writer, key: &[u8]) {
+    w.nest(abi::list::ELEM, |w| w.nest(abi::element::KEY, |w| w.put(abi::data::VALUE, key)));
+}
+
+fn create_chain(transaction: &mut Transaction, table: &str, hook: &Hook) {
+    let flags = libc::NLM_F_CREATE | libc::NLM_F_EXCL;
+    transaction.step("create a chain of the lock", libc::NFT_MSG_NEWCHAIN, flags, FAMILY, |w| {
+        w.put_str(abi::chain::TABLE, table);
+        w.put_str(abi::chain::NAME, hook.chain);
+        w.put_str(abi::chain::TYPE, "filter");
+        w.nest(abi::chain::HOOK, |w| {
+            w.put_u32(abi::hook::NUM, number(hook.hook));
+            w.put_u32(abi::hook::PRIORITY, hook.priority.cast_unsigned());
+        });
+    });
+}
+
+fn create_rules(transaction: &mut Transaction, table: &str, chain: &str, verdict: Verdict) {
+    rule(transaction, table, chain, |e| {
+        e.marked();
+        e.verdict(Verdict::Accept);
+    });
+    for selector in [&V4, &V6] {
+        rule(transaction, table, chain, |e| {
+            selector.matches(e);
+            e.verdict(verdict);
+        });
+    }
+}
+
+fn rule(transaction: &mut Transaction, table: &str, chain: &str, write: impl FnOnce(&mut Expressions<'_>)) {
+    let flags = libc::NLM_F_CREATE | libc::NLM_F_APPEND;
+    transaction.step("create a rule of the lock", libc::NFT_MSG_NEWRULE, flags, FAMILY, |w| {
+        w.put_str(abi::rule::TABLE, table);
+        w.put_str(abi::rule::CHAIN, chain);
+        Expressions::put(w, write);
+    });
+}
+
+impl Selector {
+    /// `nft`'s name for the key: address . port . address . port.
+    fn key_type(&self) -> u32 {
+        [self.address, abi::datatype::INET_SERVICE, self.address, abi::datatype::INET_SERVICE]
+            .into_iter()
+            .fold(0, |all, one| all << abi::datatype::BITS | one)
+    }
+
+    /// Goes on only for the set's TCP packets. `nft` prints these expressions as
+    /// `ip saddr . tcp sport . ip daddr . tcp dport @conns4`, as it does stock CRIU's.
+    fn matches(&self, e: &mut Expressions<'_>) {
+        e.meta_is(libc::NFT_META_NFPROTO, &[self.nfproto]);
+        #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // the constant is 6
+        e.meta_is(libc::NFT_META_L4PROTO, &[libc::IPPROTO_TCP as u8]);
+        // A key lies in consecutive registers of four bytes each. The first is named NFT_REG_1, a
+        // name for sixteen bytes, because `nft` reads the rule back only when it is.
+        let first = number(libc::NFT_REG32_00);
+        let half = self.address_len / 4 + 1;
+        let fields = [
+            (0, Base::Network, self.source, self.address_len),
+            (half - 1, Base::Transport, 0, 2),
+            (half, Base::Network, self.destination, self.address_len),
+            (2 * half - 1, Base::Transport, 2, 2),
+        ];
+        for (at, base, offset, len) in fields {
+            e.load(register(first + at), base, offset, len);
+        }
+        e.in_set(register(first), self.set, self.id);
+    }
+}
+
+/// The name that `nft` gives a register: the one of sixteen bytes where one begins there.
+fn register(four_bytes: u32) -> u32 {
+    let at = four_bytes - number(libc::NFT_REG32_00);
+    if at.is_multiple_of(4) { number(libc::NFT_REG_1) + at / 4 } else { four_bytes }
+}

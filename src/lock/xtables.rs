@@ -1,0 +1,101 @@
+//! Runs iptables' programs: whole tables in and out, never a run per rule.
+
+use std::fs::File;
+use std::io::{self, Seek, Write};
+use std::process::{Command, ExitStatus, Output, Stdio};
+
+use nix::sys::memfd::{MFdFlags, memfd_create};
+
+use crate::kernel::netns::{NetNs, NetNsError};
+
+/// An iptables program did not do its work.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum XtablesError {
+    /// The namespace could not be entered.
+    #[error(transparent)]
+    Namespace(#[from] NetNsError),
+    /// The program could not be started or fed.
+    #[error("cannot run {program}")]
+    Run {
+        /// The program.
+        program: &'static str,
+        /// Why.
+        source: io::Error,
+    },
+    /// The program says no.
+    #[error("{program} failed ({status}): {message}")]
+    Failed {
+        /// The program.
+        program: &'static str,
+        /// Its exit.
+        status: ExitStatus,
+        /// What it said, in one line.
+        message: String,
+    },
+}
+
+/// IPv4 or IPv6: iptables has a set of programs for each.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Family {
+    /// `iptables`.
+    V4,
+    /// `ip6tables`.
+    V6,
+}
+
+impl Family {
+    /// Both.
+    pub const BOTH: [Self; 2] = [Self::V4, Self::V6];
+
+    /// The table `filter` as `iptables-save` prints it. With no such table that is an empty text,
+    /// or a table with no rules, as the variant of iptables likes.
+    pub fn save(self, ns: &NetNs) -> Result<String, XtablesError> {
+        let program = match self {
+            Self::V4 => "iptables-save",
+            Self::V6 => "ip6tables-save",
+        };
+        let output = run(ns, program, &["-t", "filter"], "")?;
+        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    }
+
+    /// Applies `lines` to the table `filter`, all or none of them; other rules stay.
+    pub fn restore(self, ns: &NetNs, lines: &str) -> Result<(), XtablesError> {
+        let program = match self {
+            Self::V4 => "iptables-restore",
+            Self::V6 => "ip6tables-restore",
+        };
+        // -w: wait for another iptables that holds the lock.
+        run(ns, program, &["-n", "-w"], &format!("*filter\n{lines}COMMIT\n")).map(drop)
+    }
+}
+
+/// Runs a program inside `ns`, its input given as a file so that it and we cannot wait for each other.
+pub fn run(ns: &NetNs, program: &'static str, args: &[&str], input: &str) -> Result<Output, XtablesError> {
+    let output =
+        ns.run(|| start(program, args, input))?.map_err(|source| XtablesError::Run { program, source })?;
+    if output.status.success() {
+        return Ok(output);
+    }
+    let message = String::from_utf8_lossy(&output.stderr).split_whitespace().collect::<Vec<_>>().join(" ");
+    Err(XtablesError::Failed { program, status: output.status, message })
+}
+
+fn start(program: &str, args: &[&str], input: &str) -> io::Result<Output> {
+    let mut file = File::from(memfd_create("soccr-iptables", MFdFlags::MFD_CLOEXEC)?);
+    file.write_all(input.as_bytes())?;
+    let mut last = io::Error::from(io::ErrorKind::NotFound);
+    // A service's PATH may lack the sbin directories.
+    for directory in ["", "/usr/sbin/", "/sbin/"] {
+        file.rewind()?;
+        let output = Command::new(format!("{directory}{program}"))
+            .args(args)
+            .stdin(Stdio::from(file.try_clone()?))
+            .output();
+        match output {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => last = e,
+            other => return other,
+        }
+    }
+    Err(last)
+}
