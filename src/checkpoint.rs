@@ -113,7 +113,8 @@ impl<F: AsFd> Paused<F> {
     ///
     /// # Panics
     /// Never: only the calls that consume the guard take the socket out of it.
-    pub(crate) fn socket(&self) -> BorrowedFd<'_> {
+    #[must_use]
+    pub fn socket(&self) -> BorrowedFd<'_> {
         self.fd.as_ref().expect("taken only with the guard itself").as_fd()
     }
 }

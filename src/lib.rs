@@ -8,4 +8,5 @@ pub mod fin;
 pub mod image;
 pub mod kernel;
 pub mod lock;
+pub mod options;
 pub mod restore;

@@ -40,9 +40,25 @@ pub struct ExternalImage {
     pub shut_rd: bool,
     /// Whether the timestamp's bit 0 tells its unit, as it does on Linux 6.7 and later.
     pub usec_ts_known: bool,
+    /// The id of the lock table that the dump left.
+    pub lock_id: Option<String>,
 }
 
 impl ExternalImage {
+    /// All images of this kind in the folder, without their queues' bytes.
+    ///
+    /// # Errors
+    /// What is wrong with which file.
+    pub fn all(dir: &ImageDir) -> Result<Vec<Self>, ImageError> {
+        let mut ids = Vec::new();
+        dir.for_each_name(|name| {
+            let id = name.strip_prefix("soccr-ext-").and_then(|name| name.strip_suffix(".img"));
+            ids.extend(id.and_then(|id| u32::from_str_radix(id, 16).ok()));
+        })?;
+        let mut queues = Queues::default();
+        ids.into_iter().map(|id| Self::read(dir, id, &mut queues)).collect()
+    }
+
     /// The name of the image with CRIU's file id `id`.
     #[must_use]
     pub fn name(id: u32) -> String {
@@ -88,6 +104,7 @@ impl ExternalImage {
             options: self.options.iter().map(option).collect(),
             shut_rd: Some(self.shut_rd),
             usec_ts_known: Some(self.usec_ts_known),
+            lock_id: self.lock_id.clone(),
             ..Default::default()
         }
     }
@@ -114,6 +131,7 @@ impl ExternalImage {
             tcp: from_entry(&entry.stream, state)?,
             shut_rd: entry.shut_rd(),
             usec_ts_known: entry.usec_ts_known(),
+            lock_id: entry.lock_id,
             options: entry.options.into_iter().map(option).collect(),
         })
     }
@@ -172,6 +190,7 @@ mod tests {
             options: vec![SocketOption { level: 6, name: 1, value: vec![1, 0, 0, 0] }],
             shut_rd: true,
             usec_ts_known: false,
+            lock_id: Some("soccr-1".into()),
         }
     }
 

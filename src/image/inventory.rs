@@ -5,7 +5,8 @@ use super::proto::inventory::Inventory_entry;
 use super::wire::{self, Value};
 use super::{Fault, ImageDir, ImageError};
 
-const NAME: &str = "inventory.img";
+/// The file.
+pub const NAME: &str = "inventory.img";
 
 const TCP_CLOSE: u32 = 10;
 const NETWORK_LOCK_METHOD: u32 = 11;

@@ -229,7 +229,8 @@ pub fn set_buffer_size(fd: BorrowedFd<'_>, which: Buffer, size: i32) -> SysResul
     }
 }
 
-const SO_BUF_LOCK: i32 = 72;
+/// SO_BUF_LOCK, which libc does not know.
+pub(crate) const SO_BUF_LOCK: i32 = 72;
 
 /// Which buffers the program fixed, so that the kernel does not tune them (SO_BUF_LOCK, Linux 5.14).
 ///
@@ -300,4 +301,34 @@ pub fn with_nonblocking<R>(fd: BorrowedFd<'_>, f: impl FnOnce() -> SysResult<R>)
     let result = f();
     set(flags)?;
     result
+}
+
+/// The kernel's own name of the socket's network namespace, unique until reboot (SO_NETNS_COOKIE, Linux 5.14).
+///
+/// # Errors
+/// ENOPROTOOPT before Linux 5.14.
+pub fn netns_cookie(fd: BorrowedFd<'_>) -> SysResult<u64> {
+    const SO_NETNS_COOKIE: i32 = 71;
+    get(fd, libc::SOL_SOCKET, SO_NETNS_COOKIE, "get SO_NETNS_COOKIE")
+}
+
+/// An option's value as the kernel gives it, at most 64 bytes.
+///
+/// # Errors
+/// ENOPROTOOPT for an option that the kernel or the socket does not have.
+pub fn get_bytes(fd: BorrowedFd<'_>, level: i32, name: i32) -> SysResult<Vec<u8>> {
+    let mut value = [0_u8; 64];
+    let mut len: libc::socklen_t = 64;
+    // SAFETY: the kernel writes at most `len` bytes, the size of `value`.
+    let ret = unsafe { libc::getsockopt(fd.as_raw_fd(), level, name, value.as_mut_ptr().cast(), &raw mut len) };
+    check("get a socket option", ret)?;
+    Ok(value[..value.len().min(len as usize)].to_vec())
+}
+
+/// Sets what [`get_bytes`] reads.
+///
+/// # Errors
+/// The kernel's answer.
+pub fn set_bytes(fd: BorrowedFd<'_>, level: i32, name: i32, value: &[u8]) -> SysResult<()> {
+    set_slice(fd, level, name, value, "set a socket option")
 }

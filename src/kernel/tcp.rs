@@ -229,6 +229,24 @@ pub fn sync_segment_size(fd: BorrowedFd<'_>) -> SysResult<()> {
     set_slice::<u8>(fd, libc::SOL_IP, libc::IP_OPTIONS, &[], "set IP_OPTIONS")
 }
 
+/// Whether a protocol such as TLS sits on top in the kernel (TCP_ULP): its keys are no part of TCP's state.
+///
+/// # Errors
+/// The kernel's answer.
+pub fn has_upper_layer(fd: BorrowedFd<'_>) -> SysResult<bool> {
+    let mut name = [0_u8; 16];
+    let mut len: libc::socklen_t = 16;
+    // SAFETY: the kernel writes at most `len` bytes, the size of `name`.
+    let ret = unsafe {
+        libc::getsockopt(fd.as_raw_fd(), libc::SOL_TCP, libc::TCP_ULP, name.as_mut_ptr().cast(), &raw mut len)
+    };
+    match check("get TCP_ULP", ret) {
+        Ok(_) => Ok(len > 0 && name[0] != 0),
+        Err(SysError { errno: Errno::ENOPROTOOPT, .. }) => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
 /// What is needed of `struct tcp_info`.
 #[derive(Clone, Copy, Debug)]
 pub struct Info {

@@ -34,6 +34,8 @@ pub struct Index {
     pub root_net_ns_id: Option<u32>,
     /// The tasks by pid, as they see it themselves inside their pid namespace.
     pub tasks: BTreeMap<u32, Task>,
+    /// The pid of the tree's root.
+    pub root: Option<u32>,
     /// The connections by file id.
     pub connections: HashMap<u32, InetConnection>,
     /// For each unix socket, by file id, the unread packets that carry descriptors, first come first.
@@ -41,18 +43,35 @@ pub struct Index {
 }
 
 impl Index {
+    /// The index of a folder without an image of tasks.
+    #[must_use]
+    pub fn empty() -> Self {
+        Self {
+            dump_run_id: None,
+            network_lock: NetworkLock::Nftables,
+            tcp_close: false,
+            root_net_ns_id: None,
+            tasks: BTreeMap::new(),
+            root: None,
+            connections: HashMap::new(),
+            in_flight: HashMap::new(),
+        }
+    }
+
     /// Reads the index of the image in `dir`.
     ///
     /// # Errors
     /// What is wrong with which file, and where in it.
     pub fn read(dir: &ImageDir) -> Result<Self, ImageError> {
         let Inventory { tcp_close, network_lock, dump_run_id, root_net_ns_id } = Inventory::read(dir)?;
+        let (tasks, root) = tasks::read(dir)?;
         Ok(Self {
             dump_run_id,
             network_lock,
             tcp_close,
             root_net_ns_id,
-            tasks: tasks::read(dir)?,
+            tasks,
+            root,
             connections: sockets::read(dir)?,
             in_flight: in_flight::read(dir)?,
         })

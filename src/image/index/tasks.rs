@@ -33,19 +33,23 @@ pub struct Fd {
     pub file_id: u32,
 }
 
-/// Reads all tasks with their descriptors.
-pub(super) fn read(dir: &ImageDir) -> Result<BTreeMap<u32, Task>, ImageError> {
-    let mut tasks = BTreeMap::new();
+/// Reads all tasks with their descriptors, and which of them is the root of the tree.
+pub(super) fn read(dir: &ImageDir) -> Result<(BTreeMap<u32, Task>, Option<u32>), ImageError> {
+    let (mut tasks, mut root) = (BTreeMap::new(), None);
     let mut tables = HashMap::new();
     let mut pstree = Reader::open(dir, "pstree.img", Magic::Pstree)?;
     while let Some(message) = pstree.next_bytes()? {
-        let pid = varint(message, 1, "pid").map_err(|(at, fault)| pstree.bad_byte(at, fault))?;
+        let ids = varint(message, 1, "pid").and_then(|pid| Ok((pid, varint(message, 2, "ppid")?)));
+        let (pid, ppid) = ids.map_err(|(at, fault)| pstree.bad_byte(at, fault))?;
+        if ppid == 0 {
+            root = root.or(Some(pid));
+        }
         let task = read_task(dir, pid, &mut tables)?;
         if tasks.insert(pid, task).is_some() {
             return Err(pstree.bad_message(Fault::value("pid", format!("{pid} stands here twice"))));
         }
     }
-    Ok(tasks)
+    Ok((tasks, root))
 }
 
 fn read_task(dir: &ImageDir, pid: u32, tables: &mut HashMap<u32, Arc<[Fd]>>) -> Result<Task, ImageError> {
