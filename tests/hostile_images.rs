@@ -136,6 +136,7 @@ fn external() -> ExternalImage {
         options: vec![SocketOption { level: 6, name: 1, value: vec![1, 0, 0, 0] }],
         shut_rd: true,
         usec_ts_known: true,
+        lock_id: Some("soccr-1".into()),
     }
 }
 
@@ -266,7 +267,9 @@ fn no_length_is_believed() {
     const LENGTH: [u8; 4] = [0x80, 0xad, 0xe2, 0x04];
     let victim = Victim::new();
     for (name, content) in &victim.files {
-        for at in 0..content.len().saturating_sub(1) {
+        // Most of a core image is registers, which are not decoded.
+        let step = if name.starts_with("core") { 16 } else { 1 };
+        for at in (0..content.len()).step_by(step) {
             for key in [&[][..], &[0x5a], &[0x82, 0x01]] {
                 let mut content = content.clone();
                 content.splice(at..at, [key, &LENGTH].concat());

@@ -82,6 +82,7 @@ fn index_knows_tasks_and_descriptors() {
         let [(_, server), (_, child), (_, zombie)] = index.tasks.iter().collect::<Vec<_>>()[..] else {
             panic!("three tasks expected, got {:?}", index.tasks)
         };
+        assert_eq!(index.root, index.tasks.keys().next().copied());
         assert_eq!([server.alive, child.alive, zombie.alive], [true, true, false]);
         assert_ne!(server.files_id, child.files_id);
         assert_eq!((zombie.files_id, zombie.net_ns_id, zombie.fds.len()), (None, None, 0));

@@ -93,20 +93,17 @@ impl Reader {
         self.next_message()?.ok_or_else(|| self.malformed(end, Fault::Truncated { needed: 4, left: 0 }))
     }
 
-    /// Fills `buffer` with the next `length` raw bytes; what it held before is gone.
+    /// Fills `buffer` with the next `length` raw bytes; what it held before is gone, after an error
+    /// too.
     ///
     /// # Errors
     /// [`ImageError::Io`], or [`ImageError::Malformed`] if the file has fewer.
     pub fn read_raw(&mut self, length: u64, buffer: &mut Vec<u8>) -> Result<(), ImageError> {
-        buffer.clear();
-        self.check_left(length)?;
-        let fits = usize::try_from(length);
-        let fits =
-            fits.map_err(|_| self.malformed(self.offset, Fault::TooLong { length, limit: u64::MAX }))?;
-        buffer.resize(fits, 0);
-        self.input.read_exact(buffer).map_err(|e| ImageError::io("read", &self.name, e))?;
-        self.offset += length;
-        Ok(())
+        let filled = self.fill(length, buffer);
+        if filled.is_err() {
+            buffer.clear();
+        }
+        filled
     }
 
     /// Passes over the next `length` raw bytes.
@@ -186,6 +183,17 @@ impl Reader {
         let read = self.read_raw(length, &mut message);
         self.message = message;
         read.map(|()| self.message.as_slice())
+    }
+
+    fn fill(&mut self, length: u64, buffer: &mut Vec<u8>) -> Result<(), ImageError> {
+        self.check_left(length)?;
+        let fits = usize::try_from(length);
+        let fits =
+            fits.map_err(|_| self.malformed(self.offset, Fault::TooLong { length, limit: u64::MAX }))?;
+        buffer.resize(fits, 0);
+        self.input.read_exact(buffer).map_err(|e| ImageError::io("read", &self.name, e))?;
+        self.offset += length;
+        Ok(())
     }
 
     fn word(&mut self) -> Result<u32, ImageError> {

@@ -10,7 +10,7 @@ use protobuf::MessageField;
 
 use super::container::{Magic, Reader, head};
 use super::proto::soccr::{Soccr_connection_entry, Soccr_endpoint, Soccr_socket_option};
-use super::tcp_stream::{check_writable, from_entry, read_queues, to_entry};
+use super::tcp_stream::{check_writable, clear, from_entry, read_queues, to_entry};
 use super::{Fault, ImageDir, ImageError};
 use crate::connection::{FourTuple, Queues, State, TcpState};
 
@@ -81,6 +81,7 @@ impl ExternalImage {
     /// # Errors
     /// As [`TcpStreamImage::read`](super::tcp_stream::TcpStreamImage::read).
     pub fn read(dir: &ImageDir, id: u32, queues: &mut Queues) -> Result<Self, ImageError> {
+        clear(queues);
         let mut reader = Reader::open(dir, &Self::name(id), Magic::SoccrExternal)?;
         let entry: Soccr_connection_entry = reader.required()?;
         let image = Self::from_entry(entry).map_err(|fault| reader.bad_message(fault))?;

@@ -67,6 +67,7 @@ fn blocks(text: &[u8]) -> impl Iterator<Item = Range<usize>> + '_ {
                 b'"' => at = after(text, at + 1, b'"'), // nft has no escapes: no quote is in a string
                 b'{' => (depth, at) = (depth + 1, at + 1),
                 b'}' => (depth, at) = (depth.saturating_sub(1), at + 1),
+                b'\n' if depth == 0 => (start, at) = (None, at + 1), // a statement without a block
                 _ => at += 1,
             }
             if start.is_none() && !text[token].is_ascii_whitespace() && text[token] != b'#' {

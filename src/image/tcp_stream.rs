@@ -50,12 +50,19 @@ impl TcpStreamImage {
     /// # Errors
     /// What is wrong with the file, [`Fault::Trailing`] included: no byte of it is left unread.
     pub fn read(dir: &ImageDir, ino: u32, state: State, queues: &mut Queues) -> Result<Self, ImageError> {
+        clear(queues);
         let mut reader = Reader::open(dir, &Self::name(ino), Magic::TcpStream)?;
         let entry: Tcp_stream_entry = reader.required()?;
         let tcp = from_entry(&entry, state).map_err(|fault| reader.bad_message(fault))?;
         read_queues(reader, &tcp, queues)?;
         Ok(Self { tcp, cork: entry.cork, nodelay: entry.nodelay })
     }
+}
+
+/// Nothing of one connection may be left for the next, however the reading ends.
+pub(super) fn clear(queues: &mut Queues) {
+    queues.recv.clear();
+    queues.send.clear();
 }
 
 /// Reads the two queues, with which the file must end.
@@ -217,6 +224,21 @@ mod tests {
             assert_eq!((&queues.recv[..], &queues.send[..]), (recv, send));
         }
         assert!(dir.contains("tcp-stream-beef.img") && dir.contains("tcp-stream-ffffffff.img"));
+    }
+
+    #[test]
+    fn leaves_no_bytes_of_another_connection() {
+        let (folder, dir) = dir();
+        TcpStreamImage::write(&dir, 1, &RICH, b"abc", b"defgh").unwrap();
+        let path = folder.path().join("tcp-stream-1.img");
+        let whole = std::fs::read(&path).unwrap();
+        std::fs::write(&path, &whole[..whole.len() - 6]).unwrap();
+        let mut queues = Queues { recv: b"other".to_vec(), send: b"other".to_vec() };
+        let error = TcpStreamImage::read(&dir, 1, State::Established, &mut queues).unwrap_err();
+        let fault = Fault::Truncated { needed: 3, left: 2 };
+        let wanted = ImageError::malformed("tcp-stream-1.img", whole.len() as u64 - 8, fault);
+        assert_eq!(error.to_string(), wanted.to_string());
+        assert_eq!(queues, Queues::default());
     }
 
     #[test]

@@ -320,7 +320,8 @@ pub fn get_bytes(fd: BorrowedFd<'_>, level: i32, name: i32) -> SysResult<Vec<u8>
     let mut value = [0_u8; 64];
     let mut len: libc::socklen_t = 64;
     // SAFETY: the kernel writes at most `len` bytes, the size of `value`.
-    let ret = unsafe { libc::getsockopt(fd.as_raw_fd(), level, name, value.as_mut_ptr().cast(), &raw mut len) };
+    let ret =
+        unsafe { libc::getsockopt(fd.as_raw_fd(), level, name, value.as_mut_ptr().cast(), &raw mut len) };
     check("get a socket option", ret)?;
     Ok(value[..value.len().min(len as usize)].to_vec())
 }
