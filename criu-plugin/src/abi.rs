@@ -1,0 +1,135 @@
+//! CRIU's plugin interface, version 0.2, as CRIU 4.0 to 4.2 load it (`criu-plugin.h`).
+
+#![allow(unsafe_code)]
+
+use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
+use std::mem::{offset_of, size_of};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use crate::host;
+use crate::session::{self, Stage};
+
+/// "Not mine": CRIU goes on to the next plugin, and does without one where there is none.
+pub const ENOTSUP: c_int = -libc::ENOTSUP;
+
+/// The number of hooks of CRIU 4.0; each later version has at least these.
+const HOOKS_OF_4_0: c_uint = 12;
+const HOOKS: usize = 13;
+
+const DUMP_EXT_FILE: usize = 2;
+const RESTORE_EXT_FILE: usize = 3;
+const RESUME_DEVICES_LATE: usize = 9;
+const CHECKPOINT_DEVICES: usize = 11;
+const POST_FORKING: usize = 12;
+
+/// `cr_plugin_desc_t`.
+#[repr(C)]
+pub struct PluginDesc {
+    name: *const c_char,
+    init: extern "C" fn(c_int) -> c_int,
+    exit: extern "C" fn(c_int, c_int),
+    version: c_uint,
+    max_hooks: c_uint,
+    hooks: [*const c_void; HOOKS],
+}
+const _: () = {
+    assert!(offset_of!(PluginDesc, init) == size_of::<usize>());
+    assert!(offset_of!(PluginDesc, version) == 3 * size_of::<usize>());
+    assert!(offset_of!(PluginDesc, max_hooks) == 3 * size_of::<usize>() + 4);
+    assert!(offset_of!(PluginDesc, hooks) == 3 * size_of::<usize>() + 8);
+    assert!(HOOKS_OF_4_0 as usize > CHECKPOINT_DEVICES);
+};
+
+// SAFETY: CRIU is single-threaded where it reads the descriptor, and nobody writes it after `fit_host`.
+unsafe impl Sync for PluginDesc {}
+
+const fn hooks() -> [*const c_void; HOOKS] {
+    let mut hooks = [std::ptr::null(); HOOKS];
+    hooks[DUMP_EXT_FILE] = dump_ext_file as *const c_void;
+    hooks[RESTORE_EXT_FILE] = restore_ext_file as *const c_void;
+    hooks[RESUME_DEVICES_LATE] = resume_devices_late as *const c_void;
+    hooks[CHECKPOINT_DEVICES] = checkpoint_devices as *const c_void;
+    hooks[POST_FORKING] = post_forking as *const c_void;
+    hooks
+}
+
+/// What CRIU looks up in the library.
+#[allow(missing_docs)]
+#[unsafe(no_mangle)]
+pub static mut CR_PLUGIN_DESC: PluginDesc = PluginDesc {
+    name: c"soccr".as_ptr(),
+    init,
+    exit,
+    version: 2 << 8, // 0.2.0
+    max_hooks: HOOKS_OF_4_0,
+    hooks: hooks(),
+};
+
+/// CRIU refuses a plugin with more hooks than it knows itself, and reads the descriptor before it calls init(). So
+/// the loader runs this first and offers POST_FORKING only to a CRIU that has it.
+#[used]
+#[unsafe(link_section = ".init_array")]
+static FIT_HOST: extern "C" fn() = fit_host;
+
+extern "C" fn fit_host() {
+    let known = host::hook_count().unwrap_or(HOOKS_OF_4_0);
+    if let Ok(most) = c_uint::try_from(HOOKS) {
+        // SAFETY: the loader runs this before anybody can look the symbol up.
+        unsafe { CR_PLUGIN_DESC.max_hooks = known.clamp(HOOKS_OF_4_0, most) };
+    }
+}
+
+/// A panic ends as an error code at this boundary.
+fn guarded(failure: c_int, body: impl FnOnce() -> c_int) -> c_int {
+    catch_unwind(AssertUnwindSafe(body)).unwrap_or_else(|_| {
+        host::print(log::Level::Error, "the plugin panicked");
+        failure
+    })
+}
+
+extern "C" fn init(stage: c_int) -> c_int {
+    guarded(-1, || Stage::from_criu(stage).map_or(0, session::begin))
+}
+
+extern "C" fn exit(stage: c_int, ret: c_int) {
+    guarded(0, || {
+        if Stage::from_criu(stage).is_some() {
+            session::end(ret);
+        }
+        0
+    });
+}
+
+extern "C" fn checkpoint_devices(pid: c_int) -> c_int {
+    guarded(-1, || session::checkpoint(pid))
+}
+
+extern "C" fn post_forking() -> c_int {
+    guarded(-1, session::post_forking)
+}
+
+extern "C" fn resume_devices_late(pid: c_int) -> c_int {
+    guarded(-1, || session::resume(pid))
+}
+
+extern "C" fn dump_ext_file(fd: c_int, id: c_int) -> c_int {
+    guarded(-1, || session::dump_file(fd, id))
+}
+
+extern "C" fn restore_ext_file(id: c_int) -> c_int {
+    guarded(-1, || session::restore_file(id))
+}
+
+/// Runs when the criu process ends by exit().
+pub extern "C" fn at_exit() {
+    guarded(0, || {
+        session::settle();
+        0
+    });
+}
+
+/// The name that CRIU shows.
+#[must_use]
+pub fn name() -> &'static CStr {
+    c"soccr"
+}

@@ -1,0 +1,321 @@
+//! The agent of a dump.
+//!
+//! At the first hook all tasks are frozen already, so the whole tree is looked at, and all its connections are locked
+//! by one transaction per network namespace, before the first is read. Then each is read and written to its image,
+//! and left as it was: only the lock keeps it still, since a socket in repair mode shows a changed SO_REUSEADDR to
+//! criu, which looks at the sockets after us. Our duplicates of the sockets stay open until the outcome is known
+//! (module `outcome`).
+
+use std::collections::HashMap;
+use std::fmt::Display;
+use std::os::fd::{AsFd, OwnedFd};
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use soccr::checkpoint::{Paused, Probe};
+use soccr::connection::{FourTuple, Queues, TcpState};
+use soccr::image::ImageDir;
+use soccr::image::external::ExternalImage;
+use soccr::image::tcp_stream::TcpStreamImage;
+use soccr::kernel::netns::NetNs;
+use soccr::kernel::process;
+use soccr::lock::{LockName, LockOptions, NetworkLock};
+
+use super::logger::answering;
+use super::outcome::{Arrangement, Outcome};
+use super::sockets::{Finder, Found, Place};
+use super::tasks::{self, Task};
+use super::{AgentError, outcome};
+use crate::channel::{Answer, Asked, Request, Server};
+
+/// A connection that was saved: its socket, kept until the outcome.
+#[derive(Debug)]
+pub(super) struct Held {
+    pub(super) socket: OwnedFd,
+    pub(super) tuple: FourTuple,
+}
+
+/// What a dump has done so far.
+#[derive(Debug)]
+pub(super) struct Dump {
+    pub(super) images: ImageDir,
+    pub(super) criu: i32,
+    pub(super) lock_name: LockName,
+    options: LockOptions,
+    pub(super) tasks: Vec<Task>,
+    finder: Finder,
+    pub(super) held: Vec<Held>,
+    pub(super) locks: HashMap<NetNs, NetworkLock>,
+    queues: Queues,
+}
+
+/// Serves the hooks of one `criu dump` until its outcome is carried out.
+pub(super) fn serve(images: ImageDir, criu: i32, server: &Server) {
+    let dump = match Dump::new(images, criu) {
+        Ok(dump) => dump,
+        Err(error) => return refuse_all(server, &error),
+    };
+    let Ok(criu_fd) = process::pidfd_open(criu) else { return };
+    Serving { dump, phase: Phase::Saving, waiting: Vec::new() }.run(server, &criu_fd);
+}
+
+fn refuse_all(server: &Server, error: &dyn Display) {
+    while let Ok(Some(asked)) = server.next() {
+        answering(asked.answer, || Err(error));
+    }
+}
+
+enum Phase {
+    /// Hooks are still to come.
+    Saving,
+    /// exit() was called after a success: the tasks will die or run on.
+    Deciding(Outcome),
+    /// All is done.
+    Over,
+}
+
+struct Serving {
+    dump: Dump,
+    phase: Phase,
+    /// Who waits until the connections are where they belong.
+    waiting: Vec<Answer>,
+}
+
+enum Event {
+    Asked(Asked),
+    CriuGone,
+    Look,
+}
+
+impl Serving {
+    fn run(mut self, server: &Server, criu: &OwnedFd) {
+        let mut criu = Some(criu);
+        while !matches!(self.phase, Phase::Over) {
+            match self.wait(server, criu) {
+                Event::Asked(asked) => self.serve(asked),
+                Event::CriuGone => {
+                    criu = None;
+                    if matches!(self.phase, Phase::Saving) {
+                        self.end_alive(); // criu was killed: the kernel lets the tasks run
+                    }
+                }
+                Event::Look => {}
+            }
+            self.decide();
+        }
+        for answer in self.waiting {
+            answer.finish(true);
+        }
+    }
+
+    /// The next thing to look at. While the outcome is open the tasks are looked at again and again, since no event
+    /// tells that a task is traced no more.
+    fn wait(&self, server: &Server, criu: Option<&OwnedFd>) -> Event {
+        let timeout = match &self.phase {
+            Phase::Deciding(outcome) => PollTimeout::from(outcome.patience_ms()),
+            _ => PollTimeout::NONE,
+        };
+        let mut fds = vec![];
+        if let Some(criu) = criu {
+            fds.push(PollFd::new(criu.as_fd(), PollFlags::POLLIN));
+            fds.push(PollFd::new(server.as_fd(), PollFlags::POLLIN));
+        }
+        if matches!(self.phase, Phase::Deciding(_)) {
+            let alive = self.dump.tasks.iter().find(|task| !task.gone());
+            fds.extend(alive.map(|task| PollFd::new(task.pidfd(), PollFlags::POLLIN)));
+        }
+        if poll(&mut fds, timeout).is_err() {
+            return Event::Look;
+        }
+        let ready = |index: usize| fds.get(index).is_some_and(|fd| fd.any() == Some(true));
+        if criu.is_some() && ready(1) {
+            match server.next() {
+                Ok(Some(asked)) => return Event::Asked(asked),
+                Ok(None) => return Event::CriuGone,
+                Err(_) => {}
+            }
+        }
+        if criu.is_some() && ready(0) { Event::CriuGone } else { Event::Look }
+    }
+
+    fn serve(&mut self, asked: Asked) {
+        let Asked { request, file, answer } = asked;
+        match request {
+            Request::Checkpoint(pid) => {
+                answering(answer, || self.dump.checkpoint(pid));
+            }
+            Request::DumpFile(id) => {
+                answering(answer, || self.dump.external(id, file));
+            }
+            Request::DumpEnd(ret) => {
+                answering(answer, || self.end(ret));
+            }
+            Request::Settle => self.waiting.push(answer),
+            _ => {
+                answering(answer, || Err("this is the agent of a dump"));
+            }
+        }
+    }
+
+    fn end(&mut self, ret: i32) -> Result<(), AgentError> {
+        if ret != 0 {
+            self.end_alive(); // a failed dump lets the tasks run on
+            return Ok(());
+        }
+        match Arrangement::make(&self.dump)? {
+            Some(arrangement) => self.phase = Phase::Deciding(Outcome::new(arrangement)),
+            None => {
+                log::info!("CRIU carries the connections itself");
+                self.end_alive();
+            }
+        }
+        Ok(())
+    }
+
+    fn decide(&mut self) {
+        let Phase::Deciding(outcome) = &mut self.phase else { return };
+        match outcome.look(&self.dump.tasks) {
+            outcome::Verdict::Open => {}
+            outcome::Verdict::Stopped => {
+                // Left stopped: that may last, and criu need not wait for it.
+                for answer in self.waiting.drain(..) {
+                    answer.finish(true);
+                }
+            }
+            outcome::Verdict::Alive => self.end_alive(),
+            outcome::Verdict::Dead => {
+                let Phase::Deciding(outcome) = std::mem::replace(&mut self.phase, Phase::Over) else { return };
+                outcome.carry_out_death(&mut self.dump);
+            }
+        }
+    }
+
+    fn end_alive(&mut self) {
+        self.dump.let_live();
+        self.phase = Phase::Over;
+    }
+}
+
+impl Dump {
+    fn new(images: ImageDir, criu: i32) -> Result<Self, AgentError> {
+        Ok(Self {
+            images,
+            criu,
+            lock_name: LockName::criu(&format!("soccr-{}", super::random_id()?))?,
+            options: LockOptions::from_env()?,
+            tasks: Vec::new(),
+            finder: Finder::default(),
+            held: Vec::new(),
+            locks: HashMap::new(),
+            queues: Queues::default(),
+        })
+    }
+
+    fn checkpoint(&mut self, pid: i32) -> Result<(), AgentError> {
+        if self.tasks.iter().any(|task| task.pid == pid) {
+            return Ok(()); // came with the tree
+        }
+        let mut pids = tasks::frozen_tree(pid, self.criu).map_err(AgentError::Tree)?;
+        pids.retain(|pid| self.tasks.iter().all(|task| task.pid != *pid));
+        let first = self.tasks.len();
+        for pid in pids {
+            self.tasks.push(Task::open(pid).map_err(|source| AgentError::Task { pid, source })?);
+        }
+        let mut found = Vec::new();
+        for task in self.tasks.iter().skip(first) {
+            found.extend(self.finder.of_task(task)?);
+        }
+        self.lock(&found)?;
+        let count = found.len();
+        for connection in found {
+            self.save(connection)?;
+        }
+        log::info!("{count} TCP connections saved, locked by the table inet {}", self.lock_name);
+        Ok(())
+    }
+
+    /// One transaction per namespace.
+    fn lock(&mut self, found: &[Found]) -> Result<(), AgentError> {
+        let mut tuples: HashMap<&NetNs, Vec<FourTuple>> = HashMap::new();
+        for connection in found.iter().filter(|connection| connection.tuple.local.port() != 0) {
+            tuples.entry(&connection.ns).or_default().push(connection.tuple);
+        }
+        for (ns, tuples) in tuples {
+            match self.locks.get_mut(ns) {
+                Some(lock) => lock.add(&tuples)?,
+                None => {
+                    let lock = NetworkLock::lock(ns, &self.lock_name, &tuples, &self.options)?;
+                    self.locks.insert(ns.clone(), lock);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn save(&mut self, found: Found) -> Result<(), AgentError> {
+        let tcp = self.read(&found)?;
+        TcpStreamImage::write(&self.images, found.inode, &tcp, &self.queues.recv, &self.queues.send)
+            .map_err(|source| AgentError::Image { tuple: found.tuple, place: found.place, source })?;
+        log::debug!(
+            "{} ({}): {}, {} bytes to read, {} to send",
+            found.tuple, found.place, tcp.state, tcp.recv_len, tcp.send_len
+        );
+        self.held.push(Held { socket: found.socket, tuple: found.tuple });
+        Ok(())
+    }
+
+    /// Reads the connection into `queues` and leaves the socket as it was.
+    fn read(&mut self, found: &Found) -> Result<TcpState, AgentError> {
+        let paused = Paused::pause(found.socket.as_fd())?;
+        let tcp = paused.save(&mut self.queues);
+        paused.resume(Probe::None)?;
+        tcp.map_err(|source| AgentError::Save { place: found.place, source })
+    }
+
+    /// A connection that criu hands over as an external file.
+    fn external(&mut self, id: i32, file: Option<OwnedFd>) -> Result<(), AgentError> {
+        let socket = file.ok_or(AgentError::Protocol("no descriptor came along"))?;
+        let found = Finder::default().connection(socket, Place::Given)?;
+        let found = found.ok_or(AgentError::Protocol("the descriptor is not a TCP connection"))?;
+        let known = self.held.iter().any(|held| held.tuple == found.tuple);
+        if !known {
+            self.lock(std::slice::from_ref(&found))?;
+        }
+        let tcp = self.read(&found)?;
+        let image = ExternalImage {
+            tuple: found.tuple,
+            tcp,
+            options: soccr::options::read(found.socket.as_fd()),
+            shut_rd: false,
+            usec_ts_known: false,
+            lock_id: Some(self.lock_name.id().to_owned()),
+        };
+        image
+            .write(&self.images, id.cast_unsigned(), &self.queues.recv, &self.queues.send)
+            .map_err(|source| AgentError::Image { tuple: found.tuple, place: found.place, source })?;
+        if !known {
+            self.held.push(Held { socket: found.socket, tuple: found.tuple });
+        }
+        Ok(())
+    }
+
+    /// The tasks run on: nothing was changed in them, so the lock is all there is to undo.
+    pub(super) fn let_live(&mut self) {
+        for (ns, lock) in self.locks.drain() {
+            if let Err(error) = lock.unlock() {
+                log::error!("{ns}: the connections stay locked: {error}");
+            }
+        }
+        self.held.clear();
+    }
+
+    /// The tasks are dead, and ours are the last descriptors of their sockets: in repair mode a socket is closed without
+    /// a word to the peer.
+    pub(super) fn close_silently(&mut self) {
+        for held in self.held.drain(..) {
+            match Paused::pause(held.socket.as_fd()) {
+                Ok(paused) => drop(paused.release()),
+                Err(error) => log::error!("{}: closed aloud: {error}", held.tuple),
+            }
+        }
+    }
+}

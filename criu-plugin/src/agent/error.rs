@@ -1,0 +1,64 @@
+//! What can go wrong in the agent; each error names the connection, the task or the file.
+
+use procfs::ProcError;
+use soccr::checkpoint::{PauseError, SaveError};
+use soccr::connection::FourTuple;
+use soccr::image::ImageError;
+use soccr::kernel::SysError;
+use soccr::kernel::netns::NetNsError;
+use soccr::lock::{BadLockName, BadOption, LockError};
+use soccr::restore::RestoreError;
+
+use super::sockets::{FindError, Place};
+
+/// The agent cannot do what it was asked.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum AgentError {
+    #[error("cannot walk the tree of tasks: {0}")]
+    Tree(ProcError),
+    #[error("pid {pid}: {source}")]
+    Task { pid: i32, source: SysError },
+    #[error(transparent)]
+    Find(#[from] FindError),
+    #[error("{}", chain(.0))]
+    Lock(#[from] LockError),
+    #[error(transparent)]
+    LockName(#[from] BadLockName),
+    #[error(transparent)]
+    Option(#[from] BadOption),
+    #[error(transparent)]
+    Pause(#[from] PauseError),
+    #[error("{source} ({place})")]
+    Save { place: Place, source: SaveError },
+    #[error("{tuple} ({place}): {}", chain(.source))]
+    Image { tuple: FourTuple, place: Place, source: ImageError },
+    #[error("{}", chain(.0))]
+    Images(#[from] ImageError),
+    #[error("{}", chain(.0))]
+    NetNs(#[from] NetNsError),
+    #[error("{tuple} (pid {pid}): {source}")]
+    Socket { tuple: FourTuple, pid: i32, source: SysError },
+    #[error("{}", chain(.0))]
+    Restore(#[from] RestoreError),
+    #[error("these connections of the images are in no restored task: {0}")]
+    NotFound(String),
+    #[error("a connection of this restore failed before")]
+    FailedBefore,
+    #[error("{0} connections could not be woken up")]
+    Asleep(usize),
+    #[error("no random id: {0}")]
+    Random(std::io::Error),
+    #[error("{0}")]
+    Protocol(&'static str),
+}
+
+/// An error with all its causes.
+pub(super) fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text = format!("{text}: {error}");
+        cause = error.source();
+    }
+    text
+}

@@ -1,0 +1,151 @@
+//! The agent: the process that does the plugin's work.
+//!
+//! It is not criu: descriptors that it holds cannot break criu's select() calls, and it outlives criu, because only
+//! after criu's last hook is it decided whether the tasks die or run on. It is not criu's child either, since criu
+//! waits for any child and takes an unknown one for an error.
+
+#![allow(unsafe_code)]
+
+mod dump;
+mod error;
+mod in_flight;
+mod logger;
+mod outcome;
+mod restore;
+mod sockets;
+mod tasks;
+
+use std::io::Read;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use nix::errno::Errno;
+use nix::sys::prctl;
+use nix::sys::signal::{SigSet, SigmaskHow, Signal, pthread_sigmask};
+use nix::sys::wait::{WaitStatus, waitpid};
+use nix::unistd::{ForkResult, Pid, fork, setsid};
+use soccr::image::ImageDir;
+
+use crate::channel::{self, Client, Server};
+use error::AgentError;
+use crate::session::Stage;
+
+/// The agent could not be started.
+#[derive(Debug, thiserror::Error)]
+pub enum SpawnError {
+    /// A system call failed.
+    #[error("cannot start the agent: {0}")]
+    Sys(#[from] Errno),
+    /// The process between criu and the agent failed.
+    #[error("cannot start the agent: its parent ended with {0:?}")]
+    Intermediate(WaitStatus),
+    /// The image folder cannot be used.
+    #[error("cannot start the agent: {0}")]
+    Images(#[from] soccr::image::ImageError),
+}
+
+/// Starts the agent and returns the way to ask it.
+///
+/// # Errors
+/// [`SpawnError`].
+pub fn spawn(stage: Stage, images: BorrowedFd<'_>) -> Result<Client, SpawnError> {
+    let images = ImageDir::duplicate(images)?;
+    let criu = nix::unistd::getpid();
+    let (client, server) = channel::pair()?;
+    // criu's handler of SIGCHLD must not see the process in between.
+    let sigchld = SigSet::from(Signal::SIGCHLD);
+    let mut before = SigSet::empty();
+    pthread_sigmask(SigmaskHow::SIG_BLOCK, Some(&sigchld), Some(&mut before))?;
+    // SAFETY: criu is single-threaded when it loads plugins, so the child may do anything.
+    let result = match unsafe { fork() } {
+        Ok(ForkResult::Child) => intermediate(client, stage, images, criu, server),
+        Ok(ForkResult::Parent { child }) => reap(child),
+        Err(error) => Err(error.into()),
+    };
+    pthread_sigmask(SigmaskHow::SIG_SETMASK, Some(&before), None)?;
+    result.map(|()| client)
+}
+
+fn reap(child: Pid) -> Result<(), SpawnError> {
+    loop {
+        match waitpid(child, None) {
+            Ok(WaitStatus::Exited(_, 0)) => return Ok(()),
+            Ok(status) => return Err(SpawnError::Intermediate(status)),
+            Err(Errno::EINTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
+fn intermediate(client: Client, stage: Stage, images: ImageDir, criu: Pid, server: Server) -> ! {
+    drop(client);
+    // SAFETY: as in `spawn`.
+    let code = match unsafe { fork() } {
+        Ok(ForkResult::Child) => {
+            let ended = catch_unwind(AssertUnwindSafe(|| run(stage, images, criu, server)));
+            i32::from(ended.is_err())
+        }
+        Ok(ForkResult::Parent { .. }) => 0,
+        Err(_) => 1,
+    };
+    // SAFETY: ends the process without criu's exit handlers.
+    unsafe { libc::_exit(code) }
+}
+
+fn run(stage: Stage, images: ImageDir, criu: Pid, server: Server) {
+    let _ = setsid();
+    let _ = prctl::set_name(c"soccr-agent");
+    let _ = nix::unistd::chdir("/");
+    keep_only(&[images.as_fd().as_raw_fd(), server.as_fd().as_raw_fd()]);
+    default_signals();
+    logger::install();
+    match stage {
+        Stage::Dump => dump::serve(images, criu.as_raw(), &server),
+        Stage::Restore => restore::serve(images, criu.as_raw(), &server),
+    }
+}
+
+/// Closes all of criu's descriptors but these, and opens /dev/null as the standard ones.
+fn keep_only(keep: &[RawFd]) {
+    let mut keep: Vec<u32> = keep.iter().filter_map(|fd| u32::try_from(*fd).ok()).collect();
+    keep.sort_unstable();
+    let mut first = 0;
+    for fd in keep.iter().copied().chain([u32::MAX]) {
+        if fd > first {
+            // SAFETY: no memory; the descriptors belong to code that never runs in this process again.
+            unsafe { libc::syscall(libc::SYS_close_range, first, fd - 1, 0) };
+        }
+        first = fd.saturating_add(1);
+    }
+    if let Ok(null) = std::fs::OpenOptions::new().read(true).write(true).open("/dev/null") {
+        let null: OwnedFd = null.into();
+        for standard in 0..=2 {
+            if !keep.contains(&standard) && null.as_raw_fd().unsigned_abs() != standard {
+                // SAFETY: 0 to 2 are free or were opened here.
+                unsafe { libc::dup2(null.as_raw_fd(), standard.cast_signed()) };
+            }
+        }
+        if null.as_raw_fd() <= 2 {
+            std::mem::forget(null);
+        }
+    }
+}
+
+/// criu's handlers and mask are not ours.
+fn default_signals() {
+    for signal in Signal::iterator() {
+        // SAFETY: the default action needs no handler. (SIGKILL and SIGSTOP answer EINVAL.)
+        let _ = unsafe { nix::sys::signal::signal(signal, nix::sys::signal::SigHandler::SigDfl) };
+    }
+    // SAFETY: as above.
+    let _ = unsafe { nix::sys::signal::signal(Signal::SIGPIPE, nix::sys::signal::SigHandler::SigIgn) };
+    let _ = SigSet::empty().thread_set_mask();
+}
+
+/// An id that no other dump has: 12 hexadecimal digits.
+fn random_id() -> Result<String, AgentError> {
+    let mut bytes = [0; 6];
+    let read = std::fs::File::open("/dev/urandom").and_then(|mut file| file.read_exact(&mut bytes));
+    read.map_err(AgentError::Random)?;
+    Ok(bytes.iter().map(|byte| format!("{byte:02x}")).collect())
+}

@@ -1,0 +1,439 @@
+//! The agent of a restore.
+//!
+//! CRIU has made the sockets, set their options and shut them down. What is missing is the connection. Between CRIU's own
+//! unlocking and its late hook peers' packets would meet a socket without a connection and be answered with RST, so our
+//! lock is there before: in criu's namespace from the start, in a namespace that the restore makes or enters as soon as
+//! it is there. Each connection is built, still locked and in repair mode, when the hook of its task comes; after the
+//! last task all are unlocked, and only then leave repair mode, with a probe that wakes the flow.
+//!
+//! When anything fails the sockets are closed in repair mode, silently, and the lock is what it was before, under the
+//! name that the images know: the restore can be tried again, by us or by stock CRIU.
+
+use std::collections::{HashMap, HashSet};
+use std::net::SocketAddr;
+use std::os::fd::{AsFd, OwnedFd};
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use soccr::checkpoint::{Paused, Probe, four_tuple};
+use soccr::connection::{FourTuple, Queues, State};
+use soccr::fin::Forge;
+use soccr::image::ImageDir;
+use soccr::image::external::ExternalImage;
+use soccr::image::index::{Index, InetConnection};
+use soccr::image::inventory::{self, NetworkLock as ImageLock};
+use soccr::image::tcp_stream::TcpStreamImage;
+use soccr::kernel::netns::NetNs;
+use soccr::kernel::process::{self, RemoteFd};
+use soccr::kernel::tcp::Direction;
+use soccr::kernel::{SysError, addr, sockopt, tcp};
+use soccr::lock::{self, LockName, LockOptions, NetworkLock};
+use soccr::restore::RoomForQueues;
+
+use super::AgentError;
+use super::error::chain;
+use super::in_flight;
+use super::logger::answering;
+use super::tasks::{self, Task};
+use crate::channel::{Asked, Request, Server};
+
+/// Serves the hooks of one `criu restore`.
+pub(super) fn serve(images: ImageDir, criu: i32, server: &Server) {
+    let Ok(criu_fd) = process::pidfd_open(criu) else { return };
+    let mut restore = None;
+    loop {
+        let mut fds =
+            [PollFd::new(server.as_fd(), PollFlags::POLLIN), PollFd::new(criu_fd.as_fd(), PollFlags::POLLIN)];
+        if poll(&mut fds, PollTimeout::NONE).is_err() {
+            continue;
+        }
+        if fds[0].any() == Some(true)
+            && let Ok(Some(asked)) = server.next()
+        {
+            if handle(&images, criu, &mut restore, asked) {
+                return;
+            }
+        } else if fds[1].any() == Some(true) {
+            break;
+        }
+    }
+    if let Some(restore) = restore {
+        restore.give_up();
+    }
+}
+
+/// Answers one request; whether it was the last.
+fn handle(images: &ImageDir, criu: i32, restore: &mut Option<Restore>, asked: Asked) -> bool {
+    let Asked { request, answer, .. } = asked;
+    let last = matches!(request, Request::RestoreEnd(_));
+    answering(answer, || match (request, &mut *restore) {
+        (Request::Prepare, _) => {
+            let mut prepared = Restore::new(images, criu)?;
+            prepared.lock_at_home()?;
+            *restore = Some(prepared);
+            Ok(())
+        }
+        (Request::Forked, Some(restore)) => restore.lock_abroad(),
+        (Request::Resume(pid), Some(restore)) => restore.resume(pid),
+        (Request::RestoreEnd(ret), _) => restore.take().map_or(Ok(()), |restore| restore.end(ret)),
+        (_, None) => Ok(()),
+        _ => Err(AgentError::Protocol("this is the agent of a restore")),
+    });
+    last
+}
+
+/// A connection that is built and waits for the others.
+#[derive(Debug)]
+struct Built {
+    paused: Paused<OwnedFd>,
+    tuple: FourTuple,
+    reuse_port: Option<bool>,
+}
+
+#[derive(Debug)]
+struct Restore {
+    images: ImageDir,
+    criu: i32,
+    index: Index,
+    /// Connections that CRIU gave to the plugin as external files, by their addresses.
+    external: HashMap<FourTuple, ExternalImage>,
+    home: NetNs,
+    options: LockOptions,
+    lock_name: LockName,
+    locks: Vec<(NetworkLock, Vec<FourTuple>)>,
+    /// The tables that the dump left.
+    dump_locks: Vec<LockName>,
+    /// Inner pids of the tasks whose hook is still to come.
+    awaited: HashSet<u32>,
+    /// File ids of the connections still to be brought back.
+    missing: HashSet<u32>,
+    built: Vec<Built>,
+    queues: Queues,
+    forge: Forge,
+    failed: bool,
+    finished: bool,
+}
+
+impl Restore {
+    fn new(images: &ImageDir, criu: i32) -> Result<Self, AgentError> {
+        let index = if images.contains(inventory::NAME) { Index::read(images)? } else { Index::empty() };
+        let carried = index.connections.iter().filter(|(_, connection)| connection.has_stream);
+        let missing: HashSet<u32> = carried.map(|(id, _)| *id).collect();
+        let awaited = index.tasks.iter().filter(|(_, task)| task.alive).map(|(pid, _)| *pid).collect();
+        let mut dump_locks: Vec<LockName> = dump_lock(&index).into_iter().collect();
+        let mut external = HashMap::new();
+        for image in ExternalImage::all(images)? {
+            dump_locks.extend(image.lock_id.as_deref().and_then(|id| LockName::criu(id).ok()));
+            external.insert(image.tuple, image);
+        }
+        Ok(Self {
+            lock_name: lock_name(&index)?,
+            dump_locks,
+            images: ImageDir::duplicate(images.as_fd())?,
+            criu,
+            index,
+            external,
+            home: NetNs::of_task(criu.cast_unsigned())?,
+            options: LockOptions::from_env()?,
+            locks: Vec::new(),
+            awaited,
+            missing,
+            built: Vec::new(),
+            queues: Queues::default(),
+            forge: Forge::new(),
+            failed: false,
+            finished: false,
+        })
+    }
+
+    fn at_home(&self, connection: &InetConnection) -> bool {
+        connection.net_ns_id.is_none() || connection.net_ns_id == self.index.root_net_ns_id
+    }
+
+    fn tuples(&self, wanted: impl Fn(&InetConnection) -> bool) -> Vec<FourTuple> {
+        let carried = self.index.connections.values().filter(|connection| connection.has_stream);
+        let with_packets = carried.filter(|connection| connection.tuple.local.port() != 0);
+        with_packets.filter(|connection| wanted(connection)).map(|connection| connection.tuple).collect()
+    }
+
+    /// Locks what is to be restored in criu's own namespace.
+    fn lock_at_home(&mut self) -> Result<(), AgentError> {
+        let mut tuples = self.tuples(|connection| self.at_home(connection));
+        tuples.extend(self.external.keys().copied());
+        self.lock(&self.home.clone(), tuples)
+    }
+
+    /// Locks in the namespace of the root task, where that is not criu's.
+    fn lock_abroad(&mut self) -> Result<(), AgentError> {
+        if self.missing.is_empty() {
+            return Ok(());
+        }
+        let Some(root) = self.index.root else { return Ok(()) };
+        let Some(pid) = tasks::restored_child(self.criu, root).map_err(AgentError::Tree)? else {
+            log::warn!("the root task is not found, so its network namespace is locked late");
+            return Ok(());
+        };
+        let ns = NetNs::of_task(pid.cast_unsigned())?;
+        let ns_id = self.index.tasks.get(&root).and_then(|task| task.net_ns_id);
+        if ns == self.home || ns_id.is_none() || ns_id == self.index.root_net_ns_id {
+            return Ok(());
+        }
+        let tuples = self.tuples(|connection| connection.net_ns_id == ns_id);
+        self.lock(&ns, tuples)
+    }
+
+    fn lock(&mut self, ns: &NetNs, tuples: Vec<FourTuple>) -> Result<(), AgentError> {
+        if !tuples.is_empty() {
+            let lock = NetworkLock::lock(ns, &self.lock_name, &tuples, &self.options)?;
+            self.locks.push((lock, tuples));
+        }
+        Ok(())
+    }
+
+    /// Brings back the connections of one task, and wakes all of them after the last task.
+    fn resume(&mut self, pid: i32) -> Result<(), AgentError> {
+        if self.failed {
+            return Err(AgentError::FailedBefore);
+        }
+        let result = self.bring_back(pid).and_then(|()| {
+            let nothing_awaited = self.awaited.is_empty();
+            if nothing_awaited && !self.finished { self.finish() } else { Ok(()) }
+        });
+        self.failed = result.is_err();
+        result
+    }
+
+    fn bring_back(&mut self, pid: i32) -> Result<(), AgentError> {
+        let inner = tasks::inner_pid(pid).map_err(AgentError::Tree)?;
+        self.awaited.remove(&inner);
+        if self.missing.is_empty() && self.external.is_empty() {
+            return Ok(());
+        }
+        let task = Task::open(pid).map_err(|source| AgentError::Task { pid, source })?;
+        let fds = self.index.tasks.get(&inner).map(|task| task.fds.clone()).unwrap_or_default();
+        for fd in fds.iter() {
+            let Ok(number) = u32::try_from(fd.fd) else { continue };
+            if self.missing.contains(&fd.file_id) {
+                let socket = copy(&task, number)?;
+                self.connection(fd.file_id, socket, pid)?;
+            } else if self.index.in_flight.contains_key(&fd.file_id) {
+                let unix = copy(&task, number)?;
+                self.in_flight(fd.file_id, &unix, pid)?;
+            }
+        }
+        self.adopt_external(&task)
+    }
+
+    /// Connections inside a unix socket's queue, which holds the same packets as at the dump.
+    fn in_flight(&mut self, unix_id: u32, unix: &OwnedFd, pid: i32) -> Result<(), AgentError> {
+        let Some(expected) = self.index.in_flight.remove(&unix_id) else { return Ok(()) };
+        let source = |source| AgentError::Task { pid, source };
+        let packets = in_flight::peek(unix.as_fd()).map_err(source)?;
+        for (expected, packet) in expected.iter().zip(packets) {
+            for (file_id, socket) in expected.files.iter().zip(packet.files) {
+                if self.missing.contains(file_id) {
+                    self.connection(*file_id, socket, pid)?;
+                } else if self.index.in_flight.contains_key(file_id) {
+                    self.in_flight(*file_id, &socket, pid)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Builds one connection in the socket that CRIU made for it.
+    fn connection(&mut self, file_id: u32, socket: OwnedFd, pid: i32) -> Result<(), AgentError> {
+        let Some(connection) = self.index.connections.get(&file_id) else { return Ok(()) };
+        let tuple = scoped(connection, &socket, pid)?;
+        let failed = |source| AgentError::Socket { tuple, pid, source };
+        self.missing.remove(&file_id);
+        if !sockopt::is_tcp(socket.as_fd()) || !untouched(&socket).map_err(failed)? {
+            log::debug!("{tuple}: restored by CRIU itself");
+            return Ok(());
+        }
+        let image = TcpStreamImage::read(&self.images, connection.ino, connection.state, &mut self.queues)?;
+        // CRIU has shut the socket down, which this forgets.
+        tcp::disconnect(socket.as_fd()).map_err(failed)?;
+        let mut paused = Paused::pause(socket)?;
+        paused.set_reuse_addr(connection.reuseaddr);
+        let room = RoomForQueues::make(paused.socket(), &image.tcp).map_err(failed)?;
+        paused.restore(&tuple, &image.tcp, &self.queues.recv, &self.queues.send, &mut self.forge)?;
+        if let Some(room) = room {
+            room.give_back().map_err(failed)?;
+        }
+        if connection.shutdown_read && !image.tcp.state.fin_received() {
+            tcp::shutdown(paused.socket(), Direction::Receive).map_err(failed)?;
+        }
+        if image.nodelay == Some(true) {
+            sockopt::set_no_delay(paused.socket(), true).map_err(failed)?;
+        }
+        if image.cork == Some(true) {
+            sockopt::set_cork(paused.socket(), true).map_err(failed)?;
+        }
+        log::debug!("{tuple} (pid {pid}): {} again", image.tcp.state);
+        self.built.push(Built { paused, tuple, reuse_port: connection.reuseport.or(Some(false)) });
+        Ok(())
+    }
+
+    /// Connections that RESTORE_EXT_FILE has built in the task, and left in repair mode.
+    fn adopt_external(&mut self, task: &Task) -> Result<(), AgentError> {
+        if self.external.is_empty() {
+            return Ok(());
+        }
+        let failed = |source| AgentError::Task { pid: task.pid, source };
+        let sockets = task.sockets().map_err(|_| AgentError::Protocol("cannot list a task's sockets"))?;
+        for (fd, _) in sockets {
+            let socket = task.copy(fd).map_err(failed)?;
+            let ours = sockopt::is_tcp(socket.as_fd()) && tcp::in_repair(socket.as_fd()).map_err(failed)?;
+            let Some(tuple) = four_tuple(socket.as_fd()).ok().filter(|_| ours) else { continue };
+            if let Some(image) = self.external.remove(&tuple) {
+                let mut paused = Paused::pause(socket)?;
+                paused.set_reuse_addr(soccr::options::reuse_addr(&image.options));
+                self.built.push(Built { paused, tuple, reuse_port: None });
+            }
+        }
+        Ok(())
+    }
+
+    /// All tasks are complete: unlock, then leave repair mode.
+    fn finish(&mut self) -> Result<(), AgentError> {
+        if !self.missing.is_empty() {
+            let names = self.missing.iter().filter_map(|id| self.index.connections.get(id));
+            let names: Vec<String> = names.map(|connection| connection.tuple.to_string()).collect();
+            return Err(AgentError::NotFound(names.join(", ")));
+        }
+        std::mem::take(&mut self.forge).finish().map_err(|_| AgentError::Protocol("the passage stays open"))?;
+        self.unlock()?;
+        self.finished = true;
+        let count = self.built.len();
+        let mut asleep = 0;
+        for built in self.built.drain(..) {
+            if let Err(error) = wake(built) {
+                log::error!("{error}");
+                asleep += 1;
+            }
+        }
+        if asleep > 0 {
+            return Err(AgentError::Asleep(asleep));
+        }
+        if count > 0 {
+            log::info!("{count} TCP connections go on");
+        }
+        Ok(())
+    }
+
+    fn unlock(&mut self) -> Result<(), AgentError> {
+        for (lock, tuples) in self.locks.drain(..) {
+            let ns = lock.namespace().clone();
+            // What the dump left here: our table (which stock CRIU removes in its own namespace only), or the rules of a
+            // stock dump, which CRIU leaves alone with --tcp-close.
+            for name in &self.dump_locks {
+                lock::remove(&ns, self.options.method, name)?;
+            }
+            if self.index.network_lock == ImageLock::Iptables {
+                let _ = &tuples; // stock::remove_rules(&ns, &tuples)?;
+            }
+            lock.unlock()?;
+        }
+        Ok(())
+    }
+
+    /// exit() of the restore.
+    fn end(mut self, ret: i32) -> Result<(), AgentError> {
+        if self.finished {
+            return Ok(());
+        }
+        if ret != 0 || self.failed {
+            self.give_up();
+            return Ok(());
+        }
+        if self.index.tasks.is_empty() && !self.external.is_empty() {
+            let host = Task::open(self.criu).map_err(|source| AgentError::Task { pid: self.criu, source })?;
+            self.adopt_external(&host)?;
+        }
+        self.finish()
+    }
+
+    /// Closes silently what was built, and leaves the locks as they were before the restore.
+    fn give_up(mut self) {
+        for built in self.built.drain(..) {
+            drop(built.paused.release());
+        }
+        if self.finished {
+            return;
+        }
+        for (lock, tuples) in std::mem::take(&mut self.locks) {
+            let ns = lock.namespace().clone();
+            if let Err(error) = self.lock_as_before(lock, &tuples) {
+                log::error!("{ns}: the connections may be unlocked: {}", chain(&error));
+            }
+        }
+    }
+
+    fn lock_as_before(&self, lock: NetworkLock, tuples: &[FourTuple]) -> Result<(), soccr::lock::LockError> {
+        match (self.index.network_lock, dump_lock(&self.index)) {
+            // CRIU may have removed the dump's table by now.
+            (ImageLock::Nftables, Some(name)) => {
+                let ns = lock.namespace().clone();
+                let ours = lock.name().clone();
+                lock.keep();
+                lock::rename(&ns, &ours, &name, tuples, &self.options)?.keep();
+            }
+            // The dump's rules are still there.
+            (ImageLock::Iptables, _) if *lock.namespace() == self.home => {
+                lock.unlock()?;
+            }
+            _ => lock.keep(),
+        }
+        Ok(())
+    }
+}
+
+/// The lock of this restore: the same at every try, so that the next one replaces it.
+fn lock_name(index: &Index) -> Result<LockName, AgentError> {
+    let id = index.dump_run_id.as_deref().unwrap_or("restore");
+    let short: String = id.chars().filter(char::is_ascii_alphanumeric).take(20).collect();
+    Ok(LockName::soccr(if short.is_empty() { "restore" } else { &short })?)
+}
+
+/// The table that the images say they are locked by.
+fn dump_lock(index: &Index) -> Option<LockName> {
+    LockName::criu(index.dump_run_id.as_deref()?).ok()
+}
+
+fn copy(task: &Task, number: u32) -> Result<OwnedFd, AgentError> {
+    task.copy(RemoteFd(number)).map_err(|source| AgentError::Task { pid: task.pid, source })
+}
+
+/// Whether the socket is as CRIU makes it with `--tcp-close`: closed and never bound. (A connection that CRIU itself
+/// restored in the state CLOSE has an address.)
+fn untouched(socket: &OwnedFd) -> Result<bool, SysError> {
+    let closed = tcp::info(socket.as_fd())?.state == State::Close as u8;
+    Ok(closed && addr::local(socket.as_fd())?.port() == 0)
+}
+
+/// The connection's addresses; a link-local one gets the index that its interface has here.
+fn scoped(connection: &InetConnection, socket: &OwnedFd, pid: i32) -> Result<FourTuple, AgentError> {
+    let mut tuple = connection.tuple;
+    let device = connection.ifname.as_ref().or(connection.bound_device.as_ref());
+    if let (Some(name), SocketAddr::V6(local), SocketAddr::V6(remote)) =
+        (device, &mut tuple.local, &mut tuple.remote)
+        && local.ip().is_unicast_link_local()
+    {
+        let index = NetNs::of_socket(socket.as_fd())?
+            .run(|| addr::interface_index(name))?
+            .map_err(|source| AgentError::Socket { tuple: connection.tuple, pid, source })?;
+        local.set_scope_id(index);
+        remote.set_scope_id(index);
+    }
+    Ok(tuple)
+}
+
+fn wake(built: Built) -> Result<(), AgentError> {
+    let Built { paused, tuple, reuse_port } = built;
+    if let Some(on) = reuse_port {
+        let socket = paused.socket();
+        sockopt::set_reuse_port(socket, on).map_err(|source| AgentError::Socket { tuple, pid: 0, source })?;
+    }
+    paused.resume(Probe::Send)?;
+    Ok(())
+}

@@ -1,0 +1,166 @@
+//! The TCP connections of tasks: in their descriptor tables, and in flight in their unix sockets.
+
+use std::collections::{HashMap, HashSet};
+use std::fmt;
+use std::os::fd::{AsFd, OwnedFd};
+
+use soccr::checkpoint::four_tuple;
+use soccr::connection::FourTuple;
+use soccr::kernel::netns::{NetNs, NetNsError};
+use soccr::kernel::process::RemoteFd;
+use soccr::kernel::{SysError, sockopt, tcp};
+
+use super::in_flight;
+use super::tasks::Task;
+
+/// A connection that is to be carried.
+#[derive(Debug)]
+pub struct Found {
+    /// Our duplicate of the socket.
+    pub socket: OwnedFd,
+    /// The kernel's name of the socket.
+    pub cookie: u64,
+    /// Its inode, which names its image.
+    pub inode: u32,
+    /// Both ends.
+    pub tuple: FourTuple,
+    /// The socket's own network namespace.
+    pub ns: NetNs,
+    /// Where it was found.
+    pub place: Place,
+}
+
+/// Where a socket was found, for messages.
+#[derive(Clone, Copy, Debug)]
+pub enum Place {
+    /// In a task's table.
+    Table(i32, RemoteFd),
+    /// In flight in a unix socket of a task.
+    InFlight(i32, RemoteFd),
+    /// Given to us by criu.
+    Given,
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Table(pid, fd) => write!(f, "pid {pid} fd {fd}"),
+            Self::InFlight(pid, fd) => write!(f, "in flight in the unix socket of pid {pid} fd {fd}"),
+            Self::Given => f.write_str("given by criu"),
+        }
+    }
+}
+
+/// A task's sockets cannot all be found.
+#[derive(Debug, thiserror::Error)]
+pub enum FindError {
+    /// `/proc` cannot be read.
+    #[error("pid {0}: cannot list the descriptors: {1}")]
+    Proc(i32, std::io::Error),
+    /// A system call failed.
+    #[error("{0}: {1}")]
+    Sys(Place, SysError),
+    /// The socket's namespace is out of reach.
+    #[error("{0}: {1}")]
+    NetNs(Place, NetNsError),
+    /// The socket cannot be carried.
+    #[error("{tuple} ({place}): {why}")]
+    Refused {
+        /// The connection.
+        tuple: FourTuple,
+        /// Where it was found.
+        place: Place,
+        /// Why.
+        why: &'static str,
+    },
+}
+
+/// Finds each connection once, however many descriptors lead to it.
+#[derive(Debug, Default)]
+pub struct Finder {
+    inodes: HashSet<u64>,
+    cookies: HashSet<u64>,
+    namespaces: HashMap<u64, NetNs>,
+}
+
+impl Finder {
+    /// The connections of a task that were not found before.
+    ///
+    /// # Errors
+    /// [`FindError`].
+    pub fn of_task(&mut self, task: &Task) -> Result<Vec<Found>, FindError> {
+        let mut found = Vec::new();
+        let sockets = task.sockets().map_err(|error| FindError::Proc(task.pid, error))?;
+        for (fd, inode) in sockets {
+            if !self.inodes.insert(inode) {
+                continue;
+            }
+            let place = Place::Table(task.pid, fd);
+            let socket = task.copy(fd).map_err(|error| FindError::Sys(place, error))?;
+            if in_flight::is_unix(socket.as_fd()) {
+                self.queued_in(&socket, Place::InFlight(task.pid, fd), &mut found)?;
+            } else {
+                found.extend(self.connection(socket, place)?);
+            }
+        }
+        Ok(found)
+    }
+
+    /// The connection behind a descriptor: `None` for another kind of file, for a socket without a peer, and
+    /// for a connection that was found before.
+    ///
+    /// # Errors
+    /// [`FindError`].
+    pub fn connection(&mut self, socket: OwnedFd, place: Place) -> Result<Option<Found>, FindError> {
+        let sys = |error| FindError::Sys(place, error);
+        if !sockopt::is_tcp(socket.as_fd()) {
+            return Ok(None);
+        }
+        // A socket that never had a peer (a listener, a fresh one) is CRIU's matter.
+        let Ok(tuple) = four_tuple(socket.as_fd()) else { return Ok(None) };
+        if tuple.remote.port() == 0 {
+            return Ok(None);
+        }
+        let cookie = sockopt::cookie(socket.as_fd()).map_err(sys)?;
+        if !self.cookies.insert(cookie) {
+            return Ok(None);
+        }
+        if tcp::has_upper_layer(socket.as_fd()).map_err(sys)? {
+            let why = "a protocol on top of TCP in the kernel (TLS) cannot be carried";
+            return Err(FindError::Refused { tuple, place, why });
+        }
+        let inode = nix::sys::stat::fstat(&socket)
+            .map_err(|errno| sys(SysError { call: "stat a socket", errno }))?
+            .st_ino;
+        let Ok(inode) = u32::try_from(inode) else {
+            let why = "its inode number does not fit CRIU's images";
+            return Err(FindError::Refused { tuple, place, why });
+        };
+        let ns = self.namespace(&socket, place)?;
+        Ok(Some(Found { socket, cookie, inode, tuple, ns, place }))
+    }
+
+    fn queued_in(&mut self, unix: &OwnedFd, place: Place, found: &mut Vec<Found>) -> Result<(), FindError> {
+        let packets = in_flight::peek(unix.as_fd()).map_err(|error| FindError::Sys(place, error))?;
+        for socket in packets.into_iter().flat_map(|packet| packet.files) {
+            if !in_flight::is_unix(socket.as_fd()) {
+                found.extend(self.connection(socket, place)?);
+                continue;
+            }
+            let cookie = sockopt::cookie(socket.as_fd()).map_err(|error| FindError::Sys(place, error))?;
+            if self.cookies.insert(cookie) {
+                self.queued_in(&socket, place, found)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn namespace(&mut self, socket: &OwnedFd, place: Place) -> Result<NetNs, FindError> {
+        let open = || NetNs::of_socket(socket.as_fd()).map_err(|error| FindError::NetNs(place, error));
+        let Ok(cookie) = sockopt::netns_cookie(socket.as_fd()) else { return open() };
+        match self.namespaces.get(&cookie) {
+            Some(ns) => Ok(ns.clone()),
+            None => Ok(self.namespaces.entry(cookie).or_insert(open()?).clone()),
+        }
+    }
+}

@@ -1,0 +1,160 @@
+//! Tasks as `/proc` shows them.
+
+use std::collections::VecDeque;
+use std::fs;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use procfs::process::{ProcState, Process};
+use procfs::{ProcError, ProcResult};
+use soccr::kernel::process::{self, RemoteFd};
+use soccr::kernel::SysError;
+
+/// A task of the dump or the restore.
+#[derive(Debug)]
+pub struct Task {
+    /// Its pid in our PID namespace.
+    pub pid: i32,
+    pidfd: OwnedFd,
+}
+
+/// What has become of a task that criu held still.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fate {
+    /// criu still holds it.
+    Traced,
+    /// It runs.
+    Running,
+    /// It is stopped by a signal, and nobody traces it.
+    Stopped,
+    /// It is being killed.
+    Ending,
+    /// It is dead.
+    Gone,
+}
+
+impl Task {
+    /// Opens a task.
+    ///
+    /// # Errors
+    /// ESRCH when it is gone.
+    pub fn open(pid: i32) -> Result<Self, SysError> {
+        Ok(Self { pid, pidfd: process::pidfd_open(pid)? })
+    }
+
+    /// A duplicate of one of its descriptors.
+    ///
+    /// # Errors
+    /// EBADF when it has none of that number.
+    pub fn copy(&self, fd: RemoteFd) -> Result<OwnedFd, SysError> {
+        process::pidfd_getfd(self.pidfd.as_fd(), fd)
+    }
+
+    /// The numbers of its sockets, with their inodes.
+    ///
+    /// # Errors
+    /// When `/proc` cannot be read.
+    pub fn sockets(&self) -> std::io::Result<Vec<(RemoteFd, u64)>> {
+        let mut sockets = Vec::new();
+        for entry in fs::read_dir(format!("/proc/{}/fd", self.pid))? {
+            let entry = entry?;
+            let Some(fd) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
+            // A descriptor of a frozen task does not go away; one of a thread group that ends may.
+            let Ok(target) = fs::read_link(entry.path()) else { continue };
+            if let Some(inode) = target.to_str().and_then(socket_inode) {
+                sockets.push((RemoteFd(fd), inode));
+            }
+        }
+        Ok(sockets)
+    }
+
+    /// Readable when the task is gone.
+    pub fn pidfd(&self) -> BorrowedFd<'_> {
+        self.pidfd.as_fd()
+    }
+
+    /// Whether the task has ended.
+    pub fn gone(&self) -> bool {
+        let mut ready = [PollFd::new(self.pidfd(), PollFlags::POLLIN)];
+        matches!(poll(&mut ready, PollTimeout::ZERO), Ok(1..))
+    }
+
+    /// What has become of it, as far as one look can tell.
+    pub fn fate(&self) -> Fate {
+        if self.gone() {
+            return Fate::Gone;
+        }
+        look(self.pid).unwrap_or(Fate::Gone)
+    }
+}
+
+fn look(pid: i32) -> ProcResult<Fate> {
+    const SIGKILL_BIT: u64 = 1 << (libc::SIGKILL - 1);
+    const PF_EXITING: u32 = 0x4;
+    let process = Process::new(pid)?;
+    let (stat, status) = (process.stat()?, process.status()?);
+    // A task that was killed is untraced before it is dead.
+    let ending = stat.flags & PF_EXITING != 0 || (status.sigpnd | status.shdpnd) & SIGKILL_BIT != 0;
+    Ok(match stat.state()? {
+        ProcState::Zombie | ProcState::Dead => Fate::Gone,
+        _ if ending => Fate::Ending,
+        _ if status.tracerpid != 0 => Fate::Traced,
+        ProcState::Stopped => Fate::Stopped,
+        _ => Fate::Running,
+    })
+}
+
+fn socket_inode(target: &str) -> Option<u64> {
+    target.strip_prefix("socket:[")?.strip_suffix(']')?.parse().ok()
+}
+
+/// The task `root` and all its descendants that `tracer` holds still; zombies are left out.
+///
+/// # Errors
+/// When `/proc` cannot be read.
+pub fn frozen_tree(root: i32, tracer: i32) -> ProcResult<Vec<i32>> {
+    let mut tree = Vec::new();
+    let mut queue = VecDeque::from([root]);
+    while let Some(pid) = queue.pop_front() {
+        let process = match Process::new(pid) {
+            Err(ProcError::NotFound(_)) => continue,
+            other => other?,
+        };
+        let status = process.status()?;
+        if status.tracerpid == tracer {
+            tree.push(pid);
+        } else if process.stat()?.state()? != ProcState::Zombie {
+            continue;
+        }
+        for thread in process.tasks()? {
+            queue.extend(thread?.children()?.into_iter().map(u32::cast_signed));
+        }
+    }
+    Ok(tree)
+}
+
+/// The pid that the task has in its own, innermost PID namespace.
+///
+/// # Errors
+/// When `/proc` cannot be read.
+pub fn inner_pid(pid: i32) -> ProcResult<u32> {
+    let status = Process::new(pid)?.status()?;
+    let inner = status.nspid.as_ref().and_then(|pids| pids.last()).copied().unwrap_or(pid);
+    u32::try_from(inner).map_err(|_| ProcError::Other(format!("NSpid of {pid} is {inner}")))
+}
+
+/// The child of `parent` (or of `parent`'s parent, where criu restores a sibling) that is `inner` to itself.
+///
+/// # Errors
+/// When `/proc` cannot be read.
+pub fn restored_child(parent: i32, inner: u32) -> ProcResult<Option<i32>> {
+    let grandparent = Process::new(parent)?.status()?.ppid;
+    for process in procfs::process::all_processes()? {
+        let Ok(status) = process.and_then(|process| process.status()) else { continue };
+        let inner_pid = status.nspid.as_ref().and_then(|pids| pids.last()).copied();
+        if [parent, grandparent].contains(&status.ppid) && inner_pid.and_then(|pid| u32::try_from(pid).ok()) == Some(inner) {
+            return Ok(Some(status.pid));
+        }
+    }
+    Ok(None)
+}

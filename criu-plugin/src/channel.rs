@@ -1,0 +1,243 @@
+//! How the hooks in criu's process talk to the agent.
+//!
+//! One packet socket carries the requests. Each brings a socket of its own for the answer: log lines as they come,
+//! then the result. So several processes can ask at once, and an agent that dies shows as the end of the answer.
+
+#![allow(unsafe_code)]
+
+use std::io::{self, IoSlice, IoSliceMut};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+
+use nix::cmsg_space;
+use nix::errno::Errno;
+use nix::sys::socket::{
+    AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg, sendmsg, socketpair,
+};
+
+use crate::host;
+
+/// What a hook asks of the agent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Request {
+    /// CHECKPOINT_DEVICES: save the connections of this frozen task, and of the whole tree when it is the first.
+    Checkpoint(i32),
+    /// DUMP_EXT_FILE: save the connection behind the descriptor that comes along, under this id.
+    DumpFile(i32),
+    /// exit() of a dump, with CRIU's result so far.
+    DumpEnd(i32),
+    /// The criu process ends: answer when the connections are where they belong.
+    Settle,
+    /// init() of a restore: lock what the images hold.
+    Prepare,
+    /// POST_FORKING: the namespaces are there, lock in them too.
+    Forked,
+    /// RESUME_DEVICES_LATE: bring back the connections of this task.
+    Resume(i32),
+    /// exit() of a restore, with CRIU's result.
+    RestoreEnd(i32),
+}
+
+const PACKET: usize = 5;
+
+impl Request {
+    fn encode(self) -> [u8; PACKET] {
+        let (kind, argument) = match self {
+            Self::Checkpoint(pid) => (1, pid),
+            Self::DumpFile(id) => (2, id),
+            Self::DumpEnd(ret) => (3, ret),
+            Self::Settle => (4, 0),
+            Self::Prepare => (5, 0),
+            Self::Forked => (6, 0),
+            Self::Resume(pid) => (7, pid),
+            Self::RestoreEnd(ret) => (8, ret),
+        };
+        let [a, b, c, d] = argument.to_le_bytes();
+        [kind, a, b, c, d]
+    }
+
+    fn decode(packet: [u8; PACKET]) -> Option<Self> {
+        let [kind, a, b, c, d] = packet;
+        let argument = i32::from_le_bytes([a, b, c, d]);
+        Some(match kind {
+            1 => Self::Checkpoint(argument),
+            2 => Self::DumpFile(argument),
+            3 => Self::DumpEnd(argument),
+            4 => Self::Settle,
+            5 => Self::Prepare,
+            6 => Self::Forked,
+            7 => Self::Resume(argument),
+            8 => Self::RestoreEnd(argument),
+            _ => return None,
+        })
+    }
+}
+
+/// The agent did not do what it was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum AskError {
+    /// It said why, in its log lines.
+    #[error("the agent refused")]
+    Refused,
+    /// It is not there any more.
+    #[error("the agent is gone")]
+    Gone,
+    /// It could not be asked.
+    #[error("cannot talk to the agent: {0}")]
+    Io(#[from] Errno),
+}
+
+/// The hooks' end.
+#[derive(Debug)]
+pub struct Client(OwnedFd);
+
+/// The agent's end.
+#[derive(Debug)]
+pub struct Server(OwnedFd);
+
+/// A connected client and server.
+///
+/// # Errors
+/// The kernel's answer.
+pub fn pair() -> Result<(Client, Server), Errno> {
+    let (ours, theirs) = socket_pair()?;
+    Ok((Client(ours), Server(theirs)))
+}
+
+fn socket_pair() -> Result<(OwnedFd, OwnedFd), Errno> {
+    socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)
+}
+
+const LOG: u8 = 1;
+const DONE: u8 = 2;
+const REFUSED: u8 = 3;
+/// Longer log lines are cut.
+const LONGEST: usize = 4096;
+
+impl Client {
+    /// Asks, prints the agent's log lines to CRIU's log, and waits for the result.
+    ///
+    /// # Errors
+    /// [`AskError`].
+    pub fn ask(&self, request: Request, file: Option<BorrowedFd<'_>>) -> Result<(), AskError> {
+        let (answer, theirs) = socket_pair()?;
+        let mut passed: Vec<RawFd> = vec![theirs.as_raw_fd()];
+        passed.extend(file.map(|file| file.as_raw_fd()));
+        let packet = request.encode();
+        let sent = sendmsg::<()>(
+            self.0.as_raw_fd(),
+            &[IoSlice::new(&packet)],
+            &[ControlMessage::ScmRights(&passed)],
+            MsgFlags::MSG_NOSIGNAL,
+            None,
+        );
+        match sent {
+            Err(Errno::EPIPE | Errno::ECONNRESET) => return Err(AskError::Gone),
+            other => other?,
+        };
+        drop(theirs);
+        read_answer(&answer)
+    }
+}
+
+fn read_answer(answer: &OwnedFd) -> Result<(), AskError> {
+    let mut buffer = [0; LONGEST];
+    loop {
+        let len = match nix::unistd::read(answer, &mut buffer) {
+            Err(Errno::EINTR) => continue,
+            other => other?,
+        };
+        match buffer.get(..len).unwrap_or_default() {
+            [LOG, level, text @ ..] => host::print(level_from(*level), &String::from_utf8_lossy(text)),
+            [DONE] => return Ok(()),
+            [REFUSED] => return Err(AskError::Refused),
+            _ => return Err(AskError::Gone),
+        }
+    }
+}
+
+fn level_from(number: u8) -> log::Level {
+    log::Level::iter().find(|level| *level as usize == usize::from(number)).unwrap_or(log::Level::Error)
+}
+
+/// A request with the way to answer it.
+#[derive(Debug)]
+pub struct Asked {
+    /// What is asked.
+    pub request: Request,
+    /// The descriptor that came along.
+    pub file: Option<OwnedFd>,
+    /// Where the answer goes.
+    pub answer: Answer,
+}
+
+impl Server {
+    /// The next request; `None` when every client is gone.
+    ///
+    /// # Errors
+    /// A broken packet, or the kernel's answer.
+    pub fn next(&self) -> io::Result<Option<Asked>> {
+        let mut packet = [0; PACKET];
+        let mut control = cmsg_space!([RawFd; 2]);
+        let mut parts = [IoSliceMut::new(&mut packet)];
+        let received =
+            recvmsg::<()>(self.0.as_raw_fd(), &mut parts, Some(&mut control), MsgFlags::MSG_CMSG_CLOEXEC)?;
+        let mut files = owned(received.cmsgs()?);
+        if received.bytes == 0 {
+            return Ok(None);
+        }
+        let answer = files.next().ok_or(io::ErrorKind::InvalidData)?;
+        let file = files.next();
+        drop(files);
+        let request = Request::decode(packet).ok_or(io::ErrorKind::InvalidData)?;
+        Ok(Some(Asked { request, file, answer: Answer(answer) }))
+    }
+}
+
+impl AsFd for Server {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+/// The descriptors that a message brought.
+pub fn owned(messages: impl Iterator<Item = ControlMessageOwned>) -> std::vec::IntoIter<OwnedFd> {
+    let mut files = Vec::new();
+    for message in messages {
+        if let ControlMessageOwned::ScmRights(raw) = message {
+            // SAFETY: the kernel has just installed these for us; nobody else owns them.
+            files.extend(raw.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }));
+        }
+    }
+    files.into_iter()
+}
+
+/// Where the answer to one request goes.
+#[derive(Debug)]
+pub struct Answer(OwnedFd);
+
+impl Answer {
+    /// Sends a line for CRIU's log. A client that is gone does not mind.
+    pub fn log(&self, level: log::Level, text: &str) {
+        #[allow(clippy::cast_possible_truncation)] // 1 to 5
+        let mut packet = vec![LOG, level as u8];
+        packet.extend(text.bytes().take(LONGEST - 2));
+        self.send(&packet);
+    }
+
+    /// Sends the result, which ends the answer.
+    pub fn finish(self, done: bool) {
+        self.send(&[if done { DONE } else { REFUSED }]);
+    }
+
+    fn send(&self, packet: &[u8]) {
+        let _ = nix::sys::socket::send(self.0.as_raw_fd(), packet, MsgFlags::MSG_NOSIGNAL);
+    }
+
+    /// Another handle on the same answer, for the log.
+    ///
+    /// # Errors
+    /// EMFILE.
+    pub fn duplicate(&self) -> io::Result<Self> {
+        self.0.try_clone().map(Self)
+    }
+}
