@@ -9,12 +9,17 @@ use std::collections::BTreeMap;
 use std::hash::{BuildHasher, DefaultHasher, Hasher, RandomState};
 use std::path::{Path, PathBuf};
 
+use protobuf::{Message, MessageField};
 use soccr::connection::{FourTuple, Options, Queues, State, TcpState};
 use soccr::image::container::{COMMON, Magic, Reader};
 use soccr::image::external::{ExternalImage, SocketOption};
 use soccr::image::index::Index;
 use soccr::image::inventory::{Inventory, release_to_stock};
 use soccr::image::nftables::strip_table;
+use soccr::image::proto::fdinfo::{Fd_types, File_entry};
+use soccr::image::proto::fown::Fown_entry;
+use soccr::image::proto::sk_inet::Inet_sk_entry;
+use soccr::image::proto::sk_opts::Sk_opts_entry;
 use soccr::image::tcp_stream::TcpStreamImage;
 use soccr::image::{Fault, ImageDir, ImageError};
 
@@ -280,6 +285,68 @@ fn no_length_is_believed() {
         }
         victim.restore(name);
     }
+}
+
+#[test]
+fn a_connection_takes_a_few_hundred_bytes() {
+    const CONNECTIONS: u32 = 20_000;
+    let victim = Victim::new();
+    let files = (0..CONNECTIONS).map(|id| {
+        let fown = Fown_entry {
+            uid: Some(0),
+            euid: Some(0),
+            signum: Some(0),
+            pid_type: Some(0),
+            pid: Some(0),
+            ..Default::default()
+        };
+        let opts = Sk_opts_entry {
+            so_sndbuf: Some(0),
+            so_rcvbuf: Some(0),
+            so_snd_tmo_sec: Some(0),
+            so_snd_tmo_usec: Some(0),
+            so_rcv_tmo_sec: Some(0),
+            so_rcv_tmo_usec: Some(0),
+            ..Default::default()
+        };
+        let isk = Inet_sk_entry {
+            id: Some(id),
+            ino: Some(id),
+            family: Some(2),
+            type_: Some(1),
+            proto: Some(6),
+            state: Some(1),
+            src_port: Some(1),
+            dst_port: Some(1),
+            flags: Some(0),
+            backlog: Some(0),
+            src_addr: vec![1],
+            dst_addr: vec![1],
+            fown: MessageField::some(fown),
+            opts: MessageField::some(opts),
+            ..Default::default()
+        };
+        File_entry {
+            type_: Some(Fd_types::INETSK.into()),
+            id: Some(id),
+            isk: MessageField::some(isk),
+            ..Default::default()
+        }
+    });
+    let mut content = container(Magic::Files, &[], 0);
+    for file in files {
+        let message = file.write_to_bytes().unwrap();
+        content.extend(u32::try_from(message.len()).unwrap().to_le_bytes());
+        content.extend(message);
+    }
+    victim.put("files.img", &content);
+    let dir = ImageDir::open(victim.folder.path()).unwrap();
+    let mut found = 0;
+    let peak = peak_of(|| found = Index::read(&dir).unwrap().connections.len());
+    assert_eq!(found, CONNECTIONS as usize);
+    let each = peak / u64::from(CONNECTIONS);
+    println!("{each} bytes a connection, {} in the file", content.len() / found);
+    assert!(each < 512, "{each} bytes of memory for a connection");
 }
 
 fn container(magic: Magic, message: &[u8], times: usize) -> Vec<u8> {
