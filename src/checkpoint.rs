@@ -24,6 +24,7 @@
 //! that is the network lock's task (the `lock` module), before [`Paused::pause`].
 
 use std::fmt;
+use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd};
 
 use nix::errno::Errno;
@@ -73,7 +74,31 @@ impl<F: AsFd> Paused<F> {
     /// # Errors
     /// A [`SaveError`] that names the connection. The socket stays in repair mode and nothing is taken from it.
     pub fn save(&self, queues: &mut Queues) -> Result<TcpState, SaveError> {
-        save(self.socket(), queues)
+        let tcp = self.inspect()?;
+        copy_to_vec(self.socket(), Queue::Receive, tcp.recv_len, &mut queues.recv)
+            .map_err(|source| SaveError::ReceiveQueue { who: Who::of(self.socket()), source })?;
+        copy_to_vec(self.socket(), Queue::Send, tcp.send_len, &mut queues.send)
+            .map_err(|source| SaveError::SendQueue { who: Who::of(self.socket()), source })?;
+        Ok(tcp)
+    }
+
+    /// Reads all of the connection but the bytes in its queues, for a caller who has memory of its own for
+    /// these: see [`Paused::copy_queue`].
+    ///
+    /// # Errors
+    /// As [`Paused::save`].
+    pub fn inspect(&self) -> Result<TcpState, SaveError> {
+        inspect(self.socket())
+    }
+
+    /// Copies a queue, whose length [`Paused::inspect`] tells, to the head of `into`. That has room for one byte
+    /// more than the queue has, which shows that there is none.
+    ///
+    /// # Errors
+    /// [`QueueError::Length`] when the queue is not that long.
+    pub fn copy_queue(&self, queue: Queue, into: &mut [MaybeUninit<u8>]) -> Result<(), QueueError> {
+        let want = into.len().saturating_sub(1);
+        copy_queue(self.socket(), queue, want, |fd| tcp::peek(fd, into))
     }
 
     /// Both ends' addresses.
@@ -275,7 +300,7 @@ struct Lengths {
     unsent: u32,
 }
 
-fn save(fd: BorrowedFd<'_>, queues: &mut Queues) -> Result<TcpState, SaveError> {
+fn inspect(fd: BorrowedFd<'_>) -> Result<TcpState, SaveError> {
     let who = || Who::of(fd);
     let sizes = |source| SaveError::Sizes { who: who(), source };
     let info = tcp::info(fd).map_err(sizes)?;
@@ -283,10 +308,10 @@ fn save(fd: BorrowedFd<'_>, queues: &mut Queues) -> Result<TcpState, SaveError> 
     let lengths = lengths(fd, &info, state)?;
     let options = options(fd, &info).map_err(|source| SaveError::Options { who: who(), source })?;
     let window = tcp::window(fd).map_err(|source| SaveError::Window { who: who(), source })?;
-    let rcv_nxt = queue(fd, Queue::Receive, lengths.recv, &mut queues.recv)
-        .map_err(|source| SaveError::ReceiveQueue { who: who(), source })?;
-    let write_seq = queue(fd, Queue::Send, lengths.send, &mut queues.send)
-        .map_err(|source| SaveError::SendQueue { who: who(), source })?;
+    let rcv_nxt = sequence(fd, Queue::Receive)
+        .map_err(|source| SaveError::ReceiveQueue { who: who(), source: source.into() })?;
+    let write_seq = sequence(fd, Queue::Send)
+        .map_err(|source| SaveError::SendQueue { who: who(), source: source.into() })?;
     Ok(TcpState {
         state,
         recv_len: lengths.recv,
@@ -297,6 +322,11 @@ fn save(fd: BorrowedFd<'_>, queues: &mut Queues) -> Result<TcpState, SaveError> 
         options,
         window,
     })
+}
+
+fn sequence(fd: BorrowedFd<'_>, queue: Queue) -> Result<u32, SysError> {
+    tcp::select_queue(fd, queue)?;
+    tcp::queue_seq(fd)
 }
 
 fn lengths(fd: BorrowedFd<'_>, info: &Info, state: State) -> Result<Lengths, SaveError> {
@@ -348,25 +378,34 @@ fn options(fd: BorrowedFd<'_>, info: &Info) -> Result<Options, SysError> {
     })
 }
 
-fn queue(fd: BorrowedFd<'_>, queue: Queue, len: u32, bytes: &mut Vec<u8>) -> Result<u32, QueueError> {
-    tcp::select_queue(fd, queue)?;
-    let seq = tcp::queue_seq(fd)?;
+fn copy_to_vec(fd: BorrowedFd<'_>, queue: Queue, len: u32, bytes: &mut Vec<u8>) -> Result<(), QueueError> {
+    let want = len as usize;
     bytes.clear();
-    if len > 0 {
-        copy_queue(fd, len as usize, bytes)?;
+    if want == 0 {
+        return Ok(());
     }
-    Ok(seq)
-}
-
-fn copy_queue(fd: BorrowedFd<'_>, want: usize, bytes: &mut Vec<u8>) -> Result<(), QueueError> {
     // One byte more than announced shows a queue that is longer than that.
     bytes.try_reserve(want + 1).map_err(|_| QueueError::Memory(want))?;
-    // A program's own SO_PEEK_OFF (TCP has it since Linux 6.9) would shift what we see.
-    let offset = sockopt::peek_offset(fd).ok().filter(|offset| *offset >= 0);
+    copy_queue(fd, queue, want, |fd| tcp::peek_append(fd, bytes, want + 1))
+}
+
+fn copy_queue(
+    fd: BorrowedFd<'_>,
+    queue: Queue,
+    want: usize,
+    peek: impl FnOnce(BorrowedFd<'_>) -> Result<usize, SysError>,
+) -> Result<(), QueueError> {
+    tcp::select_queue(fd, queue)?;
+    // A program's own SO_PEEK_OFF (TCP has it since Linux 6.9) would shift what we see. Only the receive queue
+    // heeds it.
+    let offset = match queue {
+        Queue::Receive => sockopt::peek_offset(fd).ok().filter(|offset| *offset >= 0),
+        Queue::Send | Queue::None => None,
+    };
     if offset.is_some() {
         sockopt::set_peek_offset(fd, -1)?;
     }
-    let got = tcp::peek(fd, bytes, want + 1);
+    let got = peek(fd);
     if let Some(offset) = offset {
         sockopt::set_peek_offset(fd, offset)?;
     }

@@ -352,18 +352,26 @@ pub fn unsent_len(fd: BorrowedFd<'_>) -> SysResult<u32> {
     ioctl_bytes(fd, SIOCOUTQNSD, "get SIOCOUTQNSD")
 }
 
-/// Copies at most `most` bytes of the receive queue (or, in repair mode, of the chosen queue) to the end
-/// of `into`, as far as its capacity goes, without taking them; returns how many.
+/// Copies bytes of the receive queue (or, in repair mode, of the chosen queue) without taking them; returns
+/// how many.
 ///
 /// # Errors
 /// EAGAIN when there is nothing.
-pub fn peek(fd: BorrowedFd<'_>, into: &mut Vec<u8>, most: usize) -> SysResult<usize> {
+pub fn peek(fd: BorrowedFd<'_>, into: &mut [MaybeUninit<u8>]) -> SysResult<usize> {
     let flags = libc::MSG_PEEK | libc::MSG_DONTWAIT;
+    // SAFETY: the kernel writes at most `into.len()` bytes to `into`.
+    let got = unsafe { libc::recv(fd.as_raw_fd(), into.as_mut_ptr().cast(), into.len(), flags) };
+    usize::try_from(got).map_err(|_| SysError::last("peek into a queue"))
+}
+
+/// [`peek`] at most `most` bytes to the end of `into`, as far as its capacity goes.
+///
+/// # Errors
+/// As [`peek`].
+pub fn peek_append(fd: BorrowedFd<'_>, into: &mut Vec<u8>, most: usize) -> SysResult<usize> {
     let space = into.spare_capacity_mut();
     let most = most.min(space.len());
-    // SAFETY: the kernel writes at most `most` bytes to the spare capacity.
-    let got = unsafe { libc::recv(fd.as_raw_fd(), space.as_mut_ptr().cast(), most, flags) };
-    let got = usize::try_from(got).map_err(|_| SysError::last("peek into a queue"))?;
+    let got = peek(fd, &mut space[..most])?;
     // SAFETY: the kernel wrote `got` bytes, no more than the spare capacity, behind the old length.
     unsafe { into.set_len(into.len() + got) };
     Ok(got)
