@@ -1,0 +1,40 @@
+//! What no call lets through to C: a panic, or a failure without errno and a message.
+
+use std::error::Error;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use engine::kernel::SysError;
+use libc::c_int;
+use nix::errno::Errno;
+
+/// Runs a call's body; if it panics, the call fails with `on_panic`.
+///
+/// A handle is never left half changed by that: its parts are replaced whole.
+pub fn guarded<T>(on_panic: T, body: impl FnOnce() -> T) -> T {
+    catch_unwind(AssertUnwindSafe(body)).unwrap_or_else(|_| {
+        // The panic hook has told the details; a message that panics again must not get out either.
+        let _ = catch_unwind(|| log::error!("internal error: please report it"));
+        Errno::ENOTRECOVERABLE.set();
+        on_panic
+    })
+}
+
+/// Reports arguments that break the contract; returns what most calls answer then.
+pub fn refuse(what: &str) -> c_int {
+    log::error!("{what}");
+    Errno::EINVAL.set();
+    -1
+}
+
+/// Reports a failure and leaves its cause in errno, whatever the log function does to it.
+pub fn report(what: &str, error: &(dyn Error + 'static)) {
+    log::error!("{what}: {error}");
+    errno_of(error).unwrap_or(Errno::EINVAL).set();
+}
+
+/// The system call's error at the bottom of a chain of errors.
+fn errno_of(error: &(dyn Error + 'static)) -> Option<Errno> {
+    std::iter::successors(Some(error), |error| error.source())
+        .find_map(|error| error.downcast_ref::<SysError>())
+        .map(|error| error.errno)
+}

@@ -1,0 +1,221 @@
+//! What stands behind a handle: a paused socket, and the memory that goes in and out with it.
+
+use std::os::fd::BorrowedFd;
+
+use engine::checkpoint::{Paused, Probe, SaveError};
+use engine::connection::{FourTuple, TcpState};
+use engine::fin::Forge;
+use engine::kernel::{SysError, addr, tcp::Queue};
+use libc::{c_char, c_int};
+use nix::errno::Errno;
+
+use crate::address::{self, libsoccr_addr};
+use crate::boundary::report;
+use crate::data::libsoccr_sk_data;
+use crate::memory::{Room, Slot, allocated};
+
+const TCP_RECV_QUEUE: c_int = Queue::Receive as c_int;
+const TCP_SEND_QUEUE: c_int = Queue::Send as c_int;
+
+/// A socket in repair mode, together with what was saved from it or set for its restore.
+#[allow(non_camel_case_types)]
+pub struct libsoccr_sk {
+    fd: BorrowedFd<'static>,
+    paused: Paused<'static>,
+    recv: Slot<c_char>,
+    send: Slot<c_char>,
+    source: Slot<libsoccr_addr>,
+    destination: Slot<libsoccr_addr>,
+}
+
+/// Where a save failed: the numbers that `libsoccr_save` returns.
+#[derive(Clone, Copy, Debug)]
+#[repr(i32)]
+pub enum SaveFailure {
+    Arguments = -1,
+    State = -2,
+    Options = -3,
+    Window = -4,
+    ReceiveQueue = -5,
+    SendQueue = -6,
+}
+
+/// Why nothing was restored, apart from what the engine says.
+#[derive(Clone, Copy, Debug, thiserror::Error)]
+enum Unready {
+    #[error("the {0} address is not set, or neither AF_INET nor AF_INET6")]
+    Address(&'static str),
+    #[error("the {0} queue has {1} bytes by the data, but none were set")]
+    Queue(&'static str, u32),
+}
+
+impl libsoccr_sk {
+    /// Puts the socket into repair mode.
+    pub fn pause(fd: c_int) -> Option<Box<Self>> {
+        if fd < 0 {
+            report("cannot pause", &SysError { call: "use the descriptor", errno: Errno::EBADF });
+            return None;
+        }
+        // SAFETY: not -1; the contract has the caller keep it open as long as the handle.
+        let fd = unsafe { BorrowedFd::borrow_raw(fd) };
+        let paused = Paused::pause(fd).inspect_err(|error| report("cannot pause", error)).ok()?;
+        Some(Box::new(Self {
+            fd,
+            paused,
+            recv: Slot::EMPTY,
+            send: Slot::EMPTY,
+            source: Slot::EMPTY,
+            destination: Slot::EMPTY,
+        }))
+    }
+
+    /// Leaves repair mode.
+    pub fn resume(self) {
+        if let Err(error) = self.paused.resume(Probe::Send) {
+            report("cannot resume", &error);
+        }
+    }
+
+    /// Leaves the socket in repair mode.
+    pub fn release(self) {
+        self.paused.release();
+    }
+
+    /// Reads the connection; the queues' bytes replace those that the handle has.
+    pub fn save(&mut self) -> Result<libsoccr_sk_data, SaveFailure> {
+        (self.recv, self.send) = (Slot::EMPTY, Slot::EMPTY);
+        let tcp = self.paused.inspect().map_err(|error| {
+            report("cannot save", &error);
+            failure(&error)
+        })?;
+        self.recv = self.copy(Queue::Receive, tcp.recv_len).ok_or(SaveFailure::ReceiveQueue)?;
+        self.send = self.copy(Queue::Send, tcp.send_len).ok_or(SaveFailure::SendQueue)?;
+        log::debug!(
+            "saved {}: {} bytes in the receive queue, {} in the send queue, {} of them unsent",
+            tcp.state,
+            tcp.recv_len,
+            tcp.send_len,
+            tcp.unsent_len
+        );
+        Ok((&tcp).into())
+    }
+
+    /// The bytes of a queue in memory of C's allocator.
+    fn copy(&self, queue: Queue, len: u32) -> Option<Slot<c_char>> {
+        if len == 0 {
+            return Some(Slot::EMPTY);
+        }
+        // The engine wants room for one byte more, to see that there is none.
+        let Some(mut room) = Room::new(len as usize + 1) else {
+            report("cannot save", &SysError { call: "allocate memory for a queue", errno: Errno::ENOMEM });
+            return None;
+        };
+        self.paused
+            .copy_queue(queue, room.bytes())
+            .inspect_err(|error| report("cannot save", error))
+            .ok()?;
+        Some(room.into_slot())
+    }
+
+    /// The slot of `TCP_RECV_QUEUE` or `TCP_SEND_QUEUE`.
+    pub fn queue(&mut self, id: c_int) -> Option<&mut Slot<c_char>> {
+        match id {
+            TCP_RECV_QUEUE => Some(&mut self.recv),
+            TCP_SEND_QUEUE => Some(&mut self.send),
+            _ => None,
+        }
+    }
+
+    /// The slot of one end's address.
+    pub fn end(&mut self, source: bool) -> &mut Slot<libsoccr_addr> {
+        if source { &mut self.source } else { &mut self.destination }
+    }
+
+    /// One end's address, the set one or the socket's own; NULL if it has none. With `exclusive` a copy, so that
+    /// a restore still has the address.
+    pub fn address(&mut self, source: bool, exclusive: bool) -> *mut libsoccr_addr {
+        if !exclusive && self.end(source).as_ptr().is_some() {
+            return self.end(source).get(false);
+        }
+        let Some(mut slot) = self.current(source).map(libsoccr_addr::from).and_then(allocated) else {
+            return std::ptr::null_mut();
+        };
+        if exclusive {
+            return slot.get(true);
+        }
+        *self.end(source) = slot;
+        self.end(source).get(false)
+    }
+
+    fn current(&mut self, source: bool) -> Option<std::net::SocketAddr> {
+        if let Some(set) = self.end(source).as_ptr() {
+            // SAFETY: the contract: a set address lives until libsoccr_restore() is through.
+            return unsafe { address::read(set) };
+        }
+        let own = if source { addr::local(self.fd) } else { addr::remote(self.fd) };
+        own.inspect_err(|error| report("cannot get an address", error)).ok()
+    }
+
+    /// Builds the connection that `data` and what was set describe; says whether it could.
+    ///
+    /// # Safety
+    /// What was set is alive, and the queues' bytes are as many as `data` says.
+    pub unsafe fn restore(&self, data: &libsoccr_sk_data) -> bool {
+        // SAFETY: the caller's promise.
+        match unsafe { self.try_restore(data) } {
+            Ok(()) => true,
+            Err(error) => {
+                report("cannot restore", error.as_ref());
+                false
+            }
+        }
+    }
+
+    unsafe fn try_restore(&self, data: &libsoccr_sk_data) -> Result<(), Box<dyn std::error::Error>> {
+        let tcp = TcpState::try_from(data)?;
+        // SAFETY: the caller's promise, for the addresses and the bytes.
+        let (tuple, recv, send) = unsafe {
+            (self.tuple()?, bytes(&self.recv, "receive", tcp.recv_len)?, bytes(&self.send, "send", tcp.send_len)?)
+        };
+        log::debug!("restoring {tuple} in {}", tcp.state);
+        let mut forge = Forge::new();
+        let restored = self.paused.restore(&tuple, &tcp, recv, send, &mut forge);
+        // Also after a failure: nothing of ours may stay in the firewall.
+        let finished = forge.finish();
+        restored?;
+        Ok(finished?)
+    }
+
+    /// # Safety
+    /// Addresses that were set are alive.
+    unsafe fn tuple(&self) -> Result<FourTuple, Unready> {
+        let end = |slot: &Slot<libsoccr_addr>, name| {
+            // SAFETY: the caller's promise.
+            slot.as_ptr().and_then(|set| unsafe { address::read(set) }).ok_or(Unready::Address(name))
+        };
+        Ok(FourTuple { local: end(&self.source, "source")?, remote: end(&self.destination, "destination")? })
+    }
+}
+
+/// The bytes that were set for a queue.
+///
+/// # Safety
+/// They are alive and `len` of them.
+unsafe fn bytes<'a>(slot: &'a Slot<c_char>, name: &'static str, len: u32) -> Result<&'a [u8], Unready> {
+    match slot.as_ptr() {
+        _ if len == 0 => Ok(&[]),
+        // SAFETY: the caller's promise.
+        Some(ptr) => Ok(unsafe { std::slice::from_raw_parts(ptr.as_ptr().cast(), len as usize) }),
+        None => Err(Unready::Queue(name, len)),
+    }
+}
+
+fn failure(error: &SaveError) -> SaveFailure {
+    match error {
+        SaveError::Options { .. } => SaveFailure::Options,
+        SaveError::Window { .. } => SaveFailure::Window,
+        SaveError::ReceiveQueue { .. } => SaveFailure::ReceiveQueue,
+        SaveError::SendQueue { .. } => SaveFailure::SendQueue,
+        _ => SaveFailure::State,
+    }
+}
