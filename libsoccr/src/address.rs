@@ -41,7 +41,9 @@ pub unsafe fn read(raw: NonNull<libsoccr_addr>) -> Option<SocketAddr> {
     let family = unsafe { raw.cast::<libc::sa_family_t>().read_unaligned() };
     match i32::from(family) {
         // SAFETY: the family says that it is a sockaddr_in.
-        libc::AF_INET => Some(addr::from_sockaddr_in(&unsafe { raw.cast::<libc::sockaddr_in>().read_unaligned() })),
+        libc::AF_INET => {
+            Some(addr::from_sockaddr_in(&unsafe { raw.cast::<libc::sockaddr_in>().read_unaligned() }))
+        }
         libc::AF_INET6 => {
             // SAFETY: the family says that it is a sockaddr_in6.
             Some(addr::from_sockaddr_in6(&unsafe { raw.cast::<libc::sockaddr_in6>().read_unaligned() }))

@@ -33,8 +33,11 @@ pub fn report(what: &str, error: &(dyn Error + 'static)) {
 }
 
 /// The system call's error at the bottom of a chain of errors.
-fn errno_of(error: &(dyn Error + 'static)) -> Option<Errno> {
-    std::iter::successors(Some(error), |error| error.source())
-        .find_map(|error| error.downcast_ref::<SysError>())
-        .map(|error| error.errno)
+fn errno_of(mut error: &(dyn Error + 'static)) -> Option<Errno> {
+    loop {
+        if let Some(sys) = error.downcast_ref::<SysError>() {
+            return Some(sys.errno);
+        }
+        error = error.source()?;
+    }
 }

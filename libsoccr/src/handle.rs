@@ -21,7 +21,7 @@ const TCP_SEND_QUEUE: c_int = Queue::Send as c_int;
 #[allow(non_camel_case_types)]
 pub struct libsoccr_sk {
     fd: BorrowedFd<'static>,
-    paused: Paused<'static>,
+    paused: Paused<BorrowedFd<'static>>,
     recv: Slot<c_char>,
     send: Slot<c_char>,
     source: Slot<libsoccr_addr>,
@@ -110,10 +110,7 @@ impl libsoccr_sk {
             report("cannot save", &SysError { call: "allocate memory for a queue", errno: Errno::ENOMEM });
             return None;
         };
-        self.paused
-            .copy_queue(queue, room.bytes())
-            .inspect_err(|error| report("cannot save", error))
-            .ok()?;
+        self.paused.copy_queue(queue, room.bytes()).inspect_err(|error| report("cannot save", error)).ok()?;
         Some(room.into_slot())
     }
 
@@ -175,7 +172,11 @@ impl libsoccr_sk {
         let tcp = TcpState::try_from(data)?;
         // SAFETY: the caller's promise, for the addresses and the bytes.
         let (tuple, recv, send) = unsafe {
-            (self.tuple()?, bytes(&self.recv, "receive", tcp.recv_len)?, bytes(&self.send, "send", tcp.send_len)?)
+            (
+                self.tuple()?,
+                bytes(&self.recv, "receive", tcp.recv_len)?,
+                bytes(&self.send, "send", tcp.send_len)?,
+            )
         };
         log::debug!("restoring {tuple} in {}", tcp.state);
         let mut forge = Forge::new();

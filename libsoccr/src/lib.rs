@@ -81,7 +81,8 @@ pub unsafe extern "C" fn libsoccr_save(
 ) -> c_int {
     guarded(SaveFailure::Arguments as c_int, || {
         // SAFETY: the contract: NULL or a live handle; NULL or `data_size` writable bytes.
-        let (Some(sk), Some(data)) = (unsafe { sk.as_mut() }, unsafe { data::zeroed(data, data_size) }) else {
+        let (Some(sk), Some(data)) = (unsafe { sk.as_mut() }, unsafe { data::zeroed(data, data_size) })
+        else {
             boundary::refuse("libsoccr_save: a NULL pointer or data_size below 68");
             return SaveFailure::Arguments as c_int;
         };
@@ -152,7 +153,9 @@ pub unsafe extern "C" fn libsoccr_set_queue_bytes(
         // SAFETY: the contract: NULL or a live handle.
         let sk = unsafe { sk.as_mut() };
         let Some((queue, exclusive)) = sk.and_then(|sk| sk.queue(queue_id)).zip(exclusive(flags)) else {
-            return boundary::refuse("libsoccr_set_queue_bytes: a NULL handle, no such queue or unknown flags");
+            return boundary::refuse(
+                "libsoccr_set_queue_bytes: a NULL handle, no such queue or unknown flags",
+            );
         };
         // SAFETY: the contract: what comes with SOCCR_MEM_EXCL comes from malloc() and is the library's now.
         unsafe { queue.set(bytes, exclusive) };
