@@ -17,8 +17,7 @@ use nix::errno::Errno;
 use crate::connection::{FourTuple, State};
 use crate::kernel::netns::{NetNs, NetNsError};
 use crate::kernel::{SysError, raw, sockopt, tcp};
-use stub::LockError;
-use stub::Passage;
+use crate::lock::{LockError, Passage};
 
 pub use crate::lock::MARK;
 
@@ -44,7 +43,7 @@ pub enum ForgeError {
     Sys(#[from] SysError),
     /// The way through other rules could not be opened or closed.
     #[error("cannot open a way through the firewall for the forged segment: {0}")]
-    Passage(#[from] LockError),
+    Passage(#[source] Box<LockError>),
     /// The network namespace could not be entered.
     #[error("cannot work in the socket's network namespace: {0}")]
     Namespace(#[from] NetNsError),
@@ -58,6 +57,12 @@ pub enum ForgeError {
         /// The state's number.
         state: u8,
     },
+}
+
+impl From<LockError> for ForgeError {
+    fn from(error: LockError) -> Self {
+        Self::Passage(Box::new(error))
+    }
 }
 
 /// Forges segments; keeps its raw sockets, one per network namespace and IP version, and any passage that it
@@ -228,20 +233,4 @@ pub(crate) fn with_local_port(tuple: &FourTuple, port: u16) -> FourTuple {
     let mut local: SocketAddr = tuple.local;
     local.set_port(port);
     FourTuple { local, remote: tuple.remote }
-}
-mod stub {
-    use super::NetNs;
-    #[derive(Debug)]
-    pub struct Passage;
-    #[derive(Debug, thiserror::Error)]
-    #[error("x")]
-    pub struct LockError;
-    impl Passage {
-        pub fn open(_: &NetNs) -> Result<Self, LockError> {
-            Ok(Self)
-        }
-        pub fn close(self) -> Result<(), LockError> {
-            Ok(())
-        }
-    }
 }

@@ -20,8 +20,11 @@ const CURRENT: &str = "/proc/thread-self/ns/net";
 ///
 /// Two values are equal when they are the same namespace, however they were found.
 #[derive(Clone, Debug)]
-pub struct NetNs {
-    fd: Arc<OwnedFd>,
+pub struct NetNs(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    fd: OwnedFd,
     dev: u64,
     ino: u64,
 }
@@ -108,13 +111,13 @@ impl NetNs {
     fn from_fd(fd: OwnedFd) -> io::Result<Self> {
         let file = File::from(fd);
         let meta = file.metadata()?;
-        Ok(Self { dev: meta.dev(), ino: meta.ino(), fd: Arc::new(file.into()) })
+        Ok(Self(Arc::new(Inner { dev: meta.dev(), ino: meta.ino(), fd: file.into() })))
     }
 
     /// The inode number, as in `net:[4026531840]`.
     #[must_use]
     pub fn inode(&self) -> u64 {
-        self.ino
+        self.0.ino
     }
 
     /// Runs `work` in this namespace: sockets that it makes and processes that it starts belong there.
@@ -160,13 +163,13 @@ impl Drop for WayBack<'_> {
 
 impl AsFd for NetNs {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.fd.as_fd()
+        self.0.fd.as_fd()
     }
 }
 
 impl PartialEq for NetNs {
     fn eq(&self, other: &Self) -> bool {
-        (self.dev, self.ino) == (other.dev, other.ino)
+        (self.0.dev, self.0.ino) == (other.0.dev, other.0.ino)
     }
 }
 
@@ -174,13 +177,13 @@ impl Eq for NetNs {}
 
 impl std::hash::Hash for NetNs {
     fn hash<H: std::hash::Hasher>(&self, state: &mut H) {
-        (self.dev, self.ino).hash(state);
+        (self.0.dev, self.0.ino).hash(state);
     }
 }
 
 impl fmt::Display for NetNs {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "net:[{}]", self.ino)
+        write!(f, "net:[{}]", self.0.ino)
     }
 }
 

@@ -98,13 +98,12 @@ fn remove_family(ns: &NetNs, name: &LockName, family: Family) -> Result<bool, Xt
     family.restore(ns, &lines).map(|()| true)
 }
 
-/// See [`super::list`]; starts no program where no table `filter` can hold a lock.
+/// See [`super::list`].
 pub(super) fn list(ns: &NetNs) -> Result<Vec<LockInfo>, LockError> {
     let mut locks: Vec<LockInfo> = Vec::new();
     for family in Family::BOTH {
         let saved = match family.save(ns) {
             Ok(saved) => saved,
-            // Without iptables nobody can have locked with it.
             Err(XtablesError::Run { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => {
                 continue;
             }
@@ -172,7 +171,7 @@ impl Directions {
     fn rules(&self, name: &LockName, family: Family) -> String {
         let chain = chain(name);
         let mut lines = String::new();
-        for (from, to) in self.0.iter().filter(|(from, _)| from.is_ipv4() == (family == Family::V4)) {
+        for (from, to) in self.0.iter().filter(|(from, _)| family.holds(from)) {
             let (source, sport, destination, dport) = (from.ip(), from.port(), to.ip(), to.port());
             let _ = writeln!(
                 lines,

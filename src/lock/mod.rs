@@ -24,6 +24,7 @@ mod iptables;
 mod name;
 mod nft;
 mod options;
+pub mod passage;
 mod xtables;
 
 use crate::connection::FourTuple;
@@ -32,6 +33,7 @@ use crate::kernel::netns::NetNs;
 pub use name::{BadLockName, LockName};
 pub use nft::{MARK, NftError};
 pub use options::{BadOption, LEASE_VARIABLE, LockOptions, METHOD_VARIABLE, Method};
+pub use passage::Passage;
 pub use xtables::XtablesError;
 
 /// A lock could not be set, changed, listed or removed.

@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io::{self, Seek, Write};
+use std::net::SocketAddr;
 use std::process::{Command, ExitStatus, Output, Stdio};
 
 use nix::sys::memfd::{MFdFlags, memfd_create};
@@ -44,34 +45,69 @@ pub enum Family {
     V6,
 }
 
+/// Which of the two kernel interfaces the programs use.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Variant {
+    /// The one that the host's administrator chose.
+    Default,
+    /// The old `ip_tables`, beside nf_tables and invisible there.
+    Legacy,
+}
+
 impl Family {
     /// Both.
     pub const BOTH: [Self; 2] = [Self::V4, Self::V6];
 
+    /// Whether addresses of this kind are this family's.
+    pub fn holds(self, address: &SocketAddr) -> bool {
+        address.is_ipv4() == (self == Self::V4)
+    }
+
     /// The table `filter` as `iptables-save` prints it. With no such table that is an empty text,
     /// or a table with no rules, as the variant of iptables likes.
     pub fn save(self, ns: &NetNs) -> Result<String, XtablesError> {
-        let program = match self {
-            Self::V4 => "iptables-save",
-            Self::V6 => "ip6tables-save",
+        self.save_with(ns, Variant::Default, &["-t", "filter"])
+    }
+
+    /// What `iptables-save` prints with these arguments.
+    pub fn save_with(self, ns: &NetNs, variant: Variant, args: &[&str]) -> Result<String, XtablesError> {
+        let program = match (self, variant) {
+            (Self::V4, Variant::Default) => "iptables-save",
+            (Self::V6, Variant::Default) => "ip6tables-save",
+            (Self::V4, Variant::Legacy) => "iptables-legacy-save",
+            (Self::V6, Variant::Legacy) => "ip6tables-legacy-save",
         };
-        let output = run(ns, program, &["-t", "filter"], "")?;
+        let output = run(ns, program, args, "")?;
         Ok(String::from_utf8_lossy(&output.stdout).into_owned())
     }
 
     /// Applies `lines` to the table `filter`, all or none of them; other rules stay.
     pub fn restore(self, ns: &NetNs, lines: &str) -> Result<(), XtablesError> {
-        let program = match self {
-            Self::V4 => "iptables-restore",
-            Self::V6 => "ip6tables-restore",
+        self.restore_with(ns, Variant::Default, &format!("*filter\n{lines}COMMIT\n"))
+    }
+
+    /// Applies a script of `iptables-restore`, all or none of it in each table; other rules stay.
+    pub fn restore_with(self, ns: &NetNs, variant: Variant, script: &str) -> Result<(), XtablesError> {
+        let program = match (self, variant) {
+            (Self::V4, Variant::Default) => "iptables-restore",
+            (Self::V6, Variant::Default) => "ip6tables-restore",
+            (Self::V4, Variant::Legacy) => "iptables-legacy-restore",
+            (Self::V6, Variant::Legacy) => "ip6tables-legacy-restore",
         };
         // -w: wait for another iptables that holds the lock.
-        run(ns, program, &["-n", "-w"], &format!("*filter\n{lines}COMMIT\n")).map(drop)
+        run(ns, program, &["-n", "-w"], script).map(drop)
+    }
+}
+
+impl XtablesError {
+    /// Whether the program is not installed: then nobody can have used it here.
+    pub fn not_installed(&self) -> bool {
+        matches!(self, Self::Run { source, .. } if source.kind() == io::ErrorKind::NotFound)
     }
 }
 
 /// Runs a program inside `ns`, its input given as a file so that it and we cannot wait for each other.
-pub fn run(ns: &NetNs, program: &'static str, args: &[&str], input: &str) -> Result<Output, XtablesError> {
+fn run(ns: &NetNs, program: &'static str, args: &[&str], input: &str) -> Result<Output, XtablesError> {
     let output =
         ns.run(|| start(program, args, input))?.map_err(|source| XtablesError::Run { program, source })?;
     if output.status.success() {

@@ -1,6 +1,7 @@
 //! The network lock, in namespaces of its own; needs nft, iptables and ip to look at the results.
 
 mod net;
+mod passage;
 #[path = "../support/mod.rs"]
 #[allow(dead_code)] // this test program uses its part
 mod support;

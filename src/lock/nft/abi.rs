@@ -9,10 +9,10 @@ macro_rules! attributes {
 }
 
 attributes! {
-    table { NAME = 1, FLAGS = 2 }
+    table { NAME = 1, FLAGS = 2, OWNER = 7 }
     chain { TABLE = 1, NAME = 3, HOOK = 4, TYPE = 7 }
     hook { NUM = 1, PRIORITY = 2 }
-    rule { TABLE = 1, CHAIN = 2, EXPRESSIONS = 4 }
+    rule { TABLE = 1, CHAIN = 2, HANDLE = 3, EXPRESSIONS = 4, USERDATA = 7 }
     set { TABLE = 1, NAME = 2, FLAGS = 3, KEY_TYPE = 4, KEY_LEN = 5, ID = 10, TIMEOUT = 11 }
     element { KEY = 1 }
     element_list { TABLE = 1, SET = 2, ELEMENTS = 3 }
@@ -28,6 +28,10 @@ attributes! {
     /// Of an error message, after the header that it answers.
     error { MSG = 1 }
 }
+
+/// Type of a comment in a rule's user data, as `nft` and `iptables` write and read it: type, length,
+/// text with a NUL at its end.
+pub const UDATA_RULE_COMMENT: u8 = 0;
 
 /// Types of `nft`'s own numbering (`enum datatypes` of nftables), six bits each in a
 /// concatenation: they tell `nft list` how to print a key.

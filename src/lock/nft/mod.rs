@@ -3,6 +3,7 @@
 mod abi;
 mod client;
 mod expr;
+pub(super) mod rules;
 mod table;
 mod wire;
 

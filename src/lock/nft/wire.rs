@@ -234,6 +234,21 @@ pub struct Value<'a> {
 }
 
 impl<'a> Value<'a> {
+    /// The bytes.
+    pub fn bytes(self) -> &'a [u8] {
+        self.bytes
+    }
+
+    /// A number in network order.
+    pub fn u32(self) -> Result<u32, Malformed> {
+        self.bytes.try_into().map(u32::from_be_bytes).map_err(|_| self.bad("a number not of 4 bytes"))
+    }
+
+    /// A number in network order.
+    pub fn u64(self) -> Result<u64, Malformed> {
+        self.bytes.try_into().map(u64::from_be_bytes).map_err(|_| self.bad("a number not of 8 bytes"))
+    }
+
     /// A string; the NUL at its end is optional.
     pub fn str(self) -> Result<&'a str, Malformed> {
         let text = self.bytes.strip_suffix(&[0]).unwrap_or(self.bytes);
