@@ -1,1 +1,23 @@
+//! What soccr's end-to-end tests, the demo and the benchmark are made of: network namespaces
+//! that vanish by themselves, a driver for CRIU, servers to dump, clients that check every byte,
+//! and a look at what is left behind.
 //!
+//! Everything needs root. Nothing here is used by the engine, the plugin or the command.
+
+pub mod capture;
+pub mod client;
+pub mod criu;
+pub mod leftovers;
+pub mod netns;
+pub mod pattern;
+pub mod server;
+pub mod sockets;
+pub mod task;
+
+pub use capture::Capture;
+pub use client::{Busy, Client};
+pub use criu::{Criu, Lock, Side};
+pub use netns::NetNs;
+pub use pattern::Pattern;
+pub use server::Server;
+pub use task::Task;

@@ -1,0 +1,216 @@
+//! `make demo`: a real server with live clients is frozen, killed and brought back, and no client
+//! notices.
+//!
+//! ```text
+//! soccr-demo [--criu FILE] [--plugins DIR] [--out DIR] [--clients N] [--builtin] [--stock]
+//!
+//! --clients N   how many, 200 unless told
+//! --out DIR     for the images and logs, target/demo unless told; what is in there is replaced
+//! --builtin     the small server that comes with soccr, also where redis-server is installed
+//! --stock       CRIU alone carries the connections, to compare
+//! ```
+
+mod load;
+mod server;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use nix::errno::Errno;
+use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, kill, sigaction};
+use nix::unistd::Pid;
+use soccr_testkit::criu::timed;
+use soccr_testkit::leftovers;
+use soccr_testkit::task;
+use soccr_testkit::{Criu, Lock, NetNs, Side};
+
+use load::{Client, Load};
+
+const BEFORE: Duration = Duration::from_secs(2);
+const AFTER: Duration = Duration::from_secs(3);
+
+struct Options {
+    criu: Criu,
+    out: PathBuf,
+    clients: usize,
+    builtin: bool,
+    side: Side,
+}
+
+fn main() -> ExitCode {
+    match options().and_then(|options| demo(&options)) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("soccr demo: FAILED: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn options() -> Result<Options> {
+    use lexopt::prelude::*;
+    let default = Criu::from_env();
+    let (mut bin, mut plugins) = (default.bin().to_owned(), default.plugin().with_file_name(""));
+    let mut out = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/demo");
+    let (mut clients, mut builtin, mut side) = (200, false, Side::Plugin(Lock::Nftables));
+    let mut parser = lexopt::Parser::from_env();
+    while let Some(arg) = parser.next()? {
+        match arg {
+            Long("criu") => bin = parser.value()?.into(),
+            Long("plugins") => plugins = parser.value()?.into(),
+            Long("out") => out = parser.value()?.into(),
+            Long("clients") => clients = parser.value()?.parse()?,
+            Long("builtin") => builtin = true,
+            Long("stock") => side = Side::Stock(Lock::Nftables),
+            _ => return Err(arg.unexpected().into()),
+        }
+    }
+    let criu = Criu::new(bin.canonicalize().unwrap_or(bin), plugins.canonicalize().unwrap_or(plugins));
+    Ok(Options { criu, out, clients, builtin, side })
+}
+
+fn demo(options: &Options) -> Result<()> {
+    ensure!(nix::unistd::geteuid().is_root(), "CRIU needs root: sudo make demo");
+    options.criu.check(matches!(options.side, Side::Plugin(_)))?;
+    ensure!(options.clients > 0, "no clients, no demo");
+    notice_interrupts()?;
+    task::become_subreaper()?;
+    let out = fresh_folder(&options.out)?;
+    let here = NetNs::current()?;
+    let rules = leftovers::rules(&here)?;
+
+    let shown = freeze_and_thaw(options, &out)?;
+    let left = leftovers::rules(&here)?;
+    ensure!(left == rules, "the firewall is not what it was before:\n{}", left.join("\n"));
+    task::no_children(Duration::from_secs(5))?;
+    println!("left behind          no process, no firewall rule");
+    ensure!(shown, "not every client is well, see above");
+    Ok(())
+}
+
+/// The show itself; whether every client got every answer.
+fn freeze_and_thaw(options: &Options, out: &Path) -> Result<bool> {
+    let images = out.join("images");
+    let (name, task, address) = server::start(out, options.clients, options.builtin)?;
+    let pid = task.pid();
+    println!("soccr demo: {name}, {} clients, {}\n", options.clients, with(options.side));
+
+    let load = Load::start(address, options.clients)?;
+    pause(BEFORE)?;
+    let before = load.answers();
+    let total = before.iter().sum::<u64>();
+    println!(
+        "1. {name} is process {pid} at {address}; its clients INCR all the time: {total} answers so far"
+    );
+
+    let start = Instant::now();
+    let (_, dump) = timed(|| options.criu.dump(options.side, pid, &images).dump_and_wait(task))?;
+    println!("2. criu has dumped it: {} s", seconds(dump));
+    show_gone(pid)?;
+    let at_thaw = load.answers();
+
+    let ((task, _), restore) = timed(|| options.criu.restore(options.side, &images).restore())?;
+    let frozen = start.elapsed();
+    ensure!(task.pid() == pid, "it came back as process {}", task.pid());
+    println!("4. criu has restored it: {} s; process {pid} runs again", seconds(restore));
+
+    pause(AFTER)?;
+    leftovers::no_repair(pid)?;
+    let after = load.answers();
+    let on = after.iter().zip(&at_thaw).filter(|(after, then)| after > then).count();
+    let more = after.iter().sum::<u64>() - at_thaw.iter().sum::<u64>();
+    println!("5. {on} of {} clients go on over the same connections: {more} answers more\n", after.len());
+    let clients = load.stop()?;
+    drop(task);
+    let times = format!("{} s (dump {} s, restore {} s)", seconds(frozen), seconds(dump), seconds(restore));
+    let well = summary(&clients, &times);
+    println!("images               {} ({})", images.display(), contents(&images)?);
+    Ok(well && on == clients.len())
+}
+
+fn show_gone(pid: Pid) -> Result<()> {
+    match kill(pid, None) {
+        Err(Errno::ESRCH) => println!("3. process {pid} is gone (kill: {})", Errno::ESRCH.desc()),
+        other => bail!("process {pid} should be gone, but kill says {other:?}"),
+    }
+    Ok(())
+}
+
+/// Prints what became of the clients; whether all is well.
+fn summary(clients: &[Client], times: &str) -> bool {
+    for (i, client) in clients.iter().enumerate() {
+        if let Some(why) = &client.dead {
+            println!("client {i} is dead: {why}");
+        }
+    }
+    let alive = clients.iter().filter(|client| client.dead.is_none()).count();
+    let answers: u64 = clients.iter().map(Client::value).sum();
+    let lost: u64 = clients.iter().map(|client| client.lost).sum();
+    let duplicated: u64 = clients.iter().map(|client| client.duplicated).sum();
+    let silence = clients.iter().map(|client| client.silence).max().unwrap_or_default();
+    println!("connections alive    {alive} of {}", clients.len());
+    println!("answers              {answers}: {lost} lost, {duplicated} duplicated");
+    println!("time frozen          {times}");
+    println!("longest silence      {} s at any client", seconds(silence));
+    alive == clients.len() && lost == 0 && duplicated == 0
+}
+
+fn with(side: Side) -> &'static str {
+    match side {
+        Side::Plugin(_) => "stock CRIU with soccr_plugin.so",
+        Side::Stock(_) => "stock CRIU alone",
+    }
+}
+
+fn contents(dir: &Path) -> Result<String> {
+    let (mut files, mut bytes) = (0, 0);
+    for entry in fs::read_dir(dir)? {
+        files += 1;
+        bytes += entry?.metadata()?.len();
+    }
+    Ok(format!("{files} files, {} kB", bytes / 1000))
+}
+
+fn fresh_folder(out: &Path) -> Result<PathBuf> {
+    for name in ["images", "server"] {
+        match fs::remove_dir_all(out.join(name)) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                return Err(error).with_context(|| format!("cannot empty {}", out.display()));
+            }
+            _ => fs::create_dir_all(out.join(name))?,
+        }
+    }
+    Ok(out.canonicalize()?)
+}
+
+fn seconds(time: Duration) -> String {
+    format!("{:.3}", time.as_secs_f64())
+}
+
+static INTERRUPTED: AtomicBool = AtomicBool::new(false);
+
+/// After Ctrl-C the demo still cleans up.
+fn notice_interrupts() -> Result<()> {
+    extern "C" fn note(_: libc::c_int) {
+        INTERRUPTED.store(true, Ordering::Relaxed);
+    }
+    let action = SigAction::new(SigHandler::Handler(note), SaFlags::SA_RESTART, SigSet::empty());
+    for signal in [Signal::SIGINT, Signal::SIGTERM] {
+        // SAFETY: the handler only stores to an atomic, which is async-signal-safe.
+        unsafe { sigaction(signal, &action) }?;
+    }
+    Ok(())
+}
+
+fn pause(time: Duration) -> Result<()> {
+    let end = Instant::now() + time;
+    while Instant::now() < end {
+        ensure!(!INTERRUPTED.load(Ordering::Relaxed), "interrupted");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    Ok(())
+}

@@ -1,0 +1,162 @@
+//! A packet capture that answers one question: was a connection reset?
+
+use std::fmt;
+use std::io::{Read, Write};
+use std::os::fd::{AsFd, FromRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::thread::JoinHandle;
+
+use anyhow::{Context, Result};
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::{MsgFlags, recv, setsockopt, sockopt};
+
+use crate::netns::NetNs;
+
+/// What a capture saw of TCP.
+#[derive(Clone, Debug, Default)]
+pub struct Seen {
+    /// TCP segments in all.
+    pub segments: usize,
+    /// Those with the RST flag.
+    pub resets: Vec<Reset>,
+}
+
+/// A segment with RST.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Reset {
+    /// Port that sent it.
+    pub from: u16,
+    /// Port that it went to.
+    pub to: u16,
+}
+
+impl fmt::Display for Reset {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "RST from port {} to port {}", self.from, self.to)
+    }
+}
+
+/// A running capture of all interfaces of a namespace.
+#[derive(Debug)]
+pub struct Capture {
+    stop: UnixStream,
+    thread: JoinHandle<Result<Seen>>,
+}
+
+impl Capture {
+    /// Starts it.
+    ///
+    /// # Errors
+    /// Without `CAP_NET_RAW`.
+    pub fn start(ns: &NetNs) -> Result<Self> {
+        let socket = ns.run(packet_socket)?;
+        // A busy peer must not make the capture lose what it looks for.
+        setsockopt(&socket, sockopt::RcvBufForce, &(64 << 20)).context("SO_RCVBUFFORCE")?;
+        let (stop, stopped) = UnixStream::pair()?;
+        let thread = std::thread::spawn(move || watch(&socket, &stopped));
+        Ok(Self { stop, thread })
+    }
+
+    /// Ends it.
+    ///
+    /// # Errors
+    /// Those of the capture.
+    pub fn stop(mut self) -> Result<Seen> {
+        self.stop.write_all(&[0])?;
+        self.thread.join().expect("the capture does not panic")
+    }
+}
+
+/// All protocols, packets from the network header on.
+fn packet_socket() -> Result<OwnedFd> {
+    let protocol = i32::from(u16::try_from(libc::ETH_P_ALL)?.to_be());
+    // SAFETY: socket() takes three integers and touches no memory of ours.
+    let fd = unsafe { libc::socket(libc::AF_PACKET, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, protocol) };
+    let fd = Errno::result(fd).context("socket(AF_PACKET)")?;
+    // SAFETY: the kernel has just given us this descriptor, nobody else owns it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+fn watch(socket: &OwnedFd, mut stopped: &UnixStream) -> Result<Seen> {
+    let mut seen = Seen::default();
+    loop {
+        let mut fds =
+            [PollFd::new(socket.as_fd(), PollFlags::POLLIN), PollFd::new(stopped.as_fd(), PollFlags::POLLIN)];
+        poll(&mut fds, PollTimeout::NONE)?;
+        let stop = fds[1].any() == Some(true);
+        drain(socket, &mut seen)?;
+        if stop {
+            stopped.read_exact(&mut [0])?;
+            return Ok(seen);
+        }
+    }
+}
+
+fn drain(socket: &OwnedFd, seen: &mut Seen) -> Result<()> {
+    let mut packet = [0; 128]; // the headers are enough
+    loop {
+        match recv(std::os::fd::AsRawFd::as_raw_fd(socket), &mut packet, MsgFlags::MSG_DONTWAIT) {
+            Ok(len) => note(&packet[..len], seen),
+            Err(Errno::EAGAIN) => return Ok(()),
+            Err(Errno::ENETDOWN) => {} // an interface went away
+            Err(error) => return Err(error).context("recv(AF_PACKET)"),
+        }
+    }
+}
+
+fn note(packet: &[u8], seen: &mut Seen) {
+    let Some(tcp) = tcp_header(packet) else { return };
+    seen.segments += 1;
+    if tcp[13] & 0x04 != 0 {
+        let port = |at| u16::from_be_bytes([tcp[at], tcp[at + 1]]);
+        seen.resets.push(Reset { from: port(0), to: port(2) });
+    }
+}
+
+/// The TCP header of an IPv4 packet, or of an IPv6 packet without extension headers.
+fn tcp_header(packet: &[u8]) -> Option<&[u8; 20]> {
+    let at = match packet.first()? >> 4 {
+        4 if *packet.get(9)? == 6 => usize::from(packet[0] & 15) * 4,
+        6 if *packet.get(6)? == 6 => 40,
+        _ => return None,
+    };
+    packet.get(at..)?.first_chunk()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn segment(ip: &[u8], flags: u8) -> Vec<u8> {
+        let mut packet = ip.to_vec();
+        packet.extend([0x12, 0x34, 0x00, 0x50, 0, 0, 0, 0, 0, 0, 0, 0, 0x50, flags, 0, 0, 0, 0, 0, 0]);
+        packet
+    }
+
+    #[test]
+    fn a_reset_is_seen_in_both_families() {
+        let mut v4 = [0; 24];
+        (v4[0], v4[9]) = (0x46, 6); // with four bytes of IP options
+        let mut v6 = [0; 40];
+        (v6[0], v6[6]) = (0x60, 6);
+        let mut seen = Seen::default();
+        for ip in [&v4[..], &v6[..]] {
+            note(&segment(ip, 0x10), &mut seen);
+            note(&segment(ip, 0x14), &mut seen);
+        }
+        assert_eq!(seen.segments, 4);
+        assert_eq!(seen.resets, [Reset { from: 0x1234, to: 80 }; 2]);
+    }
+
+    #[test]
+    fn other_packets_are_left_alone() {
+        let mut udp = [0; 48];
+        (udp[0], udp[9]) = (0x45, 17);
+        let mut seen = Seen::default();
+        note(&udp, &mut seen);
+        note(&[], &mut seen);
+        note(&[0x45, 0], &mut seen);
+        assert_eq!(seen.segments, 0);
+    }
+}

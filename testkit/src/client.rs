@@ -1,0 +1,280 @@
+//! Clients that stay outside the dumped tree and check every byte they get.
+
+use std::io::{ErrorKind, Read, Write};
+use std::net::{Shutdown, SocketAddr, TcpStream};
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::net::UnixStream;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::{
+    AddressFamily, SockFlag, SockType, SockaddrStorage, connect, setsockopt, socket, sockopt,
+};
+
+use crate::pattern::Pattern;
+
+/// How long a client waits for one byte before it calls the connection dead.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// One connection to a [`crate::Server`], and how much of each stream has gone over it.
+#[derive(Debug)]
+pub struct Client {
+    stream: TcpStream,
+    port: u16,
+    sent: u64,
+    received: u64,
+}
+
+impl Client {
+    /// Connects from the calling thread's namespace (see [`crate::NetNs::run`]).
+    ///
+    /// # Errors
+    /// When nobody listens.
+    pub fn connect(server: SocketAddr) -> Result<Self> {
+        Self::adopt(TcpStream::connect(server).with_context(|| format!("cannot connect to {server}"))?)
+    }
+
+    /// Connects with a receive buffer of about this size, which the peer can fill.
+    ///
+    /// # Errors
+    /// When nobody listens.
+    pub fn connect_small(server: SocketAddr, receive_buffer: usize) -> Result<Self> {
+        let family = if server.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
+        let fd = socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC, None).context("socket")?;
+        setsockopt(&fd, sockopt::RcvBuf, &receive_buffer).context("SO_RCVBUF")?;
+        connect(fd.as_raw_fd(), &SockaddrStorage::from(server))
+            .with_context(|| format!("cannot connect to {server}"))?;
+        Self::adopt(fd.into())
+    }
+
+    fn adopt(stream: TcpStream) -> Result<Self> {
+        stream.set_read_timeout(Some(PATIENCE))?;
+        stream.set_write_timeout(Some(PATIENCE))?;
+        stream.set_nodelay(true)?;
+        let port = stream.local_addr()?.port();
+        Ok(Self { stream, port, sent: 0, received: 0 })
+    }
+
+    /// The client's own port, which names its two patterns.
+    #[must_use]
+    pub fn port(&self) -> u16 {
+        self.port
+    }
+
+    /// Bytes written so far.
+    #[must_use]
+    pub fn sent(&self) -> u64 {
+        self.sent
+    }
+
+    /// Bytes read and checked so far.
+    #[must_use]
+    pub fn received(&self) -> u64 {
+        self.received
+    }
+
+    /// Sends `len` bytes of this client's stream and has an echo server send them back.
+    ///
+    /// # Errors
+    /// When the connection is dead or a byte is wrong.
+    pub fn ping(&mut self, len: usize) -> Result<()> {
+        self.send(len)?;
+        self.read_checked(Pattern::to_server(self.port), len)
+    }
+
+    /// Sends `len` bytes of this client's stream.
+    ///
+    /// # Errors
+    /// When the connection is dead.
+    pub fn send(&mut self, len: usize) -> Result<()> {
+        let bytes = Pattern::to_server(self.port).bytes(self.sent, len);
+        self.stream.write_all(&bytes).with_context(|| self.at("cannot send"))?;
+        self.sent += len as u64;
+        Ok(())
+    }
+
+    /// Sends until nothing more fits into either side's buffers; how many bytes that took.
+    ///
+    /// # Errors
+    /// When the connection is dead.
+    pub fn fill(&mut self) -> Result<u64> {
+        let before = self.sent;
+        self.stream.set_nonblocking(true)?;
+        let filled = self.write_until_blocked();
+        self.stream.set_nonblocking(false)?;
+        filled?;
+        Ok(self.sent - before)
+    }
+
+    fn write_until_blocked(&mut self) -> Result<()> {
+        // The buffers grow while the peer's kernel takes data in: full means full for a while.
+        while poll(&mut [PollFd::new(self.stream.as_fd(), PollFlags::POLLOUT)], 300_u16)? != 0 {
+            let bytes = Pattern::to_server(self.port).bytes(self.sent, 64 << 10);
+            match self.stream.write(&bytes) {
+                Ok(len) => self.sent += len as u64,
+                Err(error) if error.kind() == ErrorKind::WouldBlock => {}
+                Err(error) => return Err(error).with_context(|| self.at("cannot send")),
+            }
+        }
+        Ok(())
+    }
+
+    /// Receives and checks `len` bytes of the server's stream.
+    ///
+    /// # Errors
+    /// When the connection is dead or a byte is wrong.
+    pub fn receive(&mut self, len: usize) -> Result<()> {
+        self.read_checked(Pattern::to_client(self.port), len)
+    }
+
+    /// Receives the server's stream to its end and checks that it is `len` bytes in all.
+    ///
+    /// # Errors
+    /// When the connection is reset, or a byte is wrong, missing or too many.
+    pub fn receive_to_end(&mut self, len: u64) -> Result<()> {
+        let rest = usize::try_from(len.checked_sub(self.received).context("more than that came already")?)?;
+        self.receive(rest)?;
+        let more = self.stream.read(&mut [0]).with_context(|| self.at("cannot receive the end"))?;
+        ensure!(more == 0, self.at("the server's stream goes on"));
+        Ok(())
+    }
+
+    /// Ends this client's stream; the server's may go on.
+    ///
+    /// # Errors
+    /// When the connection is dead.
+    pub fn finish(&mut self) -> Result<()> {
+        self.stream.shutdown(Shutdown::Write).with_context(|| self.at("cannot shut down"))
+    }
+
+    fn read_checked(&mut self, pattern: Pattern, len: usize) -> Result<()> {
+        let mut buf = vec![0; len.min(1 << 20)];
+        let mut left = len;
+        while left > 0 {
+            let part = &mut buf[..left.min(1 << 20)];
+            let got = self.stream.read(part).with_context(|| self.at("cannot receive"))?;
+            ensure!(got > 0, self.at("the server's stream ends too early"));
+            pattern.check(self.received, &part[..got]).with_context(|| self.at("wrong content"))?;
+            self.received += got as u64;
+            left -= got;
+        }
+        Ok(())
+    }
+
+    fn at(&self, what: &str) -> String {
+        format!("client {}: {what} ({} bytes sent, {} received)", self.port, self.sent, self.received)
+    }
+}
+
+/// Clients that talk to an echo server all the time, on a thread of their own.
+#[derive(Debug)]
+pub struct Busy {
+    stop: UnixStream,
+    thread: JoinHandle<Result<(Vec<Client>, Silence)>>,
+}
+
+/// The longest time in which a busy client got nothing.
+pub type Silence = Duration;
+
+/// Bytes that a busy client has under way at most.
+const IN_FLIGHT: u64 = 16 << 10;
+
+impl Busy {
+    /// Starts them.
+    ///
+    /// # Errors
+    /// When there is no thread or no descriptor to be had.
+    pub fn start(clients: Vec<Client>) -> Result<Self> {
+        let (stop, stopped) = UnixStream::pair()?;
+        let thread = std::thread::spawn(move || talk(clients, &stopped));
+        Ok(Self { stop, thread })
+    }
+
+    /// Lets every echo come in and gives the clients back, all of them alive.
+    ///
+    /// # Errors
+    /// When a connection died or a byte was wrong.
+    pub fn stop(mut self) -> Result<(Vec<Client>, Silence)> {
+        self.stop.write_all(&[0])?;
+        self.thread.join().expect("busy clients do not panic")
+    }
+}
+
+fn talk(mut clients: Vec<Client>, stopped: &UnixStream) -> Result<(Vec<Client>, Silence)> {
+    for client in &clients {
+        client.stream.set_nonblocking(true)?;
+    }
+    let mut silence = Duration::ZERO;
+    let mut heard = vec![Instant::now(); clients.len()];
+    let mut stopping = false;
+    while !(stopping && clients.iter().all(|client| client.received == client.sent)) {
+        let ready = poll_all(&clients, stopped, stopping)?;
+        stopping |= ready[clients.len()];
+        for ((client, heard), ready) in clients.iter_mut().zip(&mut heard).zip(ready) {
+            if !stopping && client.sent - client.received < IN_FLIGHT {
+                client.write_some()?;
+            }
+            if ready && client.read_some()? {
+                silence = silence.max(heard.elapsed());
+                *heard = Instant::now();
+            }
+            if heard.elapsed() > PATIENCE && client.received < client.sent {
+                bail!(client.at("heard nothing for too long"));
+            }
+        }
+    }
+    for client in &clients {
+        client.stream.set_nonblocking(false)?;
+    }
+    Ok((clients, silence))
+}
+
+/// Which clients have something to read or room to write, and last whether to stop.
+fn poll_all(clients: &[Client], stopped: &UnixStream, stopping: bool) -> Result<Vec<bool>> {
+    let interest = |client: &Client| {
+        let room = !stopping && client.sent - client.received < IN_FLIGHT;
+        if room { PollFlags::POLLIN | PollFlags::POLLOUT } else { PollFlags::POLLIN }
+    };
+    let mut fds: Vec<_> =
+        clients.iter().map(|client| PollFd::new(client.stream.as_fd(), interest(client))).collect();
+    let stop = if stopping { PollFlags::empty() } else { PollFlags::POLLIN };
+    fds.push(PollFd::new(stopped.as_fd(), stop));
+    poll(&mut fds, PollTimeout::from(500_u16))?;
+    Ok(fds.iter().map(|fd| fd.any() == Some(true)).collect())
+}
+
+impl Client {
+    fn write_some(&mut self) -> Result<()> {
+        let bytes = Pattern::to_server(self.port).bytes(self.sent, 1 << 10);
+        match self.stream.write(&bytes) {
+            Ok(len) => self.sent += len as u64,
+            Err(error) if error.kind() == ErrorKind::WouldBlock => {}
+            Err(error) => return Err(error).with_context(|| self.at("cannot send")),
+        }
+        Ok(())
+    }
+
+    fn read_some(&mut self) -> Result<bool> {
+        let mut buf = [0; 16 << 10];
+        match self.stream.read(&mut buf) {
+            Ok(0) => bail!(self.at("the server's stream ends")),
+            Ok(len) => {
+                let pattern = Pattern::to_server(self.port);
+                pattern.check(self.received, &buf[..len]).with_context(|| self.at("wrong content"))?;
+                self.received += len as u64;
+                Ok(true)
+            }
+            Err(error) if error.kind() == ErrorKind::WouldBlock => Ok(false),
+            Err(error) => Err(error).with_context(|| self.at("cannot receive")),
+        }
+    }
+}
+
+/// The client's socket, for tests that look at its options.
+impl AsFd for Client {
+    fn as_fd(&self) -> std::os::fd::BorrowedFd<'_> {
+        self.stream.as_fd()
+    }
+}

@@ -1,0 +1,356 @@
+//! Drives the `criu` program: stock alone, or stock with our plugin.
+
+use std::ffi::{OsStr, OsString};
+use std::fs;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use nix::unistd::Pid;
+
+use crate::netns::NetNs;
+use crate::task::{self, Task};
+
+/// How connections are kept still while their process does not exist.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Lock {
+    /// Rules by iptables: one exec for each rule in stock CRIU, its default.
+    Iptables,
+    /// One nftables table.
+    Nftables,
+    /// None: fast, and any packet of a peer resets its connection.
+    Skip,
+}
+
+impl Lock {
+    /// The word that `criu --network-lock` and `SOCCR_LOCK` know.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Iptables => "iptables",
+            Self::Nftables => "nftables",
+            Self::Skip => "skip",
+        }
+    }
+}
+
+/// Who carries the TCP connections.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Side {
+    /// CRIU itself: `--tcp-established`.
+    Stock(Lock),
+    /// Our plugin: `--tcp-close --lib DIR`.
+    Plugin(Lock),
+}
+
+/// The `criu` program and the plugin's folder.
+#[derive(Clone, Debug)]
+pub struct Criu {
+    bin: PathBuf,
+    plugins: PathBuf,
+}
+
+/// One call of criu, to be refined and run.
+#[derive(Debug)]
+pub struct Call<'a> {
+    criu: &'a Criu,
+    action: &'static str,
+    side: Side,
+    images: &'a Path,
+    ns: Option<&'a NetNs>,
+    args: Vec<OsString>,
+    env: Vec<(&'static str, OsString)>,
+    inherit: Vec<(OwnedFd, String)>,
+    limit: Duration,
+    verbosity: &'static str,
+}
+
+/// A call that succeeded.
+#[derive(Debug)]
+pub struct Done {
+    /// How long `criu` ran.
+    pub took: Duration,
+    /// Its log.
+    pub log: PathBuf,
+}
+
+impl Criu {
+    /// These two paths.
+    #[must_use]
+    pub fn new(bin: impl Into<PathBuf>, plugins: impl Into<PathBuf>) -> Self {
+        Self { bin: bin.into(), plugins: plugins.into() }
+    }
+
+    /// The criu of `$CRIU_BIN` or `target/criu`, the plugin of `$SOCCR_PLUGIN_DIR` or
+    /// `target/plugins`, where `make criu` and `make` put them.
+    #[must_use]
+    pub fn from_env() -> Self {
+        let target = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target");
+        let path = |name, default| std::env::var_os(name).map_or_else(|| target.join(default), PathBuf::from);
+        Self::new(path("CRIU_BIN", "criu/criu/criu"), path("SOCCR_PLUGIN_DIR", "plugins"))
+    }
+
+    /// The program.
+    #[must_use]
+    pub fn bin(&self) -> &Path {
+        &self.bin
+    }
+
+    /// The plugin's file.
+    #[must_use]
+    pub fn plugin(&self) -> PathBuf {
+        self.plugins.join("soccr_plugin.so")
+    }
+
+    /// Whether the program is there, and the plugin if `with_plugin`.
+    ///
+    /// # Errors
+    /// Says what is missing and how to make it.
+    pub fn check(&self, with_plugin: bool) -> Result<()> {
+        if !self.bin.exists() {
+            bail!("no criu at {} (run `make criu`, or set CRIU_BIN)", self.bin.display());
+        }
+        if with_plugin && !self.plugin().exists() {
+            bail!("no plugin at {} (run `make`, or set SOCCR_PLUGIN_DIR)", self.plugin().display());
+        }
+        Ok(())
+    }
+
+    /// `criu dump` of the tree that starts at `pid` into the folder `images`.
+    #[must_use]
+    pub fn dump<'a>(&'a self, side: Side, pid: Pid, images: &'a Path) -> Call<'a> {
+        self.call("dump", side, images).arg("-t").arg(pid.to_string())
+    }
+
+    /// `criu restore`, detached. Run it with [`Call::restore`].
+    #[must_use]
+    pub fn restore<'a>(&'a self, side: Side, images: &'a Path) -> Call<'a> {
+        self.call("restore", side, images).arg("-d").arg("--pidfile").arg(images.join("restored.pid"))
+    }
+
+    fn call<'a>(&'a self, action: &'static str, side: Side, images: &'a Path) -> Call<'a> {
+        let limit = Duration::from_secs(60);
+        let (args, env, inherit) = (Vec::new(), Vec::new(), Vec::new());
+        Call { criu: self, action, side, images, ns: None, args, env, inherit, limit, verbosity: "-v4" }
+    }
+}
+
+impl<'a> Call<'a> {
+    /// Runs criu in this network namespace.
+    #[must_use]
+    pub fn inside(mut self, ns: &'a NetNs) -> Self {
+        self.ns = Some(ns);
+        self
+    }
+
+    /// One more argument.
+    #[must_use]
+    pub fn arg(mut self, arg: impl AsRef<OsStr>) -> Self {
+        self.args.push(arg.as_ref().to_owned());
+        self
+    }
+
+    /// More arguments.
+    #[must_use]
+    pub fn args<S: AsRef<OsStr>>(mut self, args: impl IntoIterator<Item = S>) -> Self {
+        self.args.extend(args.into_iter().map(|arg| arg.as_ref().to_owned()));
+        self
+    }
+
+    /// One more variable in criu's environment.
+    #[must_use]
+    pub fn env(mut self, name: &'static str, value: impl AsRef<OsStr>) -> Self {
+        self.env.push((name, value.as_ref().to_owned()));
+        self
+    }
+
+    /// Hands criu this network namespace as the external one that the images call `key`.
+    ///
+    /// # Errors
+    /// When the descriptor cannot be duplicated.
+    pub fn inherit(mut self, ns: &NetNs, key: &str) -> Result<Self> {
+        use std::os::fd::AsFd;
+        self.inherit.push((ns.as_fd().try_clone_to_owned()?, key.to_owned()));
+        Ok(self)
+    }
+
+    /// Kills criu after this time (1 minute unless told).
+    #[must_use]
+    pub fn limit(mut self, limit: Duration) -> Self {
+        self.limit = limit;
+        self
+    }
+
+    /// Has criu log warnings and errors only, where its log would cost more than what is measured.
+    #[must_use]
+    pub fn quiet(mut self) -> Self {
+        self.verbosity = "-v2";
+        self
+    }
+
+    /// Runs it.
+    ///
+    /// # Errors
+    /// Unless criu succeeds; the message has the errors of its log.
+    pub fn run(self) -> Result<Done> {
+        let log = self.log();
+        let (action, side, limit) = (self.action, self.side, self.limit);
+        let (status, took) = task::run(&mut self.into_command()?, limit)
+            .with_context(|| format!("criu {action} ({side:?}):\n{}", last_errors(&log)))?;
+        if !status.success() {
+            bail!("criu {action} ({side:?}): {status}:\n{}", last_errors(&log));
+        }
+        Ok(Done { took, log })
+    }
+
+    /// Dumps a task and waits until the whole tree is gone, so that its process ids are free.
+    ///
+    /// # Errors
+    /// Unless criu succeeds and the tree ends.
+    pub fn dump_and_wait(self, task: Task) -> Result<Done> {
+        let limit = self.limit;
+        let done = self.run()?;
+        task.wait(limit).context("the dumped tree is still there")?;
+        Ok(done)
+    }
+
+    /// Restores, and takes charge of the restored tree.
+    ///
+    /// # Errors
+    /// Unless criu succeeds.
+    pub fn restore(self) -> Result<(Task, Done)> {
+        let pidfile = self.images.join("restored.pid");
+        match fs::remove_file(&pidfile) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                return Err(error).with_context(|| format!("cannot remove {}", pidfile.display()));
+            }
+            _ => {}
+        }
+        let done = self.run()?;
+        let text = fs::read_to_string(&pidfile)
+            .with_context(|| format!("criu restore left no {}", pidfile.display()))?;
+        let pid = text.trim().parse().with_context(|| format!("a pid in {}", pidfile.display()))?;
+        Ok((Task::adopt(Pid::from_raw(pid)), done))
+    }
+
+    /// Starts criu and comes back at once, with the log's path.
+    ///
+    /// # Errors
+    /// When it cannot be started.
+    pub fn spawn(self) -> Result<(std::process::Child, PathBuf)> {
+        let log = self.log();
+        let bin = self.criu.bin.display().to_string();
+        Ok((self.into_command()?.spawn().with_context(|| format!("cannot run {bin}"))?, log))
+    }
+
+    fn log(&self) -> PathBuf {
+        self.images.join(format!("{}.log", self.action))
+    }
+
+    fn into_command(self) -> Result<Command> {
+        let mut command =
+            self.ns.map_or_else(|| Command::new(&self.criu.bin), |ns| ns.command(&self.criu.bin));
+        command.arg(self.action).arg("--no-default-config");
+        command.arg("-D").arg(self.images).args([self.verbosity, "-o"]).arg(self.log());
+        match self.side {
+            Side::Stock(lock) => {
+                command.args(["--tcp-established", "--network-lock", lock.name()]);
+                // No plugin that somebody installed on this machine.
+                command.arg("--lib").arg(self.images);
+            }
+            Side::Plugin(lock) => {
+                command.arg("--tcp-close").arg("--lib").arg(&self.criu.plugins);
+                command.env("SOCCR_LOCK", lock.name());
+            }
+        }
+        command.args(&self.args).envs(self.env).env_remove("CRIU_LIBS_DIR").env_remove("SOCCR_TCP");
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        inherit(&mut command, self.inherit);
+        Ok(command)
+    }
+}
+
+/// `--inherit-fd fd[N]:KEY` for each, with N open in the child.
+fn inherit(command: &mut Command, descriptors: Vec<(OwnedFd, String)>) {
+    use std::os::fd::AsRawFd;
+    use std::os::unix::process::CommandExt;
+    for (fd, key) in descriptors {
+        command.arg("--inherit-fd").arg(format!("fd[{}]:{key}", fd.as_raw_fd()));
+        // SAFETY: between fork and exec only fcntl() is called, which is async-signal-safe; the
+        // closure owns the descriptor, which is therefore open when it runs.
+        unsafe {
+            command.pre_exec(move || {
+                nix::fcntl::fcntl(&fd, nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::empty()))?;
+                Ok(())
+            });
+        }
+    }
+}
+
+/// The lines of a criu log that tell what went wrong, the last dozen.
+#[must_use]
+pub fn last_errors(log: &Path) -> String {
+    let Ok(bytes) = fs::read(log) else { return format!("(no log at {})", log.display()) };
+    let text = String::from_utf8_lossy(&bytes);
+    let matters = |line: &&str| ["Error", "BUG", "soccr:"].iter().any(|word| line.contains(word));
+    let mut lines: Vec<_> = text.lines().filter(matters).collect();
+    if lines.is_empty() {
+        lines = text.lines().collect();
+    }
+    let skip = lines.len().saturating_sub(12);
+    lines[skip..].join("\n")
+}
+
+/// What CRIU itself measured of a dump: how long the tasks were frozen, from `stats-dump`.
+///
+/// # Errors
+/// When the file is missing or not what CRIU writes.
+pub fn frozen_time(images: &Path) -> Result<Duration> {
+    let path = images.join("stats-dump");
+    let file = fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
+    // Two magic words and the length of the message; in it field 1, `dump`, and there field 2.
+    let stats = file.get(12..).and_then(|entry| Some(field(entry, 1)?.0));
+    let frozen = stats.and_then(|dump| Some(field(dump, 2)?.1));
+    frozen.map(Duration::from_micros).with_context(|| format!("no frozen_time in {}", path.display()))
+}
+
+/// The bytes or the number of one field of a protobuf message that has only varints and messages.
+fn field(mut message: &[u8], wanted: u64) -> Option<(&[u8], u64)> {
+    while !message.is_empty() {
+        let key = varint(&mut message)?;
+        let number = varint(&mut message)?;
+        let mut bytes: &[u8] = &[];
+        if key & 7 == 2 {
+            (bytes, message) = message.split_at_checked(usize::try_from(number).ok()?)?;
+        }
+        if key >> 3 == wanted {
+            return Some((bytes, number));
+        }
+    }
+    None
+}
+
+fn varint(bytes: &mut &[u8]) -> Option<u64> {
+    let mut value = 0;
+    for shift in (0..64).step_by(7) {
+        let (&byte, rest) = bytes.split_first()?;
+        *bytes = rest;
+        value |= u64::from(byte & 0x7f) << shift;
+        if byte & 0x80 == 0 {
+            return Some(value);
+        }
+    }
+    None
+}
+
+/// Measures a piece of work.
+///
+/// # Errors
+/// Those of the work.
+pub fn timed<T>(work: impl FnOnce() -> Result<T>) -> Result<(T, Duration)> {
+    let start = Instant::now();
+    let made = work()?;
+    Ok((made, start.elapsed()))
+}

@@ -1,0 +1,117 @@
+//! Starts `soccr-testserver`, the program that the tests dump.
+
+use std::ffi::OsStr;
+use std::fs::{self, File};
+use std::io::Read;
+use std::net::SocketAddr;
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail, ensure};
+use nix::sys::signal::Signal;
+use nix::sys::wait::WaitStatus;
+use nix::unistd::Pid;
+
+use crate::netns::NetNs;
+use crate::task::{Task, wait_readable};
+
+/// How long a server may take for anything but a restore.
+const PATIENCE: Duration = Duration::from_secs(15);
+
+/// A running `soccr-testserver`.
+#[derive(Debug)]
+pub struct Server {
+    /// Where it listens.
+    pub address: SocketAddr,
+    /// Its process tree.
+    pub task: Task,
+    report: PathBuf,
+}
+
+impl Server {
+    /// Starts a server in `ns` that listens on `address` (port 0: any) and does what `args` say,
+    /// see `soccr-testserver --help`. Its complaints go to a file in `dir`.
+    ///
+    /// # Errors
+    /// When it does not come up.
+    pub fn start<S: AsRef<OsStr>>(
+        ns: &NetNs,
+        address: SocketAddr,
+        dir: &Path,
+        args: impl IntoIterator<Item = S>,
+    ) -> Result<Self> {
+        let report = dir.join("server.err");
+        let mut command = ns.command(sibling_binary("soccr-testserver")?);
+        command.arg("--listen").arg(address.to_string()).args(args);
+        let (address, task) = spawn(&mut command, &report)?;
+        Ok(Self { address, task, report })
+    }
+
+    /// The same server after a restore.
+    #[must_use]
+    pub fn restored(address: SocketAddr, task: Task, dir: &Path) -> Self {
+        Self { address, task, report: dir.join("server.err") }
+    }
+
+    /// The root's process id.
+    #[must_use]
+    pub fn pid(&self) -> Pid {
+        self.task.pid()
+    }
+
+    /// Tells a server that was started with `--hold` to read.
+    ///
+    /// # Errors
+    /// When it is gone.
+    pub fn release(&self) -> Result<()> {
+        self.task.signal(Signal::SIGUSR1)
+    }
+
+    /// Waits until a server with `--conns` has seen all its streams to the end and exits.
+    ///
+    /// # Errors
+    /// When a byte was wrong or missing, or it does not end.
+    pub fn wait_verified(self) -> Result<()> {
+        let status = self.task.wait(PATIENCE)?;
+        let said = fs::read_to_string(&self.report).unwrap_or_default();
+        match status {
+            WaitStatus::Exited(_, 0) => Ok(()),
+            other => bail!("the server ended with {other:?}:\n{said}"),
+        }
+    }
+}
+
+/// Starts the program in a session of its own, with nothing on its standard streams that a dump
+/// could stumble over once it is up, and reads the one line it says then.
+fn spawn(command: &mut Command, report: &Path) -> Result<(SocketAddr, Task)> {
+    let errors = File::options().create(true).append(true).open(report)?;
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(errors);
+    let mut child = command.spawn().context("cannot start soccr-testserver")?;
+    let mut task = Task::adopt(Pid::from_raw(i32::try_from(child.id())?));
+    let line = first_line(&mut child)
+        .with_context(|| format!("the server said: {}", fs::read_to_string(report).unwrap_or_default()))?;
+    task.note_tree(); // a server may have a child by now
+    let address = line.strip_prefix("ready ").with_context(|| format!("{line:?} is not an address"))?;
+    Ok((address.parse()?, task))
+}
+
+/// Everything up to the end of standard output: the server closes it when it is up.
+fn first_line(child: &mut Child) -> Result<String> {
+    let mut stdout = child.stdout.take().context("stdout is a pipe")?;
+    ensure!(wait_readable(&stdout.as_fd(), PATIENCE)?, "the server does not come up");
+    let mut line = String::new();
+    stdout.read_to_string(&mut line)?;
+    Ok(line.trim().to_owned())
+}
+
+/// A program of this crate: next to the running one, or one folder up from a test.
+///
+/// # Errors
+/// When it has not been built.
+pub fn sibling_binary(name: &str) -> Result<PathBuf> {
+    let me = std::env::current_exe().context("the path of this program")?;
+    let found = me.ancestors().skip(1).take(2).map(|dir| dir.join(name)).find(|path| path.exists());
+    found.with_context(|| format!("no {name} near {} (cargo build -p soccr-testkit)", me.display()))
+}

@@ -1,0 +1,154 @@
+//! The TCP sockets of other processes, seen from outside.
+
+use std::fs;
+use std::io;
+use std::mem::MaybeUninit;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+
+use anyhow::{Context, Result};
+use nix::errno::Errno;
+use nix::unistd::Pid;
+
+use crate::task::pidfd_open;
+
+/// `TCP_ESTABLISHED` and so on, as `net/tcp_states.h` numbers them.
+pub mod state {
+    #![allow(missing_docs)] // RFC 9293 names them
+    pub const ESTABLISHED: u8 = 1;
+    pub const SYN_SENT: u8 = 2;
+    pub const FIN_WAIT1: u8 = 4;
+    pub const FIN_WAIT2: u8 = 5;
+    pub const CLOSE: u8 = 7;
+    pub const CLOSE_WAIT: u8 = 8;
+    pub const LAST_ACK: u8 = 9;
+    pub const LISTEN: u8 = 10;
+    pub const CLOSING: u8 = 11;
+}
+
+/// A duplicate of a TCP socket that belongs to another process.
+#[derive(Debug)]
+pub struct TaskSocket {
+    /// Its number in that process.
+    pub number: RawFd,
+    socket: OwnedFd,
+}
+
+/// The TCP sockets in the descriptor table of a process, listeners included.
+///
+/// # Errors
+/// When the process is gone or may not be looked into.
+pub fn tcp_sockets(pid: Pid) -> Result<Vec<TaskSocket>> {
+    let pidfd = pidfd_open(pid)?;
+    let dir = format!("/proc/{pid}/fd");
+    let mut found = Vec::new();
+    for entry in fs::read_dir(&dir).with_context(|| format!("cannot read {dir}"))? {
+        let entry = entry?;
+        let is_socket =
+            fs::read_link(entry.path()).is_ok_and(|link| link.to_string_lossy().starts_with("socket:"));
+        let Some(number) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
+        if !is_socket {
+            continue;
+        }
+        let socket = pidfd_getfd(&pidfd, number)?;
+        if is_tcp(&socket) {
+            found.push(TaskSocket { number, socket });
+        }
+    }
+    found.sort_by_key(|socket| socket.number);
+    Ok(found)
+}
+
+impl TaskSocket {
+    /// One of [`state`].
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn state(&self) -> Result<u8> {
+        Ok(self.info()?[0])
+    }
+
+    /// The largest segment that is sent now (`tcpi_snd_mss`).
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn snd_mss(&self) -> Result<u32> {
+        let info = self.info()?;
+        Ok(u32::from_ne_bytes(info[16..20].try_into()?))
+    }
+
+    /// Whether the socket is in repair mode, where nothing of it works for its program.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn in_repair(&self) -> Result<bool> {
+        let on: i32 = get(&self.socket, libc::IPPROTO_TCP, libc::TCP_REPAIR).context("TCP_REPAIR")?;
+        Ok(on != 0)
+    }
+
+    /// Bytes received and not read.
+    ///
+    /// # Errors
+    /// The kernel's (EINVAL on a listener).
+    pub fn unread(&self) -> Result<usize> {
+        self.queue(libc::FIONREAD)
+    }
+
+    /// Bytes written and not acknowledged by the peer.
+    ///
+    /// # Errors
+    /// The kernel's (EINVAL on a listener).
+    pub fn unacked(&self) -> Result<usize> {
+        self.queue(libc::TIOCOUTQ)
+    }
+
+    /// A socket option that is an `int`.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn option(&self, level: i32, name: i32) -> Result<i32> {
+        get(&self.socket, level, name).with_context(|| format!("socket option {level}:{name}"))
+    }
+
+    /// `struct tcp_info`'s first 20 bytes: `tcpi_state` is the first, `tcpi_snd_mss` the last four.
+    fn info(&self) -> Result<[u8; 20]> {
+        get(&self.socket, libc::IPPROTO_TCP, libc::TCP_INFO).context("TCP_INFO")
+    }
+
+    fn queue(&self, request: libc::Ioctl) -> Result<usize> {
+        let mut bytes: libc::c_int = 0;
+        // SAFETY: both requests write one int at the address given.
+        let done = unsafe { libc::ioctl(self.socket.as_raw_fd(), request, &raw mut bytes) };
+        Errno::result(done).context("SIOCINQ or SIOCOUTQ")?;
+        Ok(usize::try_from(bytes)?)
+    }
+}
+
+fn is_tcp(socket: &OwnedFd) -> bool {
+    let inet = get(socket, libc::SOL_SOCKET, libc::SO_DOMAIN)
+        .is_ok_and(|domain: i32| domain == libc::AF_INET || domain == libc::AF_INET6);
+    inet && get(socket, libc::SOL_SOCKET, libc::SO_PROTOCOL).is_ok_and(|it: i32| it == libc::IPPROTO_TCP)
+}
+
+/// Types that any bytes are a value of.
+trait Plain: Copy {}
+impl Plain for i32 {}
+impl Plain for [u8; 20] {}
+
+fn get<T: Plain>(socket: &OwnedFd, level: i32, name: i32) -> io::Result<T> {
+    let mut value = MaybeUninit::<T>::zeroed();
+    let mut len = libc::socklen_t::try_from(size_of::<T>()).expect("a small type");
+    // SAFETY: the kernel writes at most `len` bytes to `value`, which has that size.
+    let done =
+        unsafe { libc::getsockopt(socket.as_raw_fd(), level, name, value.as_mut_ptr().cast(), &raw mut len) };
+    Errno::result(done)?;
+    // SAFETY: zeroed before, and `Plain` types have no invalid values.
+    Ok(unsafe { value.assume_init() })
+}
+
+fn pidfd_getfd(pidfd: &OwnedFd, number: RawFd) -> Result<OwnedFd> {
+    // SAFETY: pidfd_getfd takes three integers and touches no memory of ours.
+    let fd = unsafe { libc::syscall(libc::SYS_pidfd_getfd, pidfd.as_raw_fd(), number, 0) };
+    let fd = Errno::result(fd).with_context(|| format!("pidfd_getfd({number})"))?;
+    // SAFETY: the kernel has just given us this descriptor, nobody else owns it.
+    Ok(unsafe { OwnedFd::from_raw_fd(i32::try_from(fd)?) })
+}

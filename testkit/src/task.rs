@@ -1,0 +1,250 @@
+//! Processes: waiting with a deadline, and guards that leave none behind.
+
+use std::fs;
+use std::os::fd::{AsFd, FromRawFd, OwnedFd};
+use std::os::unix::process::CommandExt;
+use std::process::{Child, Command, ExitStatus};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::{Signal, kill};
+use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
+use nix::unistd::Pid;
+
+/// Makes this process the parent of orphans among its descendants: what CRIU restores and leaves
+/// then belongs to us, and a dumped process is reaped when we wait for it, not when PID 1 does.
+///
+/// # Errors
+/// The kernel's, if it refuses.
+pub fn become_subreaper() -> Result<()> {
+    nix::sys::prctl::set_child_subreaper(true).context("PR_SET_CHILD_SUBREAPER")
+}
+
+/// Runs a command to its end, or kills it at the deadline.
+///
+/// # Errors
+/// When it cannot be started or was killed; an exit status other than 0 is no error.
+pub fn run(command: &mut Command, limit: Duration) -> Result<(ExitStatus, Duration)> {
+    let name = command.get_program().to_string_lossy().into_owned();
+    let start = Instant::now();
+    let mut child = command.spawn().with_context(|| format!("cannot run {name}"))?;
+    let in_time = wait_readable(&pidfd_of(&child)?, limit)?;
+    let took = start.elapsed();
+    if !in_time {
+        child.kill().with_context(|| format!("cannot kill {name}"))?;
+        child.wait()?;
+        bail!("{name} was killed after {limit:?}");
+    }
+    Ok((child.wait()?, took))
+}
+
+fn pidfd_of(child: &Child) -> Result<OwnedFd> {
+    pidfd_open(Pid::from_raw(i32::try_from(child.id())?))
+}
+
+/// A descriptor that refers to the process, readable once it has ended.
+///
+/// # Errors
+/// When there is no such process.
+pub fn pidfd_open(pid: Pid) -> Result<OwnedFd> {
+    // SAFETY: pidfd_open takes two integers and touches no memory of ours.
+    let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid.as_raw(), 0) };
+    let fd = Errno::result(fd).with_context(|| format!("pidfd_open({pid})"))?;
+    // SAFETY: the kernel has just given us this descriptor, nobody else owns it.
+    Ok(unsafe { OwnedFd::from_raw_fd(i32::try_from(fd)?) })
+}
+
+/// Waits until `fd` is readable; false at the deadline.
+///
+/// # Errors
+/// The kernel's.
+pub fn wait_readable(fd: &impl AsFd, limit: Duration) -> Result<bool> {
+    let end = Instant::now() + limit;
+    loop {
+        let left = end.saturating_duration_since(Instant::now());
+        let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
+        match poll(&mut [PollFd::new(fd.as_fd(), PollFlags::POLLIN)], timeout) {
+            Err(Errno::EINTR) => {}
+            Ok(0) if left.is_zero() => return Ok(false),
+            Ok(0) => {}
+            Ok(_) => return Ok(true),
+            Err(error) => return Err(error).context("poll"),
+        }
+    }
+}
+
+/// Asks again and again, every few milliseconds, until `done` says so: for states that the kernel
+/// shows but does not announce.
+///
+/// # Errors
+/// At the deadline, naming `what`, or what `done` returned.
+pub fn wait_until(what: &str, limit: Duration, mut done: impl FnMut() -> Result<bool>) -> Result<()> {
+    let end = Instant::now() + limit;
+    while !done().with_context(|| format!("while waiting until {what}"))? {
+        if Instant::now() > end {
+            bail!("waited {limit:?} in vain until {what}");
+        }
+        thread::sleep(Duration::from_millis(3));
+    }
+    Ok(())
+}
+
+/// A process tree of ours (a child, or a descendant's orphan that came to us as its subreaper),
+/// killed and reaped when dropped.
+#[derive(Debug)]
+pub struct Task {
+    pid: Pid,
+    tree: Vec<Pid>,
+}
+
+impl Task {
+    /// Takes charge of the process and of its present descendants.
+    #[must_use]
+    pub fn adopt(pid: Pid) -> Self {
+        Self { pid, tree: tree(pid) }
+    }
+
+    /// The root's process id.
+    #[must_use]
+    pub fn pid(&self) -> Pid {
+        self.pid
+    }
+
+    /// The root and its descendants as they are now.
+    #[must_use]
+    pub fn tree(&self) -> Vec<Pid> {
+        tree(self.pid)
+    }
+
+    /// Sends a signal to each process of the tree.
+    ///
+    /// # Errors
+    /// When one of them is gone.
+    pub fn signal(&self, signal: Signal) -> Result<()> {
+        for pid in self.tree() {
+            kill(pid, signal).with_context(|| format!("kill({pid}, {signal})"))?;
+        }
+        Ok(())
+    }
+
+    /// Waits until the whole tree has ended by itself, and reaps it. Only a killed or exited tree
+    /// gives its process ids back to the kernel, so wait before restoring it.
+    ///
+    /// # Errors
+    /// At the deadline; then what is left is killed.
+    pub fn wait(mut self, limit: Duration) -> Result<WaitStatus> {
+        self.note_tree();
+        let mut root = None;
+        for pid in std::mem::take(&mut self.tree) {
+            match wait_for(pid, limit) {
+                Ok(status) if pid == self.pid => root = Some(status),
+                Ok(_) => {}
+                Err(error) => {
+                    self.tree = self.tree();
+                    return Err(error);
+                }
+            }
+        }
+        root.context("the root is part of its tree")
+    }
+
+    /// Takes charge of descendants that are new since.
+    pub fn note_tree(&mut self) {
+        for pid in tree(self.pid) {
+            if !self.tree.contains(&pid) {
+                self.tree.push(pid);
+            }
+        }
+    }
+}
+
+impl Drop for Task {
+    fn drop(&mut self) {
+        if self.tree.is_empty() {
+            return;
+        }
+        self.note_tree();
+        for pid in &self.tree {
+            // Gone already is as good.
+            let _ = kill(*pid, Signal::SIGKILL);
+        }
+        for pid in std::mem::take(&mut self.tree) {
+            let _ = wait_for(pid, Duration::from_secs(5));
+        }
+    }
+}
+
+/// The process and all its descendants, parents first.
+fn tree(root: Pid) -> Vec<Pid> {
+    let mut found = vec![root];
+    let mut next = 0;
+    while let Some(&pid) = found.get(next) {
+        next += 1;
+        let Ok(threads) = fs::read_dir(format!("/proc/{pid}/task")) else { continue };
+        for thread in threads.flatten() {
+            let children = fs::read_to_string(thread.path().join("children")).unwrap_or_default();
+            found.extend(children.split_whitespace().filter_map(|word| word.parse().ok()).map(Pid::from_raw));
+        }
+    }
+    found
+}
+
+/// Waits until a child of ours has ended and reaps it. An orphan becomes ours only when its parent
+/// has died, so ECHILD may pass.
+fn wait_for(pid: Pid, limit: Duration) -> Result<WaitStatus> {
+    let end = Instant::now() + limit;
+    match pidfd_open(pid) {
+        Ok(fd) => {
+            if !wait_readable(&fd, limit)? {
+                bail!("process {pid} still runs after {limit:?}");
+            }
+        }
+        Err(_) => return Ok(WaitStatus::StillAlive), // nobody has this number: reaped elsewhere
+    }
+    loop {
+        match waitpid(pid, Some(WaitPidFlag::WNOHANG)) {
+            Ok(WaitStatus::StillAlive) | Err(Errno::ECHILD) if kill(pid, None).is_ok() => {}
+            Ok(status) => return Ok(status),
+            Err(Errno::ECHILD) => return Ok(WaitStatus::StillAlive),
+            Err(error) => return Err(error).with_context(|| format!("waitpid({pid})")),
+        }
+        if Instant::now() > end {
+            bail!("process {pid} has ended, but its parent does not reap it");
+        }
+        thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// Makes `command` start a session of its own: CRIU dumps whole sessions.
+pub fn in_own_session(command: &mut Command) {
+    // SAFETY: between fork and exec only setsid() is called, which is async-signal-safe.
+    unsafe {
+        command.pre_exec(|| {
+            nix::unistd::setsid()?;
+            Ok(())
+        });
+    }
+}
+
+/// Waits until this process has no child any more, be it an orphan that came to its subreaper, and
+/// reaps each. Only for a program that waits for nothing else meanwhile.
+///
+/// # Errors
+/// At the deadline, naming those that still run.
+pub fn no_children(limit: Duration) -> Result<()> {
+    let end = Instant::now() + limit;
+    loop {
+        match waitpid(None::<Pid>, Some(WaitPidFlag::WNOHANG)) {
+            Err(Errno::ECHILD) => return Ok(()),
+            Err(error) => return Err(error).context("waitpid"),
+            Ok(WaitStatus::StillAlive) if Instant::now() > end => {
+                bail!("still running: {:?}", &tree(Pid::this())[1..]);
+            }
+            Ok(WaitStatus::StillAlive) => thread::sleep(Duration::from_millis(3)),
+            Ok(_) => {}
+        }
+    }
+}
