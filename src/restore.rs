@@ -62,7 +62,7 @@ pub enum RestoreError {
         source: SysError,
     },
     /// The peer's FIN or ACK could not be brought in.
-    #[error("{tuple}: {source}")]
+    #[error("{tuple}: the peer's FIN or ACK cannot be forged")]
     Forge {
         /// The connection.
         tuple: FourTuple,

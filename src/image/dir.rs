@@ -8,8 +8,8 @@ use std::path::Path;
 use nix::dir::Dir;
 use nix::errno::Errno;
 use nix::fcntl::{AtFlags, OFlag, open, openat, renameat};
-use nix::sys::stat::{Mode, fstatat};
-use nix::unistd::{UnlinkatFlags, unlinkat};
+use nix::sys::stat::{FchmodatFlags, Mode, fchmodat, fstatat};
+use nix::unistd::{Gid, Uid, UnlinkatFlags, fchown, fchownat, unlinkat};
 
 use super::ImageError;
 
@@ -17,9 +17,12 @@ use super::ImageError;
 ///
 /// Files are opened relative to it, never through a symbolic link, and only if they are regular
 /// ones. New files have mode 0600: the queues hold what the program and its peers told each other.
+/// A file that is replaced keeps its mode and owner.
 #[derive(Debug)]
 pub struct ImageDir {
     fd: OwnedFd,
+    /// Who owns new files, if not this process's user.
+    owner: Option<(Uid, Gid)>,
 }
 
 /// An image file opened for reading.
@@ -51,6 +54,12 @@ impl ImageDir {
         fd.try_clone_to_owned()
             .map(Self::from)
             .map_err(|e| ImageError::io("duplicate the directory of", ".", e))
+    }
+
+    /// Gives new files to this user and group. Tasks in a user namespace read their images as its root, to whom a
+    /// file of ours would be closed.
+    pub fn give_new_files_to(&mut self, uid: u32, gid: u32) {
+        self.owner = Some((Uid::from_raw(uid), Gid::from_raw(gid)));
     }
 
     /// Whether a regular file of this name is there.
@@ -124,10 +133,26 @@ impl ImageDir {
     pub(super) fn replace(&self, name: &str, parts: &[&[u8]]) -> Result<(), ImageError> {
         let temporary = format!(".{name}.{}", std::process::id());
         self.create(&temporary, parts)?;
+        self.look_alike(name, &temporary).map_err(|e| {
+            let _ = self.remove(&temporary); // as in `create`
+            ImageError::io("set owner and mode of", &temporary, e)
+        })?;
         renameat(&self.fd, temporary.as_str(), &self.fd, name).map_err(|e| {
             let _ = self.remove(&temporary); // as in `create`
             ImageError::io("replace", name, e)
         })
+    }
+
+    /// Gives `copy` the owner and the mode of `model`, if that is there.
+    fn look_alike(&self, model: &str, copy: &str) -> Result<(), Errno> {
+        let stat = match fstatat(&self.fd, model, AtFlags::AT_SYMLINK_NOFOLLOW) {
+            Err(Errno::ENOENT) => return Ok(()),
+            other => other?,
+        };
+        let (uid, gid) = (Uid::from_raw(stat.st_uid), Gid::from_raw(stat.st_gid));
+        fchownat(&self.fd, copy, Some(uid), Some(gid), AtFlags::AT_SYMLINK_NOFOLLOW)?;
+        let mode = Mode::from_bits_truncate(stat.st_mode);
+        fchmodat(&self.fd, copy, mode, FchmodatFlags::FollowSymlink)
     }
 
     fn create_empty(&self, name: &str) -> Result<File, ImageError> {
@@ -140,13 +165,17 @@ impl ImageDir {
             }
             other => other,
         };
-        fd.map(File::from).map_err(|e| ImageError::io("create", name, e))
+        let fd = fd.map_err(|e| ImageError::io("create", name, e))?;
+        if let Some((uid, gid)) = self.owner {
+            fchown(&fd, Some(uid), Some(gid)).map_err(|e| ImageError::io("give away", name, e))?;
+        }
+        Ok(File::from(fd))
     }
 }
 
 impl From<OwnedFd> for ImageDir {
     fn from(fd: OwnedFd) -> Self {
-        Self { fd }
+        Self { fd, owner: None }
     }
 }
 

@@ -34,6 +34,13 @@ impl LockName {
         format!("{}{id}", Self::CRIU).parse()
     }
 
+    /// The table of the CRIU run with this id, as CRIU names it: a name that is too long is cut.
+    #[must_use]
+    pub fn of_run(run_id: &str) -> Option<Self> {
+        let room = Self::MAX_LEN - Self::CRIU.len();
+        Self::criu(run_id.get(..room).unwrap_or(run_id)).ok()
+    }
+
     /// `soccr-<id>`, which nobody but soccr removes.
     ///
     /// # Errors
@@ -84,6 +91,13 @@ mod tests {
     fn an_id_has_at_most_21_characters() {
         assert_eq!(LockName::criu(&"x".repeat(21)).unwrap().to_string().len(), 26);
         assert!(LockName::criu(&"x".repeat(22)).is_err());
+    }
+
+    #[test]
+    fn the_id_of_a_run_is_cut_as_criu_cuts_it() {
+        let name = LockName::of_run("0a1b2c3d-0a1b-0a1b-0a1b-0a1b2c3d4e5f").unwrap();
+        assert_eq!(name.as_str(), "CRIU-0a1b2c3d-0a1b-0a1b-0a");
+        assert_eq!(LockName::of_run("a;b"), None);
     }
 
     #[test]

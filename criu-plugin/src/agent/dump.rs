@@ -22,7 +22,7 @@ use soccr::lock::{LockName, LockOptions, NetworkLock};
 
 use super::logger::answering;
 use super::outcome::{Arrangement, Outcome};
-use super::sockets::{Finder, Found, Place};
+use super::sockets::{FindError, Finder, Found, Place};
 use super::tasks::{self, Task};
 use super::{AgentError, outcome};
 use crate::channel::{Answer, Asked, Request, Server};
@@ -216,6 +216,9 @@ impl Dump {
         }
         let mut pids = tasks::frozen_tree(pid, self.criu).map_err(AgentError::Tree)?;
         pids.retain(|pid| self.tasks.iter().all(|task| task.pid != *pid));
+        if let Some((uid, gid)) = tasks::foreign_root(pid).map_err(|error| FindError::Proc(pid, error))? {
+            self.images.give_new_files_to(uid, gid);
+        }
         let first = self.tasks.len();
         for pid in pids {
             self.tasks.push(Task::open(pid).map_err(|source| AgentError::Task { pid, source })?);

@@ -14,8 +14,6 @@ use crate::channel::owned;
 /// A queued message that carries descriptors.
 #[derive(Debug)]
 pub struct Packet {
-    /// Bytes in the queue before it.
-    pub offset: u64,
     /// Duplicates of what it carries, in order.
     pub files: Vec<OwnedFd>,
 }
@@ -41,7 +39,7 @@ fn peek_all(socket: BorrowedFd<'_>) -> Result<Vec<Packet>, SysError> {
     /// SCM_MAX_FD of the kernel.
     const MOST: usize = 253;
     let mut data = vec![0; 1 << 16];
-    let (mut found, mut offset) = (Vec::new(), 0);
+    let mut found = Vec::new();
     loop {
         let mut control = cmsg_space!([RawFd; MOST], nix::sys::socket::UnixCredentials);
         let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_CMSG_CLOEXEC;
@@ -58,11 +56,10 @@ fn peek_all(socket: BorrowedFd<'_>) -> Result<Vec<Packet>, SysError> {
         }
         let end = message.bytes == 0 && files.is_empty();
         if !files.is_empty() {
-            found.push(Packet { offset, files });
+            found.push(Packet { files });
         }
         if end && sockopt::kind(socket)? != libc::SOCK_DGRAM {
             return Ok(found);
         }
-        offset += message.bytes as u64;
     }
 }

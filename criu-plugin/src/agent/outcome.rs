@@ -52,7 +52,7 @@ impl Arrangement {
         }
         let made = shared && inventory.network_lock == ImageLock::Nftables;
         let id = inventory.dump_run_id.filter(|_| made);
-        let stray = id.and_then(|id| LockName::criu(&id).ok()).map(|name| (criu_ns, name));
+        let stray = id.and_then(|id| LockName::of_run(&id)).map(|name| (criu_ns, name));
         Ok(Some(Self { ours_stays, stray }))
     }
 }

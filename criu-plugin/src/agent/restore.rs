@@ -229,6 +229,9 @@ impl Restore {
         let source = |source| AgentError::Task { pid, source };
         let packets = in_flight::peek(unix.as_fd()).map_err(source)?;
         for (expected, packet) in expected.iter().zip(packets) {
+            if expected.files.len() != packet.files.len() {
+                return Err(AgentError::Protocol("a unix socket's queue is not as in the images"));
+            }
             for (file_id, socket) in expected.files.iter().zip(packet.files) {
                 if self.missing.contains(file_id) {
                     self.connection(*file_id, socket, pid)?;
@@ -301,7 +304,7 @@ impl Restore {
             let names: Vec<String> = names.map(|connection| connection.tuple.to_string()).collect();
             return Err(AgentError::NotFound(names.join(", ")));
         }
-        std::mem::take(&mut self.forge).finish().map_err(|_| AgentError::Protocol("the passage stays open"))?;
+        std::mem::take(&mut self.forge).finish()?;
         self.unlock()?;
         self.finished = true;
         let count = self.built.len();
@@ -397,7 +400,7 @@ fn lock_name(index: &Index) -> Result<LockName, AgentError> {
 
 /// The table that the images say they are locked by.
 fn dump_lock(index: &Index) -> Option<LockName> {
-    LockName::criu(index.dump_run_id.as_deref()?).ok()
+    LockName::of_run(index.dump_run_id.as_deref()?)
 }
 
 fn copy(task: &Task, number: u32) -> Result<OwnedFd, AgentError> {

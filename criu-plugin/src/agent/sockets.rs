@@ -18,8 +18,6 @@ use super::tasks::Task;
 pub struct Found {
     /// Our duplicate of the socket.
     pub socket: OwnedFd,
-    /// The kernel's name of the socket.
-    pub cookie: u64,
     /// Its inode, which names its image.
     pub inode: u32,
     /// Both ends.
@@ -55,7 +53,7 @@ impl fmt::Display for Place {
 #[derive(Debug, thiserror::Error)]
 pub enum FindError {
     /// `/proc` cannot be read.
-    #[error("pid {0}: cannot list the descriptors: {1}")]
+    #[error("pid {0}: cannot be examined in /proc: {1}")]
     Proc(i32, std::io::Error),
     /// A system call failed.
     #[error("{0}: {1}")]
@@ -137,7 +135,7 @@ impl Finder {
             return Err(FindError::Refused { tuple, place, why });
         };
         let ns = self.namespace(&socket, place)?;
-        Ok(Some(Found { socket, cookie, inode, tuple, ns, place }))
+        Ok(Some(Found { socket, inode, tuple, ns, place }))
     }
 
     fn queued_in(&mut self, unix: &OwnedFd, place: Place, found: &mut Vec<Found>) -> Result<(), FindError> {

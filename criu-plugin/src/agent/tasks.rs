@@ -158,3 +158,24 @@ pub fn restored_child(parent: i32, inner: u32) -> ProcResult<Option<i32>> {
     }
     Ok(None)
 }
+
+/// The user and group, as we see them, that are root in the task's user namespace; `None` in our own.
+///
+/// # Errors
+/// When `/proc` cannot be read.
+pub fn foreign_root(pid: i32) -> std::io::Result<Option<(u32, u32)>> {
+    if fs::read_link(format!("/proc/{pid}/ns/user"))? == fs::read_link("/proc/self/ns/user")? {
+        return Ok(None);
+    }
+    let ids = (outer_root(pid, "uid_map")?, outer_root(pid, "gid_map")?);
+    Ok(ids.0.zip(ids.1))
+}
+
+/// What 0 inside is outside, from lines of "inside outside count".
+fn outer_root(pid: i32, map: &str) -> std::io::Result<Option<u32>> {
+    let text = fs::read_to_string(format!("/proc/{pid}/{map}"))?;
+    let root = text.lines().map(|line| line.split_ascii_whitespace()).find_map(|mut words| {
+        (words.next() == Some("0")).then(|| words.next()?.parse().ok()).flatten()
+    });
+    Ok(root)
+}
