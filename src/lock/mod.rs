@@ -25,6 +25,7 @@ mod name;
 mod nft;
 mod options;
 pub mod passage;
+pub mod stock;
 mod xtables;
 
 use crate::connection::FourTuple;

@@ -1,59 +1,59 @@
-//! Tests that need a network of their own: each body runs in a child process, in new user and network
+//! Tests that need a network of their own: each body runs in a process of its own, in new user and network
 //! namespaces, so that no test needs root and none sees another's packets.
 
 #![allow(unsafe_code, clippy::missing_panics_doc)]
 
-use std::fs;
-use std::io::{Read, Write};
+use std::env;
+use std::io::Read;
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsRawFd;
+use std::process::{Command, Stdio};
 use std::time::Duration;
-
-use nix::sched::{CloneFlags, unshare};
-use nix::sys::wait::{WaitStatus, waitpid};
-use nix::unistd::{ForkResult, fork, getegid, geteuid};
 
 /// Set in CI: a test that cannot have its namespaces fails instead of being skipped.
 const REQUIRE: &str = "SOCCR_TEST_REQUIRE";
-const SKIPPED: i32 = 77;
-const TIMEOUT_SECONDS: u32 = 60;
+/// Set for the process that has its namespaces.
+const INSIDE: &str = "SOCCR_TEST_INSIDE";
+const TIMEOUT_SECONDS: &str = "60";
 
-/// Runs `body` in a child process with its own network (loopback only, up); panics there fail the test here.
-pub fn in_own_network(body: impl FnOnce() + std::panic::UnwindSafe) {
-    // SAFETY: the child uses no lock of another thread: it runs the body and leaves with _exit().
-    match unsafe { fork() }.expect("fork") {
-        ForkResult::Child => {
-            nix::unistd::alarm::set(TIMEOUT_SECONDS);
-            // The harness's captured output is in the parent; what is wrong has to be seen.
-            std::panic::set_hook(Box::new(|panic| drop(writeln!(std::io::stderr(), "{panic}"))));
-            let code = match enter() {
-                Ok(()) => i32::from(std::panic::catch_unwind(body).is_err()),
-                Err(error) => {
-                    eprintln!("no namespaces of our own: {error}");
-                    SKIPPED
-                }
-            };
-            // SAFETY: ends the child at once, without the parent's exit handlers.
-            unsafe { libc::_exit(code) }
-        }
-        ForkResult::Parent { child } => match waitpid(child, None).expect("waitpid") {
-            WaitStatus::Exited(_, 0) => {}
-            WaitStatus::Exited(_, SKIPPED) if std::env::var_os(REQUIRE).is_none() => {
-                eprintln!("SKIPPED: user and network namespaces are not available");
-            }
-            status => panic!("the isolated test ended with {status:?}"),
-        },
+/// Runs `body` in a process with its own network (loopback only, up); what fails there fails the test here.
+///
+/// That process is this test program anew, told to run this one test: a mere fork of a program with
+/// threads may find a lock held for ever by a thread that it does not have. So a test calls this
+/// itself, not in a helper, and once.
+pub fn in_own_network<F: FnOnce()>(body: F) {
+    if env::var_os(INSIDE).is_some() {
+        loopback_up().expect("lo is up");
+        return body();
     }
+    if !namespaces_are_available() {
+        assert!(env::var_os(REQUIRE).is_none(), "user and network namespaces are not available");
+        eprintln!("SKIPPED: user and network namespaces are not available");
+        return;
+    }
+    let test = name_of_test::<F>();
+    let output = Command::new("timeout")
+        .args(["--kill-after=5", TIMEOUT_SECONDS, "unshare", "-Urn"])
+        .arg(env::current_exe().expect("this program"))
+        .args([test, "--exact", "--nocapture"])
+        .env(INSIDE, "1")
+        .output()
+        .expect("timeout, unshare and this program run");
+    let said = String::from_utf8_lossy(&output.stdout);
+    print!("{said}{}", String::from_utf8_lossy(&output.stderr));
+    assert!(output.status.success(), "{test} failed in its own network: {}", output.status);
+    assert!(said.contains("1 passed"), "{test} did not run in its own network");
 }
 
-fn enter() -> Result<(), Box<dyn std::error::Error>> {
-    let (uid, gid) = (geteuid(), getegid());
-    unshare(CloneFlags::CLONE_NEWUSER | CloneFlags::CLONE_NEWNET)?;
-    fs::write("/proc/self/setgroups", "deny")?;
-    fs::write("/proc/self/uid_map", format!("0 {uid} 1"))?;
-    fs::write("/proc/self/gid_map", format!("0 {gid} 1"))?;
-    loopback_up()?;
-    Ok(())
+/// A closure's type is named after the function that it is written in: `program::module::test::{{closure}}`.
+fn name_of_test<F>() -> &'static str {
+    let path = std::any::type_name::<F>().trim_end_matches("::{{closure}}");
+    path.split_once("::").map_or(path, |(_program, test)| test)
+}
+
+fn namespaces_are_available() -> bool {
+    let unshare = Command::new("unshare").args(["-Urn", "true"]).stderr(Stdio::null()).status();
+    unshare.is_ok_and(|status| status.success())
 }
 
 fn loopback_up() -> nix::Result<()> {
