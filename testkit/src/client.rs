@@ -81,6 +81,14 @@ impl Client {
     /// When the connection is dead or a byte is wrong.
     pub fn ping(&mut self, len: usize) -> Result<()> {
         self.send(len)?;
+        self.receive_echo(len)
+    }
+
+    /// Receives `len` bytes of what an echo server sends back.
+    ///
+    /// # Errors
+    /// When the connection is dead or a byte is wrong.
+    pub fn receive_echo(&mut self, len: usize) -> Result<()> {
         self.read_checked(Pattern::to_server(self.port), len)
     }
 
@@ -197,7 +205,8 @@ impl Busy {
     /// # Errors
     /// When a connection died or a byte was wrong.
     pub fn stop(mut self) -> Result<(Vec<Client>, Silence)> {
-        self.stop.write_all(&[0])?;
+        // Where that fails the thread has ended, and says why.
+        let _ = self.stop.write_all(&[0]);
         self.thread.join().expect("busy clients do not panic")
     }
 }

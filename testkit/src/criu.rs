@@ -104,6 +104,23 @@ impl Criu {
         self.plugins.join("soccr_plugin.so")
     }
 
+    /// CRIU's `crit`: the one of the same source tree, or the installed one.
+    #[must_use]
+    pub fn crit(&self) -> Command {
+        let tree = self
+            .bin
+            .parent()
+            .and_then(Path::parent)
+            .filter(|tree| tree.join("crit/crit/__main__.py").exists());
+        let Some(tree) = tree else { return Command::new("crit") };
+        // The Python that has CRIU's dependencies is Debian's.
+        let mut command = Command::new("/usr/bin/python3");
+        command.env("PYTHONPATH", format!("{0}/lib:{0}/crit", tree.display()));
+        command.env("PYTHONDONTWRITEBYTECODE", "1");
+        command.args(["-m", "crit"]);
+        command
+    }
+
     /// Whether the program is there, and the plugin if `with_plugin`.
     ///
     /// # Errors
@@ -265,7 +282,8 @@ impl<'a> Call<'a> {
                 command.env("SOCCR_LOCK", lock.name());
             }
         }
-        command.args(&self.args).envs(self.env).env_remove("CRIU_LIBS_DIR").env_remove("SOCCR_TCP");
+        command.env_remove("CRIU_LIBS_DIR").env_remove("SOCCR_TCP");
+        command.args(&self.args).envs(self.env);
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
         inherit(&mut command, self.inherit);
         Ok(command)
@@ -294,7 +312,7 @@ fn inherit(command: &mut Command, descriptors: Vec<(OwnedFd, String)>) {
 pub fn last_errors(log: &Path) -> String {
     let Ok(bytes) = fs::read(log) else { return format!("(no log at {})", log.display()) };
     let text = String::from_utf8_lossy(&bytes);
-    let matters = |line: &&str| ["Error", "BUG", "soccr:"].iter().any(|word| line.contains(word));
+    let matters = |line: &&str| ["Error", "BUG", "soccr:", "(soccr)"].iter().any(|word| line.contains(word));
     let mut lines: Vec<_> = text.lines().filter(matters).collect();
     if lines.is_empty() {
         lines = text.lines().collect();

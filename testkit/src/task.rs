@@ -119,6 +119,14 @@ impl Task {
         tree(self.pid)
     }
 
+    /// Whether the root has not ended.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn is_alive(&self) -> Result<bool> {
+        Ok(!wait_readable(&pidfd_open(self.pid)?, Duration::ZERO)?)
+    }
+
     /// Sends a signal to each process of the tree.
     ///
     /// # Errors

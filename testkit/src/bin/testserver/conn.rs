@@ -35,6 +35,7 @@ struct Stream {
     sent: u64,
     received: u64,
     hold: bool,
+    client: bool,
     shut_early: bool,
     shut: bool,
 }
@@ -50,18 +51,19 @@ impl Conn {
 
     /// `port` is the client's, `client` tells which of the two ends this is.
     pub fn stream(socket: TcpStream, port: u16, client: bool, options: &Options) -> Result<Self> {
-        let (mut ours, mut theirs) = (Pattern::to_client(port), Pattern::to_server(port));
-        if client {
-            std::mem::swap(&mut ours, &mut theirs);
-        }
+        let (down, up) = (Pattern::to_client(port), Pattern::to_server(port));
+        let (ours, theirs, to_send) =
+            if client { (up, down, options.back) } else { (down, up, options.send) };
         let stream = Stream {
             ours,
             theirs,
-            to_send: options.send,
+            to_send,
             sent: 0,
             received: 0,
             hold: options.hold,
-            shut_early: options.shutdown,
+            client,
+            // One of the two must end first.
+            shut_early: options.shutdown || (client && !options.hold),
             shut: false,
         };
         Self::new(socket, Role::Stream(stream))
@@ -80,6 +82,7 @@ impl Conn {
     pub fn release(&mut self) {
         if let Role::Stream(stream) = &mut self.role {
             stream.hold = false;
+            stream.shut_early |= stream.client;
         }
     }
 

@@ -14,7 +14,9 @@
 //! --keep               stream: close nothing before SIGUSR1
 //! --rcvbuf BYTES       of accepted sockets
 //! --sndbuf BYTES       of accepted sockets
+//! --unix PATH          connect to this unix socket too: no dump can take that along
 //! --join self|child    stream: be the client too, in this process or in a child
+//! --back BYTES         stream: how much that client sends
 //! ```
 
 mod conn;
@@ -23,6 +25,8 @@ use std::collections::HashMap;
 use std::io::{ErrorKind, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
 use std::process::{Child, Command, ExitCode, Stdio};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -48,7 +52,9 @@ struct Options {
     keep: bool,
     rcvbuf: Option<usize>,
     sndbuf: Option<usize>,
+    unix: Option<PathBuf>,
     join: Option<Join>,
+    back: u64,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -92,6 +98,8 @@ fn parse() -> Result<Options> {
             Long("keep") => options.keep = true,
             Long("rcvbuf") => options.rcvbuf = Some(parser.value()?.parse()?),
             Long("sndbuf") => options.sndbuf = Some(parser.value()?.parse()?),
+            Long("unix") => options.unix = Some(parser.value()?.into()),
+            Long("back") => options.back = parser.value()?.parse()?,
             Long("join") => options.join = Some(join(&parser.value()?.string()?)?),
             _ => return Err(arg.unexpected().into()),
         }
@@ -140,6 +148,8 @@ struct Loop {
     counters: HashMap<String, u64>,
     ended: usize,
     child: Option<Child>,
+    // Held for what it is to a dump, never used.
+    _unix: Option<UnixStream>,
 }
 
 impl Loop {
@@ -158,6 +168,7 @@ impl Loop {
             counters: HashMap::new(),
             ended: 0,
             child: None,
+            _unix: options.unix.as_ref().map(UnixStream::connect).transpose()?,
             options,
         };
         server.watch(&server.released, EpollFlags::EPOLLIN)?;
@@ -201,7 +212,7 @@ impl Loop {
     fn spawn_client(&self, server: SocketAddr) -> Result<Child> {
         let mut command = Command::new(std::env::current_exe()?);
         command.arg("--connect").arg(server.to_string()).args(["--mode", "stream", "--conns", "1"]);
-        command.arg("--send").arg(self.options.send.to_string());
+        command.arg("--back").arg(self.options.back.to_string());
         for (flag, set) in [("--hold", self.options.hold), ("--shutdown", self.options.shutdown)] {
             if set {
                 command.arg(flag);

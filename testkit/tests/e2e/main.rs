@@ -1,0 +1,10 @@
+//! End to end: real servers, dumped and restored by CRIU, with clients that check every byte.
+//!
+//! Needs root, CRIU and the plugin; without them each test says that it is skipped, or fails where
+//! `SOCCR_TEST_REQUIRE=1`. Each test makes its own network namespaces.
+
+mod content;
+mod crossing;
+mod images;
+mod outcomes;
+mod world;

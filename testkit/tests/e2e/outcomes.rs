@@ -1,0 +1,201 @@
+//! However a dump ends, the connections of a server that runs on are alive, and nothing is left.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixListener;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use soccr_testkit::criu::last_errors;
+use soccr_testkit::task::{self, wait_until};
+use soccr_testkit::{Busy, Server, leftovers};
+
+use crate::world::{PATIENCE, PLUGIN, PLUGIN_IPTABLES, Place, SERVER_V4, World};
+
+/// Clients that send all the time, whatever happens to the server.
+const BUSY: usize = 20;
+
+fn busy_server(world: &World, args: &[&str]) -> Result<(Server, Busy)> {
+    let server = world.serve(SERVER_V4, &[&["--mode", "echo"], args].concat())?;
+    let clients = (0..BUSY).map(|_| world.connect(server.address)).collect::<Result<_>>()?;
+    Ok((server, Busy::start(clients)?))
+}
+
+/// The server runs on and nothing is left; the clients go on.
+fn lives_on(world: &World, server: &Server, busy: Busy) -> Result<()> {
+    ensure!(server.task.is_alive()?, "the server is gone");
+    wait_until_clean(world, server)?;
+    let (clients, _) = busy.stop()?;
+    ensure!(clients.iter().all(|client| client.received() > 0), "a client never got anything");
+    for mut client in clients {
+        client.ping(1000)?;
+    }
+    Ok(())
+}
+
+/// The agent cleans up after criu has ended, so this may take a moment.
+fn wait_until_clean(world: &World, server: &Server) -> Result<()> {
+    let mut last = Ok(());
+    let waited = wait_until("nothing is left behind", PATIENCE, || {
+        last = world.check_clean(server);
+        Ok(last.is_ok())
+    });
+    last.and(waited)
+}
+
+#[test]
+fn leave_running() -> Result<()> {
+    for side in [PLUGIN, PLUGIN_IPTABLES] {
+        let Some(mut world) = World::new(Place::Host, &[side])? else { return Ok(()) };
+        let (server, busy) = busy_server(&world, &[])?;
+        let images = world.images()?;
+        let call = world.criu.dump(side, server.pid(), &images).inside(world.host());
+        call.arg("--leave-running").run()?;
+        lives_on(&world, &server, busy)?;
+    }
+    Ok(())
+}
+
+/// A unix socket whose other end stays outside makes CRIU refuse, after the plugin's work is done.
+#[test]
+fn a_dump_that_fails() -> Result<()> {
+    let Some(mut world) = World::new(Place::Host, &[PLUGIN])? else { return Ok(()) };
+    let path = world.dir().join("outside.sock");
+    let _listener = UnixListener::bind(&path)?;
+    let (server, busy) = busy_server(&world, &["--unix", path.to_str().expect("a plain path")])?;
+    let images = world.images()?;
+    let dumped = world.criu.dump(PLUGIN, server.pid(), &images).inside(world.host()).run();
+    ensure!(dumped.is_err(), "criu dumps external unix sockets now");
+    ensure!(tcp_images(&images)? >= BUSY, "the dump failed before the connections were saved");
+    lives_on(&world, &server, busy)
+}
+
+#[test]
+fn a_post_dump_script_that_fails() -> Result<()> {
+    let Some(mut world) = World::new(Place::Host, &[PLUGIN])? else { return Ok(()) };
+    let (server, busy) = busy_server(&world, &[])?;
+    let images = world.images()?;
+    let script = world.dir().join("script");
+    fs::write(&script, "#!/bin/sh\n[ \"$CRTOOLS_SCRIPT_ACTION\" != post-dump ]\n")?;
+    fs::set_permissions(&script, fs::Permissions::from_mode(0o755))?;
+    let call = world.criu.dump(PLUGIN, server.pid(), &images).inside(world.host());
+    ensure!(call.arg("--action-script").arg(&script).run().is_err(), "the script failed, the dump did not");
+    lives_on(&world, &server, busy)
+}
+
+/// SIGKILL of criu at instants spread over the whole dump: the connections live on in the server, or,
+/// where criu had already killed that, in its images.
+#[test]
+fn criu_is_killed() -> Result<()> {
+    const KILLS: u32 = 10;
+    let Some(mut world) = World::new(Place::Host, &[PLUGIN])? else { return Ok(()) };
+    let (mut server, mut busy) = busy_server(&world, &[])?;
+    let whole = duration_of_a_dump(&mut world, &server)?;
+    for nth in 0..KILLS {
+        let instant = whole * nth / KILLS;
+        let images = world.images()?;
+        kill_dump_after(instant, &world, &server, &images)?;
+        let at = |what: &str| {
+            let log = last_errors(&images.join("dump.log"));
+            format!("{what} after criu was killed at {instant:?} of {whole:?}:\n{log}")
+        };
+        let died = !server.task.is_alive()?;
+        if died {
+            let address = server.address;
+            let end = server.task.wait(PATIENCE)?;
+            server = world
+                .restore(address, PLUGIN, &images)
+                .with_context(|| at(&format!("no restore, {end:?}")))?;
+        }
+        wait_until_clean(&world, &server).with_context(|| at("something is left"))?;
+        let how = if died { "a restored connection died" } else { "a connection died" };
+        let (clients, _) = busy.stop().with_context(|| at(how))?;
+        busy = Busy::start(clients)?;
+    }
+    lives_on(&world, &server, busy)
+}
+
+fn duration_of_a_dump(world: &mut World, server: &Server) -> Result<Duration> {
+    let images = world.images()?;
+    let call = world.criu.dump(PLUGIN, server.pid(), &images).inside(world.host());
+    let done = call.arg("--leave-running").run()?;
+    wait_until_clean(world, server)?;
+    Ok(done.took)
+}
+
+fn kill_dump_after(instant: Duration, world: &World, server: &Server, images: &Path) -> Result<()> {
+    let start = Instant::now();
+    let (mut criu, _) = world.criu.dump(PLUGIN, server.pid(), images).inside(world.host()).spawn()?;
+    // The instant is the point here; a criu that ends earlier is fine.
+    let pidfd = task::pidfd_open(nix::unistd::Pid::from_raw(i32::try_from(criu.id())?))?;
+    task::wait_readable(&pidfd, instant.saturating_sub(start.elapsed()))?;
+    criu.kill()?;
+    criu.wait()?;
+    Ok(())
+}
+
+fn tcp_images(images: &Path) -> Result<usize> {
+    let mut found = 0;
+    for entry in fs::read_dir(images)? {
+        found += usize::from(entry?.file_name().to_string_lossy().starts_with("tcp-stream-"));
+    }
+    Ok(found)
+}
+
+/// With `SOCCR_TCP=close` the plugin stands aside, and `--tcp-close` means what it says.
+#[test]
+fn asked_to_close() -> Result<()> {
+    let Some(mut world) = World::new(Place::Host, &[PLUGIN])? else { return Ok(()) };
+    let server = world.serve(SERVER_V4, &["--mode", "echo"])?;
+    let mut client = world.connect(server.address)?;
+    client.ping(1000)?;
+    let images = world.images()?;
+    let (address, pid) = (server.address, server.pid());
+    let call = world.criu.dump(PLUGIN, pid, &images).inside(world.host()).env("SOCCR_TCP", "close");
+    call.dump_and_wait(server.task)?;
+    ensure!(tcp_images(&images)? == 0, "the plugin saved connections");
+    let (task, _) =
+        world.criu.restore(PLUGIN, &images).inside(world.host()).env("SOCCR_TCP", "close").restore()?;
+    let server = Server::restored(address, task, world.dir());
+    ensure!(client.ping(1000).is_err(), "the connection lives");
+    world.check_clean(&server)?;
+    world.connect(address)?.ping(1000)
+}
+
+/// With `--tcp-established` and the plugin loaded, CRIU carries the connections itself.
+#[test]
+fn loaded_beside_tcp_established() -> Result<()> {
+    let Some(mut world) = World::new(Place::Host, &[PLUGIN])? else { return Ok(()) };
+    let server = world.serve(SERVER_V4, &["--mode", "echo"])?;
+    let mut client = world.connect(server.address)?;
+    client.ping(1000)?;
+    let images = world.images()?;
+    let stock = crate::world::STOCK;
+    let plugins = world.criu.plugin().with_file_name("");
+    let (address, pid) = (server.address, server.pid());
+    let call = world.criu.dump(stock, pid, &images).inside(world.host()).arg("--lib").arg(&plugins);
+    call.dump_and_wait(server.task)?;
+    let call = world.criu.restore(stock, &images).inside(world.host()).arg("--lib").arg(&plugins);
+    let (task, _) = call.restore()?;
+    client.ping(1000)?;
+    world.check_clean(&Server::restored(address, task, world.dir()))
+}
+
+/// A restore that fails leaves images that can be restored by a second try, and the peers none the
+/// wiser.
+#[test]
+fn a_second_try_at_a_restore() -> Result<()> {
+    let Some(mut world) = World::new(Place::Host, &[PLUGIN])? else { return Ok(()) };
+    let (server, busy) = busy_server(&world, &[])?;
+    let (address, images) = (server.address, world.images()?);
+    world.dump(server, PLUGIN, &images)?;
+    let script = world.dir().join("script");
+    fs::write(&script, "#!/bin/sh\n[ \"$CRTOOLS_SCRIPT_ACTION\" != post-restore ]\n")?;
+    fs::set_permissions(&script, fs::Permissions::from_mode(0o755))?;
+    let call = world.criu.restore(PLUGIN, &images).inside(world.host()).arg("--action-script").arg(&script);
+    ensure!(call.run().is_err(), "the script failed, the restore did not");
+    let server = world.restore(address, PLUGIN, &images)?;
+    lives_on(&world, &server, busy)?;
+    leftovers::no_repair(server.pid())
+}
