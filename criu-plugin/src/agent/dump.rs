@@ -17,7 +17,6 @@ use soccr::image::ImageDir;
 use soccr::image::external::ExternalImage;
 use soccr::image::tcp_stream::TcpStreamImage;
 use soccr::kernel::netns::NetNs;
-use soccr::kernel::process;
 use soccr::lock::{LockName, LockOptions, NetworkLock};
 
 use super::logger::answering;
@@ -38,7 +37,7 @@ pub(super) struct Held {
 #[derive(Debug)]
 pub(super) struct Dump {
     pub(super) images: ImageDir,
-    pub(super) criu: i32,
+    pub(super) criu: Task,
     pub(super) lock_name: LockName,
     options: LockOptions,
     pub(super) tasks: Vec<Task>,
@@ -50,12 +49,11 @@ pub(super) struct Dump {
 
 /// Serves the hooks of one `criu dump` until its outcome is carried out.
 pub(super) fn serve(images: ImageDir, criu: i32, server: &Server) {
-    let dump = match Dump::new(images, criu) {
-        Ok(dump) => dump,
-        Err(error) => return refuse_all(server, &error),
-    };
-    let Ok(criu_fd) = process::pidfd_open(criu) else { return };
-    Serving { dump, phase: Phase::Saving, waiting: Vec::new() }.run(server, &criu_fd);
+    let Ok(criu) = Task::open(criu) else { return };
+    match Dump::new(images, criu) {
+        Ok(dump) => Serving { dump, phase: Phase::Saving, waiting: Vec::new(), criu_lives: true }.run(server),
+        Err(error) => refuse_all(server, &error),
+    }
 }
 
 fn refuse_all(server: &Server, error: &dyn Display) {
@@ -78,6 +76,7 @@ struct Serving {
     phase: Phase,
     /// Who waits until the connections are where they belong.
     waiting: Vec<Answer>,
+    criu_lives: bool,
 }
 
 enum Event {
@@ -87,13 +86,12 @@ enum Event {
 }
 
 impl Serving {
-    fn run(mut self, server: &Server, criu: &OwnedFd) {
-        let mut criu = Some(criu);
+    fn run(mut self, server: &Server) {
         while !matches!(self.phase, Phase::Over) {
-            match self.wait(server, criu) {
+            match self.wait(server) {
                 Event::Asked(asked) => self.serve(asked),
                 Event::CriuGone => {
-                    criu = None;
+                    self.criu_lives = false;
                     if matches!(self.phase, Phase::Saving) {
                         self.end_alive(); // criu was killed: the kernel lets the tasks run
                     }
@@ -109,14 +107,14 @@ impl Serving {
 
     /// The next thing to look at. While the outcome is open the tasks are looked at again and again, since no event
     /// tells that a task is traced no more.
-    fn wait(&self, server: &Server, criu: Option<&OwnedFd>) -> Event {
+    fn wait(&self, server: &Server) -> Event {
         let timeout = match &self.phase {
             Phase::Deciding(outcome) => PollTimeout::from(outcome.patience_ms()),
             _ => PollTimeout::NONE,
         };
         let mut fds = vec![];
-        if let Some(criu) = criu {
-            fds.push(PollFd::new(criu.as_fd(), PollFlags::POLLIN));
+        if self.criu_lives {
+            fds.push(PollFd::new(self.dump.criu.pidfd(), PollFlags::POLLIN));
             fds.push(PollFd::new(server.as_fd(), PollFlags::POLLIN));
         }
         if matches!(self.phase, Phase::Deciding(_)) {
@@ -127,14 +125,14 @@ impl Serving {
             return Event::Look;
         }
         let ready = |index: usize| fds.get(index).is_some_and(|fd| fd.any() == Some(true));
-        if criu.is_some() && ready(1) {
+        if self.criu_lives && ready(1) {
             match server.next() {
                 Ok(Some(asked)) => return Event::Asked(asked),
                 Ok(None) => return Event::CriuGone,
                 Err(_) => {}
             }
         }
-        if criu.is_some() && ready(0) { Event::CriuGone } else { Event::Look }
+        if self.criu_lives && ready(0) { Event::CriuGone } else { Event::Look }
     }
 
     fn serve(&mut self, asked: Asked) {
@@ -196,7 +194,7 @@ impl Serving {
 }
 
 impl Dump {
-    fn new(images: ImageDir, criu: i32) -> Result<Self, AgentError> {
+    fn new(images: ImageDir, criu: Task) -> Result<Self, AgentError> {
         Ok(Self {
             images,
             criu,
@@ -214,7 +212,7 @@ impl Dump {
         if self.tasks.iter().any(|task| task.pid == pid) {
             return Ok(()); // came with the tree
         }
-        let mut pids = tasks::frozen_tree(pid, self.criu).map_err(AgentError::Tree)?;
+        let mut pids = tasks::frozen_tree(pid, self.criu.pid).map_err(AgentError::Tree)?;
         pids.retain(|pid| self.tasks.iter().all(|task| task.pid != *pid));
         if let Some((uid, gid)) = tasks::foreign_root(pid).map_err(|error| FindError::Proc(pid, error))? {
             self.images.give_new_files_to(uid, gid);
@@ -230,6 +228,10 @@ impl Dump {
         self.lock(&found)?;
         let count = found.len();
         for connection in found {
+            // The kernel lets the tasks run as soon as criu is dead: their sockets are theirs then.
+            if self.criu.gone() {
+                return Err(AgentError::Protocol("criu is gone"));
+            }
             self.save(connection)?;
         }
         log::info!("{count} TCP connections saved, locked by the table inet {}", self.lock_name);

@@ -37,7 +37,7 @@ impl Arrangement {
         if !inventory.tcp_close {
             return Ok(None);
         }
-        let criu_ns = NetNs::of_task(dump.criu.cast_unsigned())?;
+        let criu_ns = NetNs::of_task(dump.criu.pid.cast_unsigned())?;
         let root_ns = match dump.tasks.first() {
             Some(root) => NetNs::of_task(root.pid.cast_unsigned())?,
             None => criu_ns.clone(),

@@ -26,7 +26,7 @@ use soccr::kernel::netns::NetNs;
 use soccr::kernel::process::{self, RemoteFd};
 use soccr::kernel::tcp::Direction;
 use soccr::kernel::{SysError, addr, sockopt, tcp};
-use soccr::lock::{self, LockName, LockOptions, NetworkLock};
+use soccr::lock::{self, LockName, LockOptions, NetworkLock, stock};
 use soccr::restore::RoomForQueues;
 
 use super::AgentError;
@@ -332,8 +332,8 @@ impl Restore {
             for name in &self.dump_locks {
                 lock::remove(&ns, self.options.method, name)?;
             }
-            if self.index.network_lock == ImageLock::Iptables {
-                let _ = &tuples; // stock::remove_rules(&ns, &tuples)?;
+            if self.index.network_lock == ImageLock::Iptables && ns == self.home {
+                stock::remove_rules(&ns, &tuples)?;
             }
             lock.unlock()?;
         }
