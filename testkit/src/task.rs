@@ -11,7 +11,7 @@ use anyhow::{Context, Result, bail};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{Signal, kill};
-use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
+use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid, waitpid};
 use nix::unistd::Pid;
 
 /// Makes this process the parent of orphans among its descendants: what CRIU restores and leaves
@@ -125,6 +125,26 @@ impl Task {
     /// The kernel's.
     pub fn is_alive(&self) -> Result<bool> {
         Ok(!wait_readable(&pidfd_open(self.pid)?, Duration::ZERO)?)
+    }
+
+    /// Whether a debugger, or CRIU, has hold of the root.
+    #[must_use]
+    pub fn is_traced(&self) -> bool {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.pid)).unwrap_or_default();
+        status.lines().any(|line| line.strip_prefix("TracerPid:").is_some_and(|pid| pid.trim() != "0"))
+    }
+
+    /// The signal that ended the root, a child of ours that has not been waited for; `None` while it
+    /// runs or where it exited.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn end(&self) -> Result<Option<Signal>> {
+        let flags = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT;
+        Ok(match waitid(Id::Pid(self.pid), flags).with_context(|| format!("waitid({})", self.pid))? {
+            WaitStatus::Signaled(_, signal, _) => Some(signal),
+            _ => None,
+        })
     }
 
     /// Sends a signal to each process of the tree.
