@@ -3,6 +3,8 @@
 use std::error::Error;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
+use engine::checkpoint::QueueError;
+use engine::fin::ForgeError;
 use engine::kernel::SysError;
 use libc::c_int;
 use nix::errno::Errno;
@@ -32,12 +34,26 @@ pub fn report(what: &str, error: &(dyn Error + 'static)) {
     errno_of(error).unwrap_or(Errno::EINVAL).set();
 }
 
-/// The system call's error at the bottom of a chain of errors.
+/// The system call's error in a chain of errors.
 fn errno_of(mut error: &(dyn Error + 'static)) -> Option<Errno> {
     loop {
-        if let Some(sys) = error.downcast_ref::<SysError>() {
-            return Some(sys.errno);
+        if let Some(errno) = own_errno(error) {
+            return Some(errno);
         }
         error = error.source()?;
     }
+}
+
+/// Errors that only pass a system call's on name the cause of that one, not itself, as their source.
+fn own_errno(error: &(dyn Error + 'static)) -> Option<Errno> {
+    if let Some(sys) = error.downcast_ref::<SysError>() {
+        return Some(sys.errno);
+    }
+    if let Some(QueueError::Sys(sys)) = error.downcast_ref() {
+        return Some(sys.errno);
+    }
+    if let Some(ForgeError::Sys(sys)) = error.downcast_ref() {
+        return Some(sys.errno);
+    }
+    None
 }
