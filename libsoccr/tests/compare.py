@@ -3,7 +3,7 @@
 """compare.py CRIUS OURS: compares two outputs of compare.c, field by field.
 
 A difference is explained when ours is what was given and CRIU's is not, or when it is one of those that
-explain() names. Ends with 1 if one is left unexplained.
+explain() names. Ends with 1 if one is left unexplained, or if a restore of ours failed.
 """
 
 import collections
@@ -108,6 +108,7 @@ def main():
             explained[why, key[2]] += 1
         else:
             unexplained.append(key)
+    unexplained += [key for key in keys if ours.get(key) == "failed"]
     connections = len({number for number, _, _ in keys})
     print(f"compared: {connections} connections, {len(keys)} fields and queues")
     print(f"differences: {len(unexplained)} unexplained, {sum(explained.values())} explained")

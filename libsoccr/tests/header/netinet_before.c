@@ -1,0 +1,4 @@
+/* SPDX-License-Identifier: MIT OR Apache-2.0 */
+#include <netinet/tcp.h>
+#include "soccr.h"
+#include "names.h"
