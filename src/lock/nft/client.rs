@@ -1,5 +1,8 @@
 //! Talks to nf_tables: transactions that happen whole or not at all, and dumps.
 
+use std::cell::Cell;
+use std::thread;
+
 use nix::errno::Errno;
 
 use super::abi;
@@ -92,6 +95,7 @@ pub struct Transaction {
     steps: Vec<&'static str>,
     last_start: usize,
     subsystem: u16,
+    deletes: bool,
 }
 
 const BEGIN: &str = "begin a transaction of nf_tables";
@@ -104,7 +108,8 @@ impl Transaction {
     }
 
     fn of_subsystem(subsystem: u16) -> Self {
-        let mut new = Self { writer: Writer::default(), steps: Vec::new(), last_start: 0, subsystem };
+        let (writer, steps) = (Writer::default(), Vec::new());
+        let mut new = Self { writer, steps, last_start: 0, subsystem, deletes: false };
         new.bracket(libc::NFNL_MSG_BATCH_BEGIN, BEGIN);
         new
     }
@@ -119,6 +124,7 @@ impl Transaction {
         attributes: impl FnOnce(&mut Writer),
     ) {
         self.last_start = self.writer.bytes().len();
+        self.deletes |= matches!(message, libc::NFT_MSG_DELTABLE | libc::NFT_MSG_DELRULE);
         let header = Header {
             kind: (self.subsystem << 8) | u16::try_from(message).expect("NFT_MSG_* fit one byte"),
             flags: REQUEST | u16::try_from(flags).expect("NLM_F_* fit 16 bits"),
@@ -148,14 +154,28 @@ impl Transaction {
 /// A connection to nf_tables of one network namespace.
 #[derive(Debug)]
 pub struct Client {
-    socket: NetfilterSocket,
+    /// Only dropping takes it.
+    socket: Option<NetfilterSocket>,
+    slow_to_close: Cell<bool>,
+}
+
+/// Closing the socket waits until the kernel has freed what was deleted, 10 to 15 ms for an RCU grace
+/// period, while connections that are unlocked already wait for us: so that is left to a thread.
+impl Drop for Client {
+    fn drop(&mut self) {
+        let socket = self.socket.take();
+        if self.slow_to_close.get() {
+            // Without a thread it is closed here.
+            let _ = thread::Builder::new().name("soccr-nft-close".into()).spawn(move || drop(socket));
+        }
+    }
 }
 
 impl Client {
     /// Opens a socket inside `ns`; the thread stays where it is.
     pub fn open(ns: &NetNs) -> Result<Self, NftError> {
         match ns.run(NetfilterSocket::open)? {
-            Ok(socket) => Ok(Self { socket }),
+            Ok(socket) => Ok(Self { socket: Some(socket), slow_to_close: Cell::new(false) }),
             Err(SysError { errno: Errno::EPROTONOSUPPORT, .. }) => Err(NftError::Missing),
             Err(e) => Err(NftError::Socket(e)),
         }
@@ -169,12 +189,17 @@ impl Client {
         // One answer for a success is enough; a refusal is answered in any case.
         transaction.writer.add_flags(transaction.last_start, ACK);
         transaction.bracket(libc::NFNL_MSG_BATCH_END, COMMIT);
+        self.slow_to_close.set(self.slow_to_close.get() || transaction.deletes);
         self.send(transaction.writer.bytes())?;
         self.verdict(&transaction.steps)
     }
 
+    fn socket(&self) -> &NetfilterSocket {
+        self.socket.as_ref().expect("it is there until the drop")
+    }
+
     fn send(&self, bytes: &[u8]) -> Result<(), NftError> {
-        self.socket.send(bytes).map_err(|e| match e.errno {
+        self.socket().send(bytes).map_err(|e| match e.errno {
             Errno::EMSGSIZE | Errno::ENOBUFS => NftError::TooLarge { bytes: bytes.len() },
             _ => NftError::Socket(e),
         })
@@ -184,7 +209,7 @@ impl Client {
         let mut buffer = vec![0; RECEIVE_BUFFER];
         let (mut acked, mut refused) = (false, None);
         loop {
-            let len = match self.socket.receive(&mut buffer) {
+            let len = match self.socket().receive(&mut buffer) {
                 Ok(Some(len)) => len,
                 Ok(None) => break,
                 // More refusals than the buffer holds; the first ones are in it.
@@ -238,7 +263,7 @@ impl Client {
     ) -> Result<Option<Vec<T>>, NftError> {
         let mut buffer = vec![0; RECEIVE_BUFFER];
         let (mut list, mut changed) = (Vec::new(), false);
-        while let Some(len) = self.socket.receive(&mut buffer).map_err(NftError::Socket)? {
+        while let Some(len) = self.socket().receive(&mut buffer).map_err(NftError::Socket)? {
             for message in Messages::new(&buffer[..len]) {
                 let message = message.map_err(|e| malformed(what, e))?;
                 changed |= message.header.flags & abi::NLM_F_DUMP_INTR != 0;
@@ -312,3 +337,77 @@ impl Answer {
 }
 
 const _: () = assert!(FAMILY_LEN == 4 && HEADER_LEN == size_of::<libc::nlmsghdr>());
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// An NLMSG_ERROR as the kernel sends it with NETLINK_CAP_ACK and NETLINK_EXT_ACK.
+    fn answer(seq: u32, code: i32, words: Option<&str>) -> Vec<u8> {
+        let mut attributes = Writer::default();
+        if let Some(words) = words {
+            attributes.put_str(abi::error::MSG, words);
+        }
+        let mut bytes = Vec::new();
+        let len = u32::try_from(HEADER_LEN + 4 + HEADER_LEN + attributes.bytes().len()).unwrap();
+        bytes.extend_from_slice(&len.to_ne_bytes());
+        bytes.extend_from_slice(&netlink_flag(libc::NLMSG_ERROR).to_ne_bytes());
+        bytes.extend_from_slice(&if words.is_some() { abi::NLM_F_ACK_TLVS } else { 0 }.to_ne_bytes());
+        bytes.extend_from_slice(&seq.to_ne_bytes());
+        bytes.extend_from_slice(&[0; 4]);
+        bytes.extend_from_slice(&code.to_ne_bytes());
+        bytes.extend_from_slice(&[0; HEADER_LEN]);
+        bytes.extend_from_slice(attributes.bytes());
+        bytes
+    }
+
+    fn read(bytes: &[u8]) -> Answer {
+        let message = Messages::new(bytes).next().unwrap().unwrap();
+        Answer::read(&message).unwrap().unwrap()
+    }
+
+    #[test]
+    fn a_refusal_names_the_step_and_has_the_kernels_words() {
+        let steps = [BEGIN, "create this", "create that"];
+        let error = read(&answer(2, -libc::EPERM, Some("not yours"))).refusal(&steps);
+        assert!(error.is(Errno::EPERM));
+        assert_eq!(error.to_string(), format!("cannot create that: {} (not yours)", Errno::EPERM));
+        let error = read(&answer(1, -libc::ENOENT, None)).refusal(&steps);
+        assert_eq!(error.to_string(), format!("cannot create this: {}", Errno::ENOENT));
+    }
+
+    #[test]
+    fn an_acknowledgement_is_no_refusal() {
+        assert!(read(&answer(1, 0, None)).errno.is_none());
+    }
+
+    /// So nfnetlink answers a batch for a subsystem that it does not have.
+    #[test]
+    fn a_kernel_without_nf_tables_is_told_apart() {
+        let no_subsystem = read(&answer(0, -libc::EOPNOTSUPP, None)).refusal(&[BEGIN]);
+        assert!(matches!(no_subsystem, NftError::Missing));
+        let no_family = read(&answer(1, -libc::EAFNOSUPPORT, None)).refusal(&[BEGIN, "create"]);
+        assert!(matches!(no_family, NftError::Missing));
+        let other = read(&answer(1, -libc::EOPNOTSUPP, None)).refusal(&[BEGIN, "create"]);
+        assert!(matches!(other, NftError::Refused { .. }));
+    }
+
+    #[test]
+    fn nonsense_is_an_error_and_not_a_panic() {
+        let good = answer(7, -libc::EINVAL, Some("words"));
+        for at in 0..good.len() {
+            for value in [0, 1, 3, 0x7f, 0x80, 0xff] {
+                let mut bad = good.clone();
+                bad[at] = value;
+                for message in Messages::new(&bad[..]).flatten() {
+                    if let Ok(Some(answer)) = Answer::read(&message) {
+                        drop(answer.refusal(&[BEGIN]));
+                    }
+                }
+            }
+            for message in Messages::new(&good[..at]) {
+                assert!(message.is_err(), "cut at {at}");
+            }
+        }
+    }
+}

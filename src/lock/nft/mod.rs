@@ -29,9 +29,19 @@ pub(super) fn lock(
     lease: Option<Duration>,
 ) -> Result<(), LockError> {
     let keys = Keys::of(tuples)?;
-    let mut transaction = Transaction::new();
-    table::replace(&mut transaction, name.as_str(), &keys, lease);
-    commit(ns, transaction).map_err(|e| failed("set", name, ns, e))
+    let set = || {
+        let client = Client::open(ns)?;
+        let mut new = Transaction::new();
+        table::create(&mut new, name.as_str(), &keys, lease);
+        match client.commit(new) {
+            Err(e) if e.is(Errno::EEXIST) => (),
+            other => return other,
+        }
+        let mut replacement = Transaction::new();
+        table::replace(&mut replacement, name.as_str(), &keys, lease);
+        client.commit(replacement)
+    };
+    set().map_err(|e| failed("set", name, ns, e))
 }
 
 /// See [`super::NetworkLock::add`].

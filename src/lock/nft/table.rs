@@ -310,3 +310,39 @@ fn register(four_bytes: u32) -> u32 {
     let at = four_bytes - number(libc::NFT_REG32_00);
     if at.is_multiple_of(4) { number(libc::NFT_REG_1) + at / 4 } else { four_bytes }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn tuple(local: &str, remote: &str) -> FourTuple {
+        FourTuple { local: local.parse().unwrap(), remote: remote.parse().unwrap() }
+    }
+
+    /// As `nft` writes `1.2.3.4 . 5 . 6.7.8.9 . 10`.
+    #[test]
+    fn keys_are_padded_to_registers() {
+        let keys = Keys::of(&[tuple("1.2.3.4:5", "6.7.8.9:10")]).unwrap();
+        assert_eq!(keys.v4[0], [1, 2, 3, 4, 0, 5, 0, 0, 6, 7, 8, 9, 0, 10, 0, 0]);
+        assert_eq!(keys.v4[1], [6, 7, 8, 9, 0, 10, 0, 0, 1, 2, 3, 4, 0, 5, 0, 0]);
+        assert!(keys.v6.is_empty());
+    }
+
+    #[test]
+    fn both_ends_and_mapped_addresses_add_nothing() {
+        let keys = Keys::of(&[
+            tuple("1.2.3.4:5", "6.7.8.9:10"),
+            tuple("6.7.8.9:10", "1.2.3.4:5"),
+            tuple("[::ffff:1.2.3.4]:5", "[::ffff:6.7.8.9]:10"),
+        ]);
+        let keys = keys.unwrap();
+        assert_eq!((keys.v4.len(), keys.v6.len()), (2, 0));
+    }
+
+    /// What `nft --debug=mnl` shows for these types.
+    #[test]
+    fn key_types_are_nfts() {
+        assert_eq!(V4.key_type(), 0x001c_d1cd);
+        assert_eq!(V6.key_type(), 0x0020_d20d);
+    }
+}

@@ -264,3 +264,98 @@ impl<'a> Value<'a> {
         Malformed { what, offset: self.offset }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const HEADER: Header = Header { kind: 0xa06, flags: 1, seq: 5 };
+
+    fn sample() -> Writer {
+        let mut writer = Writer::default();
+        writer.message(HEADER, 1, 0, |w| {
+            w.put_str(1, "odd");
+            w.nest(2, |w| {
+                w.put_u32(1, 0xc114);
+                w.put_u64(2, 7);
+            });
+            w.put(3, &[1, 2, 3, 4, 5]);
+        });
+        writer.message(HEADER, 2, 10, |_| ());
+        writer
+    }
+
+    #[test]
+    fn what_is_written_is_read() {
+        let writer = sample();
+        let messages: Vec<_> = Messages::new(writer.bytes()).map(Result::unwrap).collect();
+        assert_eq!(messages.len(), 2);
+        assert_eq!(messages[0].header, HEADER);
+        let (family, attributes) = messages[0].netfilter().unwrap();
+        assert_eq!(family, 1);
+        assert_eq!(attributes.require(1).unwrap().str().unwrap(), "odd");
+        let nested = attributes.require(2).unwrap().nested();
+        assert_eq!(nested.require(1).unwrap().u32().unwrap(), 0xc114);
+        assert_eq!(nested.require(2).unwrap().u64().unwrap(), 7);
+        assert_eq!(attributes.require(3).unwrap().bytes(), [1, 2, 3, 4, 5]);
+        assert!(attributes.find(4).unwrap().is_none() && attributes.require(4).is_err());
+        assert!(attributes.require(3).unwrap().u32().is_err());
+    }
+
+    /// The bytes that `nft --debug=mnl` shows for `add table inet CRIU-t`, from the header's end.
+    #[test]
+    fn the_layout_is_the_kernels() {
+        let mut writer = Writer::default();
+        writer.message(HEADER, 1, 0, |w| {
+            w.put_str(1, "CRIU-t");
+            w.put_u32(2, 0);
+        });
+        assert_eq!(writer.bytes().len(), 40);
+        assert_eq!(writer.bytes()[HEADER_LEN..], *b"\x01\0\0\0\x0b\0\x01\0CRIU-t\0\0\x08\0\x02\0\0\0\0\0");
+    }
+
+    #[test]
+    fn flags_are_added_to_one_message() {
+        let mut writer = sample();
+        writer.add_flags(0, 4);
+        let flags: Vec<_> = Messages::new(writer.bytes()).map(|m| m.unwrap().header.flags).collect();
+        assert_eq!(flags, [5, 1]);
+    }
+
+    /// Everything that can be read of a datagram; ends for any bytes.
+    fn walk(bytes: &[u8]) -> usize {
+        fn attributes(list: Attributes<'_>, depth: usize) -> usize {
+            let values = list.flatten();
+            let all = values.map(|(_, v)| 1 + if depth > 0 { attributes(v.nested(), depth - 1) } else { 0 });
+            all.sum()
+        }
+        let messages = Messages::new(bytes).flatten();
+        messages.map(|m| 1 + m.netfilter().map_or(0, |(_, list)| attributes(list, 3))).sum()
+    }
+
+    #[test]
+    fn lengths_are_not_trusted() {
+        let good = sample().bytes().to_vec();
+        let whole = walk(&good);
+        for cut in 0..good.len() {
+            assert!(walk(&good[..cut]) < whole);
+        }
+        for at in 0..good.len() {
+            for value in [0, 1, 2, 3, 4, 5, 15, 16, 17, 0x7f, 0x80, 0xff] {
+                let mut bad = good.clone();
+                bad[at] = value;
+                assert!(walk(&bad) <= good.len());
+            }
+        }
+    }
+
+    #[test]
+    fn an_attribute_shorter_than_its_header_ends_the_list() {
+        let mut list = Attributes::new(&[3, 0, 1, 0, 4, 0, 1, 0]);
+        assert_eq!(
+            list.next(),
+            Some(Err(Malformed { what: "an attribute of an impossible length", offset: 0 }))
+        );
+        assert_eq!(list.next(), None);
+    }
+}
