@@ -36,6 +36,17 @@ fn save_and_close(stream: TcpStream) -> Saved {
 }
 
 fn build(saved: &Saved) -> TcpStream {
+    build_and(saved, Compare::All)
+}
+
+/// Whether what was built is read again and compared.
+#[derive(PartialEq)]
+enum Compare {
+    All,
+    Nothing,
+}
+
+fn build_and(saved: &Saved, compare: Compare) -> TcpStream {
     let socket: OwnedFd =
         sockopt::socket(saved.domain, libc::SOCK_STREAM, libc::IPPROTO_TCP).expect("socket");
     let room = RoomForQueues::make(socket.as_fd(), &saved.tcp).expect("room");
@@ -45,7 +56,9 @@ fn build(saved: &Saved) -> TcpStream {
         .restore(&saved.tuple, &saved.tcp, &saved.queues.recv, &saved.queues.send, &mut forge)
         .unwrap_or_else(|error| panic!("restore: {error}"));
     forge.finish().expect("no rule left");
-    check_same(&paused, saved);
+    if compare == Compare::All {
+        check_same(&paused, saved);
+    }
     if let Some(room) = room {
         room.give_back().expect("buffers");
     }
@@ -152,13 +165,63 @@ fn close_wait() {
             let mut ours = moved(ours);
             expect_bytes(&mut ours, b"last words");
             assert_eq!(ours.read(&mut [0]).expect("the end"), 0);
-            ours.write_all(b"answer").expect("write");
-            drop(ours);
-            let mut answer = Vec::new();
-            theirs.read_to_end(&mut answer).expect("read");
-            assert_eq!(answer, b"answer");
+            transfer_back(ours, theirs);
         }
     });
+}
+
+/// A FIN is forged through the host's own stack, where everybody's rules see it.
+#[test]
+fn a_forged_fin_passes_other_peoples_firewalls() {
+    in_own_network(|| {
+        for (firewall, end) in [
+            (
+                "nft 'add table inet fw; add chain inet fw in { type filter hook input priority 0; policy drop; }'",
+                "nft delete table inet fw",
+            ),
+            (
+                "iptables -A OUTPUT -p tcp -j DROP && ip6tables -A OUTPUT -p tcp -j DROP",
+                "iptables -F OUTPUT && ip6tables -F OUTPUT",
+            ),
+            (
+                "iptables-legacy -A INPUT -j DROP && ip6tables-legacy -A INPUT -j DROP",
+                "iptables-legacy -F INPUT && ip6tables-legacy -F INPUT",
+            ),
+        ] {
+            for address in FAMILIES {
+                let (ours, mut theirs) = connected(address);
+                theirs.write_all(b"last words").expect("write");
+                theirs.shutdown(Shutdown::Write).expect("shutdown");
+                assert_eq!(state_of(&ours), State::CloseWait);
+                shell(firewall);
+                let rules = shell(RULES);
+                // Not every field is compared: programs run meanwhile, and the delayed ACK of the FIN may go out.
+                let mut ours = build_and(&save_and_close(ours), Compare::Nothing);
+                assert_eq!(shell(RULES), rules);
+                shell(end);
+                expect_bytes(&mut ours, b"last words");
+                assert_eq!(ours.read(&mut [0]).expect("the end"), 0);
+                transfer_back(ours, theirs);
+            }
+        }
+    });
+}
+
+const RULES: &str =
+    "nft --stateless list ruleset; iptables-legacy-save | grep ^-A; ip6tables-legacy-save | grep ^-A; true";
+
+fn transfer_back(mut ours: TcpStream, mut theirs: TcpStream) {
+    ours.write_all(b"answer").expect("write");
+    drop(ours);
+    let mut answer = Vec::new();
+    theirs.read_to_end(&mut answer).expect("read");
+    assert_eq!(answer, b"answer");
+}
+
+fn shell(command: &str) -> String {
+    let output = std::process::Command::new("sh").args(["-c", command]).output().expect("sh");
+    assert!(output.status.success(), "{command}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8_lossy(&output.stdout).into_owned()
 }
 
 #[test]
