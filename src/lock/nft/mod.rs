@@ -150,3 +150,18 @@ fn failed(verb: &str, name: &LockName, ns: &NetNs, source: NftError) -> LockErro
         source => LockError::Nftables { action, ns, source },
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_kernel_without_nf_tables_gets_the_way_out_named() {
+        let name = LockName::criu("1f").unwrap();
+        let error = failed("set", &name, &NetNs::current().unwrap(), NftError::Missing);
+        assert!(matches!(error, LockError::NoNftables { .. }));
+        let text = error.to_string();
+        assert!(text.starts_with("cannot set the network lock CRIU-1f in net:["), "{text}");
+        assert!(text.contains("SOCCR_LOCK=iptables"), "{text}");
+    }
+}
