@@ -123,6 +123,12 @@ impl TaskSocket {
     }
 }
 
+impl AsRawFd for TaskSocket {
+    fn as_raw_fd(&self) -> RawFd {
+        self.socket.as_raw_fd()
+    }
+}
+
 fn is_tcp(socket: &OwnedFd) -> bool {
     let inet = get(socket, libc::SOL_SOCKET, libc::SO_DOMAIN)
         .is_ok_and(|domain: i32| domain == libc::AF_INET || domain == libc::AF_INET6);

@@ -122,6 +122,34 @@ fn sockets_in_flight_in_unix_sockets() -> Result<()> {
     Ok(())
 }
 
+/// What stock CRIU does not bring back: the segment size (with nothing unsent it comes back as 524),
+/// and SO_REUSEPORT, which it leaves on.
+#[test]
+fn segment_size_and_reuse_flags_stay() -> Result<()> {
+    let Some(mut world) = World::new(Place::Host, &[PLUGIN])? else { return Ok(()) };
+    let server = world.serve(SERVER_V4, &["--mode", "echo"])?;
+    let mut client = world.connect(server.address)?;
+    client.ping(20_000)?;
+    let before = looks(server.pid())?;
+    let server = world.freeze_and_thaw(server, PLUGIN, PLUGIN)?;
+    client.ping(20_000)?;
+    let after = looks(server.pid())?;
+    ensure!(before.len() == 1 && before == after, "{before:?} became {after:?}");
+    Ok(())
+}
+
+/// Segment size, SO_REUSEADDR and SO_REUSEPORT of each connection.
+fn looks(pid: nix::unistd::Pid) -> Result<Vec<(u32, i32, i32)>> {
+    let mut found = Vec::new();
+    for socket in tcp_sockets(pid)? {
+        if socket.state()? != state::LISTEN {
+            let flag = |name| socket.option(libc::SOL_SOCKET, name);
+            found.push((socket.snd_mss()?, flag(libc::SO_REUSEADDR)?, flag(libc::SO_REUSEPORT)?));
+        }
+    }
+    Ok(found)
+}
+
 /// A server in `state` when frozen; `args` and `before` bring it there, `after` ends both streams.
 fn half_closed(
     state: u8,

@@ -7,4 +7,5 @@ mod content;
 mod crossing;
 mod images;
 mod outcomes;
+mod pluginhost;
 mod world;

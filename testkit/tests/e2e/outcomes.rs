@@ -1,5 +1,6 @@
 //! However a dump ends, the connections of a server that runs on are alive, and nothing is left.
 
+use std::ffi::OsString;
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
@@ -7,6 +8,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 use nix::sys::signal::Signal;
 use nix::sys::wait::WaitStatus;
 use soccr_testkit::criu::last_errors;
@@ -167,6 +169,36 @@ fn kill_dump_after(instant: Duration, world: &World, server: &Server, images: &P
     task::wait_readable(&pidfd, instant.saturating_sub(start.elapsed()))?;
     criu.kill()?;
     criu.wait()?;
+    Ok(())
+}
+
+/// SIGKILL of criu while it waits in the plugin's hook and the first images are there: nothing of
+/// CRIU's is in the server yet, so it lives on.
+#[test]
+fn criu_is_killed_in_the_hook() -> Result<()> {
+    const IDLE: usize = 400;
+    let Some(mut world) = World::new(Place::Host, &[PLUGIN])? else { return Ok(()) };
+    let (server, busy) = busy_server(&world, &[])?;
+    let mut idle: Vec<_> = (0..IDLE).map(|_| world.connect(server.address)).collect::<Result<_>>()?;
+    let images = world.images()?;
+    kill_at_first_tcp_image(&world, &server, &images)?;
+    ensure!(tcp_images(&images)? < IDLE + BUSY, "the hook was over before criu was killed");
+    lives_on(&world, &server, busy)?;
+    idle.iter_mut().try_for_each(|client| client.ping(100))
+}
+
+fn kill_at_first_tcp_image(world: &World, server: &Server, images: &Path) -> Result<()> {
+    let watch = Inotify::init(InitFlags::IN_CLOEXEC)?;
+    watch.add_watch(images, AddWatchFlags::IN_CREATE)?;
+    let (mut criu, _) = world.criu.dump(PLUGIN, server.pid(), images).inside(world.host()).spawn()?;
+    let is_tcp = |name: &OsString| name.to_string_lossy().starts_with("tcp-stream-");
+    let mut seen = false;
+    while !seen && task::wait_readable(&watch, PATIENCE)? {
+        seen = watch.read_events()?.iter().any(|event| event.name.as_ref().is_some_and(is_tcp));
+    }
+    criu.kill()?;
+    criu.wait()?;
+    ensure!(seen, "no connection was saved:\n{}", last_errors(&images.join("dump.log")));
     Ok(())
 }
 

@@ -1,0 +1,69 @@
+//! The plugin's hooks for external files, called by a host of ours (`soccr-pluginhost`).
+
+use std::fs;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use soccr_testkit::leftovers;
+use soccr_testkit::server::sibling_binary;
+use soccr_testkit::sockets::{state, tcp_sockets};
+use soccr_testkit::task::{self, Task, wait_until};
+
+use crate::world::{PATIENCE, PLUGIN, Place, SERVER_V4, World};
+
+/// The file's id in the images; any number will do.
+const ID: &str = "77";
+
+#[test]
+fn one_descriptor_as_an_external_file() -> Result<()> {
+    let Some(mut world) = World::new(Place::Host, &[PLUGIN])? else { return Ok(()) };
+    let server = world.serve(SERVER_V4, &["--mode", "stream", "--hold"])?;
+    let mut client = world.connect(server.address)?;
+    client.send(5000)?;
+    let mut connection = None;
+    wait_until("data waits to be read", PATIENCE, || {
+        for socket in tcp_sockets(server.pid())? {
+            if socket.state()? == state::ESTABLISHED && socket.unread()? == 5000 {
+                connection = Some(socket.number.to_string());
+            }
+        }
+        Ok(connection.is_some())
+    })?;
+    let images = world.images()?;
+
+    let mut dump = host(&world, "dump", &images)?;
+    dump.arg(server.pid().to_string()).arg(connection.expect("found above")).arg(ID);
+    run(&mut dump, &world)?;
+    server.task.wait(PATIENCE)?;
+    client.send(3000)?; // into the lock
+
+    let mut restored = host(&world, "restore", &images)?.arg(ID).spawn()?;
+    let guard = Task::adopt(nix::unistd::Pid::from_raw(i32::try_from(restored.id())?));
+    client.receive_echo(8000)?;
+    client.ping(2000)?;
+    leftovers::no_repair(guard.pid())?;
+    leftovers::no_rules(world.host())?;
+    client.finish()?;
+    let status = restored.wait()?;
+    ensure!(status.success(), "{status}:\n{}", said(&world));
+    Ok(())
+}
+
+fn host(world: &World, action: &str, images: &std::path::Path) -> Result<Command> {
+    let mut command = world.host().command(sibling_binary("soccr-pluginhost")?);
+    command.arg(action).arg(world.criu.plugin()).arg(images);
+    let errors = fs::File::options().create(true).append(true).open(world.dir().join("pluginhost.err"))?;
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(errors);
+    Ok(command)
+}
+
+fn run(command: &mut Command, world: &World) -> Result<()> {
+    let (status, _) = task::run(command, Duration::from_secs(15))?;
+    ensure!(status.success(), "{status}:\n{}", said(world));
+    Ok(())
+}
+
+fn said(world: &World) -> String {
+    fs::read_to_string(world.dir().join("pluginhost.err")).unwrap_or_default()
+}
