@@ -38,6 +38,21 @@ pub fn print(level: log::Level, text: &str) {
     unsafe { print(criu_level, format.as_ptr(), prefix.as_ptr(), line.as_ptr()) };
 }
 
+/// What CRIU's log takes; everything, in a host that does not say.
+#[must_use]
+pub fn log_level() -> log::LevelFilter {
+    let Some(found) = symbol(c"log_get_loglevel") else { return log::LevelFilter::Debug };
+    // SAFETY: CRIU's `unsigned int log_get_loglevel(void)`.
+    let get: unsafe extern "C" fn() -> c_uint = unsafe { std::mem::transmute(found) };
+    // SAFETY: no arguments.
+    match unsafe { get() } {
+        0 | 1 => log::LevelFilter::Error,
+        2 => log::LevelFilter::Warn,
+        3 => log::LevelFilter::Info,
+        _ => log::LevelFilter::Debug,
+    }
+}
+
 /// The folder that CRIU writes its images to or reads them from.
 #[must_use]
 pub fn image_dir() -> Option<BorrowedFd<'static>> {

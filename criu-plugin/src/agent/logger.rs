@@ -2,9 +2,10 @@
 
 use std::sync::Mutex;
 
-use log::{LevelFilter, Log, Metadata, Record};
+use log::{Log, Metadata, Record};
 
 use crate::channel::Answer;
+use crate::host;
 
 static CURRENT: Mutex<Option<Answer>> = Mutex::new(None);
 static LOGGER: Logger = Logger;
@@ -30,7 +31,7 @@ impl Log for Logger {
 /// Makes this the process's log.
 pub fn install() {
     if log::set_logger(&LOGGER).is_ok() {
-        log::set_max_level(LevelFilter::Debug);
+        log::set_max_level(host::log_level());
     }
 }
 
