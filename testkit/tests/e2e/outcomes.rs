@@ -13,7 +13,7 @@ use nix::sys::signal::Signal;
 use nix::sys::wait::WaitStatus;
 use soccr_testkit::criu::last_errors;
 use soccr_testkit::task::{self, wait_until};
-use soccr_testkit::{Busy, Server, leftovers};
+use soccr_testkit::{Busy, Server, Task};
 
 use crate::world::{PATIENCE, PLUGIN, PLUGIN_IPTABLES, Place, SERVER_V4, World};
 
@@ -29,23 +29,13 @@ fn busy_server(world: &World, args: &[&str]) -> Result<(Server, Busy)> {
 /// The server runs on and nothing is left; the clients go on.
 fn lives_on(world: &World, server: &Server, busy: Busy) -> Result<()> {
     ensure!(server.task.is_alive()?, "the server is gone");
-    wait_until_clean(world, server)?;
+    world.wait_until_clean(server)?;
     let (clients, _) = busy.stop()?;
     ensure!(clients.iter().all(|client| client.received() > 0), "a client never got anything");
     for mut client in clients {
         client.ping(1000)?;
     }
     Ok(())
-}
-
-/// The agent cleans up after criu has ended, so this may take a moment.
-fn wait_until_clean(world: &World, server: &Server) -> Result<()> {
-    let mut last = Ok(());
-    let waited = wait_until("nothing is left behind", PATIENCE, || {
-        last = world.check_clean(server);
-        Ok(last.is_ok())
-    });
-    last.and(waited)
 }
 
 #[test]
@@ -126,7 +116,7 @@ fn criu_is_killed() -> Result<()> {
 fn survive(world: &mut World, server: Server, busy: Busy, images: &Path) -> Result<Option<(Server, Busy)>> {
     wait_until("the server is traced no more", PATIENCE, || Ok(!server.task.is_traced()))?;
     if server.task.is_alive()? {
-        wait_until_clean(world, &server)?;
+        world.wait_until_clean(&server)?;
         match busy.stop() {
             Ok((clients, _)) => return Ok(Some((server, Busy::start(clients)?))),
             // It was about to die.
@@ -142,7 +132,7 @@ fn survive(world: &mut World, server: Server, busy: Busy, images: &Path) -> Resu
     let address = server.address;
     server.task.wait(PATIENCE)?;
     let server = world.restore(address, PLUGIN, images).context("criu had killed the server")?;
-    wait_until_clean(world, &server)?;
+    world.wait_until_clean(&server)?;
     let (clients, _) = busy.stop().context("a restored connection died")?;
     Ok(Some((server, Busy::start(clients)?)))
 }
@@ -150,14 +140,14 @@ fn survive(world: &mut World, server: Server, busy: Busy, images: &Path) -> Resu
 fn breakpoint(world: &World, server: Server) -> Result<()> {
     let end = server.task.wait(PATIENCE)?;
     ensure!(matches!(end, WaitStatus::Signaled(_, Signal::SIGTRAP, _)), "the server ended with {end:?}");
-    wait_until("no rule is left", PATIENCE, || Ok(leftovers::rules(world.host())?.is_empty()))
+    world.wait_until_hosts_clean()
 }
 
 fn duration_of_a_dump(world: &mut World, server: &Server) -> Result<Duration> {
     let images = world.images()?;
     let call = world.criu.dump(PLUGIN, server.pid(), &images).inside(world.host());
     let done = call.arg("--leave-running").run()?;
-    wait_until_clean(world, server)?;
+    world.wait_until_clean(server)?;
     Ok(done.took)
 }
 
@@ -226,7 +216,7 @@ fn asked_to_close() -> Result<()> {
         world.criu.restore(PLUGIN, &images).inside(world.host()).env("SOCCR_TCP", "close").restore()?;
     let server = Server::restored(address, task, world.dir());
     ensure!(client.ping(1000).is_err(), "the connection lives");
-    world.check_clean(&server)?;
+    world.wait_until_clean(&server)?;
     world.connect(address)?.ping(1000)
 }
 
@@ -246,7 +236,7 @@ fn loaded_beside_tcp_established() -> Result<()> {
     let call = world.criu.restore(stock, &images).inside(world.host()).arg("--lib").arg(&plugins);
     let (task, _) = call.restore()?;
     client.ping(1000)?;
-    world.check_clean(&Server::restored(address, task, world.dir()))
+    world.wait_until_clean(&Server::restored(address, task, world.dir()))
 }
 
 /// A restore that fails leaves images that can be restored by a second try, and the peers none the
@@ -255,14 +245,14 @@ fn loaded_beside_tcp_established() -> Result<()> {
 fn a_second_try_at_a_restore() -> Result<()> {
     let Some(mut world) = World::new(Place::Host, &[PLUGIN])? else { return Ok(()) };
     let (server, busy) = busy_server(&world, &[])?;
-    let (address, images) = (server.address, world.images()?);
+    let (address, pid, images) = (server.address, server.pid(), world.images()?);
     world.dump(server, PLUGIN, &images)?;
     let script = world.dir().join("script");
     fs::write(&script, "#!/bin/sh\n[ \"$CRTOOLS_SCRIPT_ACTION\" != post-restore ]\n")?;
     fs::set_permissions(&script, fs::Permissions::from_mode(0o755))?;
     let call = world.criu.restore(PLUGIN, &images).inside(world.host()).arg("--action-script").arg(&script);
     ensure!(call.run().is_err(), "the script failed, the restore did not");
+    Task::adopt(pid).wait(PATIENCE)?; // criu has killed it, and it is ours to reap
     let server = world.restore(address, PLUGIN, &images)?;
-    lives_on(&world, &server, busy)?;
-    leftovers::no_repair(server.pid())
+    lives_on(&world, &server, busy)
 }

@@ -2,12 +2,15 @@
 
 use std::io::Write;
 use std::net::SocketAddr;
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use nix::unistd::Pid;
 use soccr_testkit::netns::{End, veth};
-use soccr_testkit::{Client, Criu, Lock, NetNs, Server, Side, leftovers, task};
+use soccr_testkit::task::wait_until;
+use soccr_testkit::{Client, Criu, Lock, NetNs, Server, Side, Task, leftovers, task};
 use tempfile::TempDir;
 
 pub const STOCK: Side = Side::Stock(Lock::Nftables);
@@ -95,7 +98,7 @@ impl World {
         let address = server.address;
         self.dump(server, dump, &images)?;
         let server = self.restore(address, restore, &images)?;
-        self.check_clean(&server)?;
+        self.wait_until_clean(&server)?;
         Ok(server)
     }
 
@@ -133,16 +136,67 @@ impl World {
         Ok(Server::restored(address, task, self.dir()))
     }
 
-    /// No rule on either host, no socket in repair mode.
-    pub fn check_clean(&self, server: &Server) -> Result<()> {
+    /// Nothing is left on either host and in the server. The plugin's agent may outlive criu by a
+    /// moment.
+    pub fn wait_until_clean(&self, server: &Server) -> Result<()> {
+        let pids = server.task.tree();
+        self.wait_until_clean_but(|| pids.iter().copied().try_for_each(leftovers::no_repair))
+    }
+
+    /// Nothing is left on either host.
+    pub fn wait_until_hosts_clean(&self) -> Result<()> {
+        self.wait_until_clean_but(|| Ok(()))
+    }
+
+    fn wait_until_clean_but(&self, also: impl Fn() -> Result<()>) -> Result<()> {
+        let mut last = Ok(());
+        let waited = wait_until("nothing is left behind", PATIENCE, || {
+            last = self.check_hosts().and_then(|()| also());
+            Ok(last.is_ok())
+        });
+        last.and(waited)
+    }
+
+    /// No rule, no agent.
+    fn check_hosts(&self) -> Result<()> {
         for ns in [Some(self.host()), Some(&self.peer), self.outer.as_ref()].into_iter().flatten() {
             leftovers::no_rules(ns)?;
         }
-        server.task.tree().into_iter().try_for_each(leftovers::no_repair)
+        let agents = self.processes("soccr-agent")?;
+        ensure!(agents.is_empty(), "the plugin's agent still runs: {agents:?}");
+        Ok(())
+    }
+
+    /// The processes of criu calls of this test that have this name.
+    fn processes(&self, name: &str) -> Result<Vec<Pid>> {
+        let dir = self.dir().as_os_str().as_bytes();
+        let mut found = Vec::new();
+        for entry in std::fs::read_dir("/proc")? {
+            let path = entry?.path();
+            // A process may end while we look.
+            let text = |file| std::fs::read(path.join(file)).unwrap_or_default();
+            let is_of_test = || text("cmdline").windows(dir.len()).any(|part| part == dir);
+            if text("comm").trim_ascii() == name.as_bytes()
+                && is_of_test()
+                && let Some(pid) = path.file_name().and_then(|it| it.to_str()).and_then(|it| it.parse().ok())
+            {
+                found.push(Pid::from_raw(pid));
+            }
+        }
+        Ok(found)
     }
 
     fn outer(&self) -> &NetNs {
         self.outer.as_ref().expect("made for this place")
+    }
+}
+
+/// A criu that is killed leaves helpers of its own, which it started to learn about the kernel.
+impl Drop for World {
+    fn drop(&mut self) {
+        for pid in self.processes("criu").unwrap_or_default() {
+            drop(Task::adopt(pid));
+        }
     }
 }
 
