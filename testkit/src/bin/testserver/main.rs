@@ -35,7 +35,7 @@ use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTime
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
-use nix::sys::socket::{setsockopt, sockopt};
+use nix::sys::socket::{Backlog, setsockopt, sockopt};
 
 use conn::{Conn, Parked};
 
@@ -183,6 +183,8 @@ impl Loop {
         let address = self.options.listen.context("--listen ADDR is missing")?;
         let listener = TcpListener::bind(address).with_context(|| format!("cannot listen on {address}"))?;
         listener.set_nonblocking(true)?;
+        // The standard library's backlog is short, and a SYN that finds it full waits for a second.
+        nix::sys::socket::listen(&listener, Backlog::MAXALLOWABLE)?;
         // Accepted sockets inherit these.
         if let Some(bytes) = self.options.rcvbuf {
             setsockopt(&listener, sockopt::RcvBufForce, &bytes)?;
