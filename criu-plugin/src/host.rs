@@ -79,7 +79,12 @@ pub fn hook_count() -> Option<c_uint> {
 fn symbol_size(address: *const c_void) -> Option<usize> {
     const RTLD_DL_SYMENT: c_int = 1;
     unsafe extern "C" {
-        fn dladdr1(addr: *const c_void, info: *mut libc::Dl_info, extra: *mut *mut c_void, flags: c_int) -> c_int;
+        fn dladdr1(
+            addr: *const c_void,
+            info: *mut libc::Dl_info,
+            extra: *mut *mut c_void,
+            flags: c_int,
+        ) -> c_int;
     }
     // SAFETY: Dl_info is plain pointers.
     let mut info: libc::Dl_info = unsafe { std::mem::zeroed() };

@@ -25,7 +25,8 @@ fn log_unknown(value: &str) {
 }
 
 fn established_only() -> bool {
-    let arguments: Vec<String> = std::env::args_os().map(|word| word.to_string_lossy().into_owned()).collect();
+    let arguments: Vec<String> =
+        std::env::args_os().map(|word| word.to_string_lossy().into_owned()).collect();
     arguments.iter().any(|word| word == "--tcp-established")
         && !arguments.iter().any(|word| word == "--tcp-close")
         && !config_files(&arguments).iter().any(|path| asks_to_close(path))

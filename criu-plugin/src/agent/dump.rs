@@ -181,7 +181,9 @@ impl Serving {
             }
             outcome::Verdict::Alive => self.end_alive(),
             outcome::Verdict::Dead => {
-                let Phase::Deciding(outcome) = std::mem::replace(&mut self.phase, Phase::Over) else { return };
+                let Phase::Deciding(outcome) = std::mem::replace(&mut self.phase, Phase::Over) else {
+                    return;
+                };
                 outcome.carry_out_death(&mut self.dump);
             }
         }
@@ -262,7 +264,11 @@ impl Dump {
             .map_err(|source| AgentError::Image { tuple: found.tuple, place: found.place, source })?;
         log::debug!(
             "{} ({}): {}, {} bytes to read, {} to send",
-            found.tuple, found.place, tcp.state, tcp.recv_len, tcp.send_len
+            found.tuple,
+            found.place,
+            tcp.state,
+            tcp.recv_len,
+            tcp.send_len
         );
         self.held.push(Held { socket: found.socket, tuple: found.tuple });
         Ok(())

@@ -27,8 +27,8 @@ use nix::unistd::{ForkResult, Pid, fork, setsid};
 use soccr::image::ImageDir;
 
 use crate::channel::{self, Client, Server};
-use error::AgentError;
 use crate::session::Stage;
+use error::AgentError;
 
 /// The agent could not be started.
 #[derive(Debug, thiserror::Error)]

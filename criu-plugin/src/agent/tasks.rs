@@ -7,8 +7,8 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use procfs::process::{ProcState, Process};
 use procfs::{ProcError, ProcResult};
-use soccr::kernel::process::{self, RemoteFd};
 use soccr::kernel::SysError;
+use soccr::kernel::process::{self, RemoteFd};
 
 /// A task of the dump or the restore.
 #[derive(Debug)]
@@ -152,7 +152,9 @@ pub fn restored_child(parent: i32, inner: u32) -> ProcResult<Option<i32>> {
     for process in procfs::process::all_processes()? {
         let Ok(status) = process.and_then(|process| process.status()) else { continue };
         let inner_pid = status.nspid.as_ref().and_then(|pids| pids.last()).copied();
-        if [parent, grandparent].contains(&status.ppid) && inner_pid.and_then(|pid| u32::try_from(pid).ok()) == Some(inner) {
+        if [parent, grandparent].contains(&status.ppid)
+            && inner_pid.and_then(|pid| u32::try_from(pid).ok()) == Some(inner)
+        {
             return Ok(Some(status.pid));
         }
     }
@@ -174,8 +176,9 @@ pub fn foreign_root(pid: i32) -> std::io::Result<Option<(u32, u32)>> {
 /// What 0 inside is outside, from lines of "inside outside count".
 fn outer_root(pid: i32, map: &str) -> std::io::Result<Option<u32>> {
     let text = fs::read_to_string(format!("/proc/{pid}/{map}"))?;
-    let root = text.lines().map(|line| line.split_ascii_whitespace()).find_map(|mut words| {
-        (words.next() == Some("0")).then(|| words.next()?.parse().ok()).flatten()
-    });
+    let root = text
+        .lines()
+        .map(|line| line.split_ascii_whitespace())
+        .find_map(|mut words| (words.next() == Some("0")).then(|| words.next()?.parse().ok()).flatten());
     Ok(root)
 }
