@@ -40,13 +40,15 @@ pub unsafe fn read(raw: NonNull<libsoccr_addr>) -> Option<SocketAddr> {
     // SAFETY: every socket address begins with its family.
     let family = unsafe { raw.cast::<libc::sa_family_t>().read_unaligned() };
     match i32::from(family) {
-        // SAFETY: the family says that it is a sockaddr_in.
         libc::AF_INET => {
-            Some(addr::from_sockaddr_in(&unsafe { raw.cast::<libc::sockaddr_in>().read_unaligned() }))
+            // SAFETY: the family says that it is a sockaddr_in.
+            let v4 = unsafe { raw.cast::<libc::sockaddr_in>().read_unaligned() };
+            Some(addr::from_sockaddr_in(&v4))
         }
         libc::AF_INET6 => {
             // SAFETY: the family says that it is a sockaddr_in6.
-            Some(addr::from_sockaddr_in6(&unsafe { raw.cast::<libc::sockaddr_in6>().read_unaligned() }))
+            let v6 = unsafe { raw.cast::<libc::sockaddr_in6>().read_unaligned() };
+            Some(addr::from_sockaddr_in6(&v6))
         }
         _ => None,
     }
