@@ -61,12 +61,23 @@ impl<F: AsFd> Paused<F> {
     /// listening socket; ENOPROTOOPT or EOPNOTSUPP for what is not a TCP socket.
     pub fn pause(fd: F) -> Result<Self, PauseError> {
         let socket = fd.as_fd();
-        let fail = |source| PauseError { who: Who::of(socket), source };
         // SO_REUSEADDR reads 2 when somebody left the socket in repair mode: the program's own value is
         // lost then, and 0 is what the kernel would make of it.
-        let reuse_addr = sockopt::reuse_addr(socket).map_err(fail)? == 1;
-        tcp::set_repair(socket, Repair::On).map_err(fail)?;
-        Ok(Self { fd: Some(fd), reuse_addr })
+        let reuse_addr =
+            sockopt::reuse_addr(socket).map_err(|source| PauseError { who: Who::of(socket), source })? == 1;
+        let mut paused = Self::pause_only(fd)?;
+        paused.reuse_addr = reuse_addr;
+        Ok(paused)
+    }
+
+    /// As [`Paused::pause`], for a caller who sees to SO_REUSEADDR itself: it is off after [`Paused::resume`].
+    ///
+    /// # Errors
+    /// As [`Paused::pause`].
+    pub fn pause_only(fd: F) -> Result<Self, PauseError> {
+        let socket = fd.as_fd();
+        tcp::set_repair(socket, Repair::On).map_err(|source| PauseError { who: Who::of(socket), source })?;
+        Ok(Self { fd: Some(fd), reuse_addr: false })
     }
 
     /// Reads the whole state of the connection; `queues` is cleared and gets the bytes of both queues.
@@ -74,31 +85,24 @@ impl<F: AsFd> Paused<F> {
     /// # Errors
     /// A [`SaveError`] that names the connection. The socket stays in repair mode and nothing is taken from it.
     pub fn save(&self, queues: &mut Queues) -> Result<TcpState, SaveError> {
-        let tcp = self.inspect()?;
-        copy_to_vec(self.socket(), Queue::Receive, tcp.recv_len, &mut queues.recv)
-            .map_err(|source| SaveError::ReceiveQueue { who: Who::of(self.socket()), source })?;
-        copy_to_vec(self.socket(), Queue::Send, tcp.send_len, &mut queues.send)
-            .map_err(|source| SaveError::SendQueue { who: Who::of(self.socket()), source })?;
-        Ok(tcp)
+        queues.recv.clear();
+        queues.send.clear();
+        self.save_with(|queue| match queue.which() {
+            Queue::Send => queue.copy_to_vec(&mut queues.send),
+            Queue::Receive | Queue::None => queue.copy_to_vec(&mut queues.recv),
+        })
     }
 
-    /// Reads all of the connection but the bytes in its queues, for a caller who has memory of its own for
-    /// these: see [`Paused::copy_queue`].
+    /// As [`Paused::save`], for a caller who has memory of its own for the queues' bytes: `copy` is called for each
+    /// queue that is not empty.
     ///
     /// # Errors
-    /// As [`Paused::save`].
-    pub fn inspect(&self) -> Result<TcpState, SaveError> {
-        inspect(self.socket())
-    }
-
-    /// Copies a queue, whose length [`Paused::inspect`] tells, to the head of `into`. That has room for one byte
-    /// more than the queue has, which shows that there is none.
-    ///
-    /// # Errors
-    /// [`QueueError::Length`] when the queue is not that long.
-    pub fn copy_queue(&self, queue: Queue, into: &mut [MaybeUninit<u8>]) -> Result<(), QueueError> {
-        let want = into.len().saturating_sub(1);
-        copy_queue(self.socket(), queue, want, |fd| tcp::peek(fd, into))
+    /// As [`Paused::save`]; an error of `copy` is that queue's.
+    pub fn save_with(
+        &self,
+        copy: impl FnMut(&SavedQueue<'_>) -> Result<(), QueueError>,
+    ) -> Result<TcpState, SaveError> {
+        save(self.socket(), copy)
     }
 
     /// Both ends' addresses.
@@ -294,77 +298,128 @@ pub enum QueueError {
     Memory(usize),
 }
 
-struct Lengths {
-    recv: u32,
-    send: u32,
-    unsent: u32,
+/// A queue whose bytes a save is at.
+#[derive(Debug)]
+pub struct SavedQueue<'a> {
+    fd: BorrowedFd<'a>,
+    which: Queue,
+    length: usize,
 }
 
-fn inspect(fd: BorrowedFd<'_>) -> Result<TcpState, SaveError> {
+impl SavedQueue<'_> {
+    /// [`Queue::Receive`] or [`Queue::Send`].
+    #[must_use]
+    pub fn which(&self) -> Queue {
+        self.which
+    }
+
+    /// Bytes in it, at least one.
+    #[must_use]
+    pub fn length(&self) -> usize {
+        self.length
+    }
+
+    /// Copies the bytes to the head of `into`, which has room for one more: that shows that there are no more.
+    ///
+    /// # Errors
+    /// [`QueueError::Length`] when the queue is not as long as it said, or `into` as it should be.
+    pub fn copy_to(&self, into: &mut [MaybeUninit<u8>]) -> Result<(), QueueError> {
+        let most = into.len().min(self.length + 1);
+        self.copied(|| tcp::peek(self.fd, &mut into[..most]))
+    }
+
+    fn copy_to_vec(&self, bytes: &mut Vec<u8>) -> Result<(), QueueError> {
+        bytes.try_reserve(self.length + 1).map_err(|_| QueueError::Memory(self.length))?;
+        self.copied(|| tcp::peek_append(self.fd, bytes, self.length + 1))
+    }
+
+    fn copied(&self, peek: impl FnOnce() -> Result<usize, SysError>) -> Result<(), QueueError> {
+        // A program's own SO_PEEK_OFF (TCP has it since Linux 6.9) would shift what we see. Only the receive queue
+        // heeds it.
+        let offset = match self.which {
+            Queue::Receive => sockopt::peek_offset(self.fd).ok().filter(|offset| *offset >= 0),
+            Queue::Send | Queue::None => None,
+        };
+        if offset.is_some() {
+            sockopt::set_peek_offset(self.fd, -1)?;
+        }
+        let got = peek();
+        if let Some(offset) = offset {
+            sockopt::set_peek_offset(self.fd, offset)?;
+        }
+        match got? {
+            got if got == self.length => Ok(()),
+            got => Err(QueueError::Length { got, want: self.length }),
+        }
+    }
+}
+
+fn save(
+    fd: BorrowedFd<'_>,
+    mut copy: impl FnMut(&SavedQueue<'_>) -> Result<(), QueueError>,
+) -> Result<TcpState, SaveError> {
     let who = || Who::of(fd);
     let sizes = |source| SaveError::Sizes { who: who(), source };
     let info = tcp::info(fd).map_err(sizes)?;
     let state = State::try_from(info.state).map_err(|source| SaveError::State { who: who(), source })?;
-    let lengths = lengths(fd, &info, state)?;
+    let recv_len = unread(fd, state).map_err(sizes)?;
+    let (send_len, unsent_len) = send_len(fd, &info, state)?;
     let options = options(fd, &info).map_err(|source| SaveError::Options { who: who(), source })?;
     let window = tcp::window(fd).map_err(|source| SaveError::Window { who: who(), source })?;
-    let rcv_nxt = sequence(fd, Queue::Receive)
-        .map_err(|source| SaveError::ReceiveQueue { who: who(), source: source.into() })?;
-    let write_seq = sequence(fd, Queue::Send)
-        .map_err(|source| SaveError::SendQueue { who: who(), source: source.into() })?;
-    Ok(TcpState {
-        state,
-        recv_len: lengths.recv,
-        rcv_nxt,
-        send_len: lengths.send,
-        write_seq,
-        unsent_len: lengths.unsent,
-        options,
-        window,
-    })
+    let rcv_nxt = queue(fd, Queue::Receive, recv_len, &mut copy).map_err(|error| receive_error(fd, error))?;
+    let write_seq = queue(fd, Queue::Send, send_len, &mut copy)
+        .map_err(|source| SaveError::SendQueue { who: who(), source })?;
+    Ok(TcpState { state, recv_len, rcv_nxt, send_len, write_seq, unsent_len, options, window })
 }
 
-fn sequence(fd: BorrowedFd<'_>, queue: Queue) -> Result<u32, SysError> {
-    tcp::select_queue(fd, queue)?;
-    tcp::queue_seq(fd)
-}
-
-fn lengths(fd: BorrowedFd<'_>, info: &Info, state: State) -> Result<Lengths, SaveError> {
-    let sizes = |source| SaveError::Sizes { who: Who::of(fd), source };
-    // One call tells which queues are empty, as most are; kernels before 4.12 do not have it.
-    let (any_received, any_to_send) = match sockopt::queue_memory(fd) {
-        Ok(memory) => (memory.receive > 0, memory.send > 0),
-        Err(SysError { errno: Errno::ENOPROTOOPT, .. }) => (true, true),
-        Err(error) => return Err(sizes(error)),
-    };
-    let recv = if any_received { receive_len(fd)? } else { 0 };
-    // A closed connection sends no more: what was unacknowledged at a reset is lost to both ends.
-    if !any_to_send || state == State::Close {
-        return Ok(Lengths { recv, send: 0, unsent: 0 });
+/// All bytes to read. SIOCINQ counts up to an urgent mark only, unless SO_OOBINLINE is on, and what follows would be
+/// lost without a word; MSG_PEEK always stops there, which then shows as a queue too short.
+fn unread(fd: BorrowedFd<'_>, state: State) -> Result<u32, SysError> {
+    match tcp::unread(fd)? {
+        // The FIN counts until the program has read the end of the stream.
+        Some(unread) => Ok(unread.all - u32::from(state.fin_received() && unread.all > unread.to_mark)),
+        None => unread_inline(fd, true),
     }
+}
+
+fn unread_inline(fd: BorrowedFd<'_>, inline: bool) -> Result<u32, SysError> {
+    let before = sockopt::oob_inline(fd)?;
+    if before == inline {
+        return tcp::receive_queue_len(fd);
+    }
+    sockopt::set_oob_inline(fd, inline)?;
+    let len = tcp::receive_queue_len(fd);
+    sockopt::set_oob_inline(fd, before)?;
+    len
+}
+
+/// A receive queue that is too short ends at an urgent mark, or the connection is not locked.
+fn receive_error(fd: BorrowedFd<'_>, source: QueueError) -> SaveError {
+    let who = Who::of(fd);
+    match (&source, unread_inline(fd, false), unread_inline(fd, true)) {
+        (QueueError::Length { .. }, Ok(to_mark), Ok(unread)) if to_mark < unread => {
+            SaveError::Urgent { who, unread }
+        }
+        _ => SaveError::ReceiveQueue { who, source },
+    }
+}
+
+/// Bytes in the send queue, and how many of them were never sent.
+fn send_len(fd: BorrowedFd<'_>, info: &Info, state: State) -> Result<(u32, u32), SaveError> {
+    // A closed connection sends no more: what was unacknowledged at a reset is lost to both ends.
+    if state == State::Close {
+        return Ok((0, 0));
+    }
+    let sizes = |source| SaveError::Sizes { who: Who::of(fd), source };
     let fin = u32::from(state.fin_sent());
-    let send = tcp::send_queue_len(fd).map_err(sizes)?.saturating_sub(fin);
-    let unsent = info.unsent.map_or_else(|| tcp::unsent_len(fd), Ok).map_err(sizes)?.saturating_sub(fin);
+    let unsent = info.unsent.map_or_else(|| tcp::unsent_len(fd), Ok).map_err(sizes)?;
+    // Most queues are empty: where nothing waits for an acknowledgement, all there is is unsent.
+    let send = if info.unacked == 0 { unsent } else { tcp::send_queue_len(fd).map_err(sizes)? };
+    let (send, unsent) = (send.saturating_sub(fin), unsent.saturating_sub(fin));
     if unsent > send {
         return Err(SaveError::Moving { who: Who::of(fd), unsent, send });
     }
-    Ok(Lengths { recv, send, unsent })
-}
-
-/// SIOCINQ counts up to an urgent mark only (unless SO_OOBINLINE is on), and MSG_PEEK stops there: what
-/// follows would be lost without a word. Two counts that differ show the mark.
-fn receive_len(fd: BorrowedFd<'_>) -> Result<u32, SaveError> {
-    let (len, other) = count_both_ways(fd).map_err(|source| SaveError::Sizes { who: Who::of(fd), source })?;
-    if len == other { Ok(len) } else { Err(SaveError::Urgent { who: Who::of(fd), unread: len.max(other) }) }
-}
-
-fn count_both_ways(fd: BorrowedFd<'_>) -> Result<(u32, u32), SysError> {
-    let inline = sockopt::oob_inline(fd)?;
-    let len = tcp::receive_queue_len(fd)?;
-    sockopt::set_oob_inline(fd, !inline)?;
-    let other = tcp::receive_queue_len(fd);
-    sockopt::set_oob_inline(fd, inline)?;
-    Ok((len, other?))
+    Ok((send, unsent))
 }
 
 fn options(fd: BorrowedFd<'_>, info: &Info) -> Result<Options, SysError> {
@@ -378,39 +433,17 @@ fn options(fd: BorrowedFd<'_>, info: &Info) -> Result<Options, SysError> {
     })
 }
 
-fn copy_to_vec(fd: BorrowedFd<'_>, queue: Queue, len: u32, bytes: &mut Vec<u8>) -> Result<(), QueueError> {
-    let want = len as usize;
-    bytes.clear();
-    if want == 0 {
-        return Ok(());
-    }
-    // One byte more than announced shows a queue that is longer than that.
-    bytes.try_reserve(want + 1).map_err(|_| QueueError::Memory(want))?;
-    copy_queue(fd, queue, want, |fd| tcp::peek_append(fd, bytes, want + 1))
-}
-
-fn copy_queue(
+/// The queue's sequence; its bytes go to `copy`.
+fn queue(
     fd: BorrowedFd<'_>,
-    queue: Queue,
-    want: usize,
-    peek: impl FnOnce(BorrowedFd<'_>) -> Result<usize, SysError>,
-) -> Result<(), QueueError> {
-    tcp::select_queue(fd, queue)?;
-    // A program's own SO_PEEK_OFF (TCP has it since Linux 6.9) would shift what we see. Only the receive queue
-    // heeds it.
-    let offset = match queue {
-        Queue::Receive => sockopt::peek_offset(fd).ok().filter(|offset| *offset >= 0),
-        Queue::Send | Queue::None => None,
-    };
-    if offset.is_some() {
-        sockopt::set_peek_offset(fd, -1)?;
+    which: Queue,
+    len: u32,
+    copy: &mut impl FnMut(&SavedQueue<'_>) -> Result<(), QueueError>,
+) -> Result<u32, QueueError> {
+    tcp::select_queue(fd, which)?;
+    let seq = tcp::queue_seq(fd)?;
+    if len > 0 {
+        copy(&SavedQueue { fd, which, length: len as usize })?;
     }
-    let got = peek(fd);
-    if let Some(offset) = offset {
-        sockopt::set_peek_offset(fd, offset)?;
-    }
-    match got? {
-        got if got == want => Ok(()),
-        got => Err(QueueError::Length { got, want }),
-    }
+    Ok(seq)
 }

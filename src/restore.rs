@@ -123,12 +123,13 @@ impl Restoring<'_> {
         self.sys(self.sequences())?;
         self.sys(self.connect())?;
         self.sys(self.options())?;
+        // Before the bytes of the send queue are cut into segments.
+        self.sys(tcp::sync_segment_size(self.fd))?;
         self.receive_queue(recv)?;
         self.send_queue(send)?;
         self.sys(self.window_before_fin())?;
         self.fins()?;
-        // Now that max_window is known: half of it bounds the segment size.
-        self.sys(tcp::sync_segment_size(self.fd))
+        self.sys(self.segment_size_by_window())
     }
 
     fn sys<T>(&self, result: Result<T, SysError>) -> Result<T, RestoreError> {
@@ -138,13 +139,24 @@ impl Restoring<'_> {
     fn sequences(&self) -> Result<(), SysError> {
         let tcp = self.tcp;
         self.bind()?;
-        let peer_fin = u32::from(tcp.state.fin_received());
-        tcp::select_queue(self.fd, Queue::Receive)?;
-        tcp::set_queue_seq(self.fd, tcp.rcv_nxt.wrapping_sub(peer_fin).wrapping_sub(tcp.recv_len))?;
         // The SYN that connect() will send takes a sequence number as a FIN does.
         let syn_or_fin = u32::from(tcp.state.fin_sent() || tcp.state == State::SynSent);
         tcp::select_queue(self.fd, Queue::Send)?;
-        tcp::set_queue_seq(self.fd, tcp.write_seq.wrapping_sub(syn_or_fin).wrapping_sub(tcp.send_len))
+        tcp::set_queue_seq(self.fd, tcp.write_seq.wrapping_sub(syn_or_fin).wrapping_sub(tcp.send_len))?;
+        let peer_fin = u32::from(tcp.state.fin_received());
+        tcp::select_queue(self.fd, Queue::Receive)?;
+        tcp::set_queue_seq(self.fd, tcp.rcv_nxt.wrapping_sub(peer_fin).wrapping_sub(tcp.recv_len))
+    }
+
+    /// Half of the peer's largest window bounds the segment size, too: where that matters it is computed again
+    /// now that the window is known.
+    fn segment_size_by_window(&self) -> Result<(), SysError> {
+        match self.tcp.window {
+            Some(window) if window.max_window / 2 < self.tcp.options.mss_clamp => {
+                tcp::sync_segment_size(self.fd)
+            }
+            _ => Ok(()),
+        }
     }
 
     fn bind(&self) -> Result<(), SysError> {
@@ -201,19 +213,12 @@ impl Restoring<'_> {
     }
 
     fn receive_queue(&self, bytes: &[u8]) -> Result<(), RestoreError> {
-        if bytes.is_empty() {
-            return Ok(());
-        }
-        self.sys(tcp::select_queue(self.fd, Queue::Receive))?;
-        self.append("receive", bytes)
+        // `sequences` has left this queue chosen.
+        if bytes.is_empty() { Ok(()) } else { self.append("receive", bytes) }
     }
 
     fn send_queue(&self, bytes: &[u8]) -> Result<(), RestoreError> {
         let (sent, unsent) = bytes.split_at(bytes.len() - self.tcp.unsent_len as usize);
-        if !bytes.is_empty() {
-            // Before the bytes are cut into segments. (The receive queue is not.)
-            self.sys(tcp::sync_segment_size(self.fd))?;
-        }
         if !sent.is_empty() {
             self.sys(tcp::select_queue(self.fd, Queue::Send))?;
             self.append("send", sent)?;

@@ -172,26 +172,6 @@ pub fn cookie(fd: BorrowedFd<'_>) -> SysResult<u64> {
     get(fd, libc::SOL_SOCKET, libc::SO_COOKIE, "get SO_COOKIE")
 }
 
-/// Memory that a socket's queues hold, in bytes of kernel memory (SO_MEMINFO, Linux 4.12).
-#[derive(Clone, Copy, Debug)]
-pub struct QueueMemory {
-    /// Receive queue; 0 exactly when nothing is in it, in order or out of order.
-    pub receive: u32,
-    /// Send queue; 0 exactly when nothing is unacknowledged or unsent, not even a FIN.
-    pub send: u32,
-}
-
-/// Reads [`QueueMemory`].
-///
-/// # Errors
-/// ENOPROTOOPT before Linux 4.12.
-pub fn queue_memory(fd: BorrowedFd<'_>) -> SysResult<QueueMemory> {
-    const RMEM_ALLOC: usize = 0;
-    const WMEM_QUEUED: usize = 5;
-    let words: [u32; 9] = get(fd, libc::SOL_SOCKET, libc::SO_MEMINFO, "get SO_MEMINFO")?;
-    Ok(QueueMemory { receive: words[RMEM_ALLOC], send: words[WMEM_QUEUED] })
-}
-
 /// Which buffer of a socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Buffer {

@@ -258,6 +258,8 @@ pub struct Info {
     pub snd_wscale: u8,
     /// Shift of our windows.
     pub rcv_wscale: u8,
+    /// Segments sent and not acknowledged, a SYN or FIN among them.
+    pub unacked: u32,
     /// Bytes in the send queue that were never sent, a FIN among them; `None` before Linux 4.6.
     pub unsent: Option<u32>,
 }
@@ -287,7 +289,8 @@ const _: () = assert!(offset_of!(TcpInfo, notsent_bytes) == 144);
 /// The kernel's answer; EMSGSIZE if it knows less than the state.
 pub fn info(fd: BorrowedFd<'_>) -> SysResult<Info> {
     const CALL: &str = "get TCP_INFO";
-    const NEEDED: usize = offset_of!(TcpInfo, words);
+    const UNACKED: usize = 4; // tcpi_rto, tcpi_ato, tcpi_snd_mss and tcpi_rcv_mss come before it
+    const NEEDED: usize = offset_of!(TcpInfo, words) + (UNACKED + 1) * size_of::<u32>();
     const WITH_UNSENT: usize = offset_of!(TcpInfo, notsent_bytes) + size_of::<u32>();
     let mut value = MaybeUninit::<TcpInfo>::zeroed();
     #[allow(clippy::cast_possible_truncation)] // 148
@@ -316,6 +319,7 @@ pub fn info(fd: BorrowedFd<'_>) -> SysResult<Info> {
         options: value.options,
         snd_wscale,
         rcv_wscale,
+        unacked: value.words[UNACKED],
         unsent: (len >= WITH_UNSENT).then_some(value.notsent_bytes),
     })
 }
@@ -333,6 +337,51 @@ fn ioctl_bytes(fd: BorrowedFd<'_>, request: libc::Ioctl, call: &'static str) -> 
 /// EINVAL for a listening socket.
 pub fn receive_queue_len(fd: BorrowedFd<'_>) -> SysResult<u32> {
     ioctl_bytes(fd, libc::FIONREAD, "get SIOCINQ")
+}
+
+/// How much there is to read, in two counts that differ where urgent data lies in between.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Unread {
+    /// Bytes to read up to urgent data, without the FIN, as SIOCINQ counts.
+    pub to_mark: u32,
+    /// All up to rcv_nxt, with the FIN.
+    pub all: u32,
+}
+
+/// Both counts by one call; `None` when the kernel does not tell: with a page of bytes or more, with nothing but
+/// a FIN, and before Linux 5.7.
+///
+/// The call is TCP_ZEROCOPY_RECEIVE with no memory to map pages to, which has nothing but its counts to give.
+///
+/// # Errors
+/// The kernel's answer.
+pub fn unread(fd: BorrowedFd<'_>) -> SysResult<Option<Unread>> {
+    /// `struct tcp_zerocopy_receive` of linux/tcp.h as far as `inq`. With the next field, `err`, the call would take
+    /// a pending error off the socket.
+    #[derive(Clone, Copy, Default)]
+    #[repr(C, packed)]
+    struct ZerocopyReceive {
+        address: u64,
+        length: u32,
+        recv_skip_hint: u32,
+        inq: u32,
+    }
+    const TCP_ZEROCOPY_RECEIVE: i32 = 35;
+    const CALL: &str = "get TCP_ZEROCOPY_RECEIVE";
+    let mut value = ZerocopyReceive::default();
+    #[allow(clippy::cast_possible_truncation)] // 20
+    let mut len = size_of::<ZerocopyReceive>() as libc::socklen_t;
+    let into = (&raw mut value).cast();
+    // SAFETY: the kernel reads and writes at most `len` bytes, the size of `value`; integers have no invalid patterns.
+    let ret =
+        unsafe { libc::getsockopt(fd.as_raw_fd(), libc::SOL_TCP, TCP_ZEROCOPY_RECEIVE, into, &raw mut len) };
+    match check(CALL, ret) {
+        Ok(_) if len as usize == size_of::<ZerocopyReceive>() => {
+            Ok(Some(Unread { to_mark: value.recv_skip_hint, all: value.inq }))
+        }
+        Ok(_) | Err(SysError { errno: Errno::EINVAL | Errno::EIO | Errno::ENOPROTOOPT, .. }) => Ok(None),
+        Err(error) => Err(error),
+    }
 }
 
 /// Bytes written and not acknowledged, with the FIN (SIOCOUTQ).
