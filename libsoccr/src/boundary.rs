@@ -49,8 +49,10 @@ fn own_errno(error: &(dyn Error + 'static)) -> Option<Errno> {
     if let Some(sys) = error.downcast_ref::<SysError>() {
         return Some(sys.errno);
     }
-    if let Some(QueueError::Sys(sys)) = error.downcast_ref() {
-        return Some(sys.errno);
+    match error.downcast_ref() {
+        Some(QueueError::Sys(sys)) => return Some(sys.errno),
+        Some(QueueError::Memory(_)) => return Some(Errno::ENOMEM),
+        _ => {}
     }
     if let Some(ForgeError::Sys(sys)) = error.downcast_ref() {
         return Some(sys.errno);

@@ -2,7 +2,7 @@
 
 use std::os::fd::BorrowedFd;
 
-use engine::checkpoint::{Paused, Probe, SaveError};
+use engine::checkpoint::{Paused, Probe, QueueError, SaveError, SavedQueue};
 use engine::connection::{FourTuple, TcpState};
 use engine::fin::Forge;
 use engine::kernel::{SysError, addr, tcp::Queue};
@@ -58,7 +58,7 @@ impl libsoccr_sk {
         }
         // SAFETY: not -1; the contract has the caller keep it open as long as the handle.
         let fd = unsafe { BorrowedFd::borrow_raw(fd) };
-        let paused = Paused::pause(fd).inspect_err(|error| report("cannot pause", error)).ok()?;
+        let paused = Paused::pause_only(fd).inspect_err(|error| report("cannot pause", error)).ok()?;
         Some(Box::new(Self {
             fd,
             paused,
@@ -83,13 +83,18 @@ impl libsoccr_sk {
 
     /// Reads the connection; the queues' bytes replace those that the handle has.
     pub fn save(&mut self) -> Result<libsoccr_sk_data, SaveFailure> {
-        (self.recv, self.send) = (Slot::EMPTY, Slot::EMPTY);
-        let tcp = self.paused.inspect().map_err(|error| {
+        let (mut recv, mut send) = (Slot::EMPTY, Slot::EMPTY);
+        let saved = self.paused.save_with(|queue| {
+            let slot = if queue.which() == Queue::Send { &mut send } else { &mut recv };
+            *slot = copy(queue)?;
+            Ok(())
+        });
+        (self.recv, self.send) = (recv, send);
+        let tcp = saved.map_err(|error| {
+            (self.recv, self.send) = (Slot::EMPTY, Slot::EMPTY);
             report("cannot save", &error);
             failure(&error)
         })?;
-        self.recv = self.copy(Queue::Receive, tcp.recv_len).ok_or(SaveFailure::ReceiveQueue)?;
-        self.send = self.copy(Queue::Send, tcp.send_len).ok_or(SaveFailure::SendQueue)?;
         log::debug!(
             "saved {}: {} bytes in the receive queue, {} in the send queue, {} of them unsent",
             tcp.state,
@@ -98,20 +103,6 @@ impl libsoccr_sk {
             tcp.unsent_len
         );
         Ok((&tcp).into())
-    }
-
-    /// The bytes of a queue in memory of C's allocator.
-    fn copy(&self, queue: Queue, len: u32) -> Option<Slot<c_char>> {
-        if len == 0 {
-            return Some(Slot::EMPTY);
-        }
-        // The engine wants room for one byte more, to see that there is none.
-        let Some(mut room) = Room::new(len as usize + 1) else {
-            report("cannot save", &SysError { call: "allocate memory for a queue", errno: Errno::ENOMEM });
-            return None;
-        };
-        self.paused.copy_queue(queue, room.bytes()).inspect_err(|error| report("cannot save", error)).ok()?;
-        Some(room.into_slot())
     }
 
     /// The slot of `TCP_RECV_QUEUE` or `TCP_SEND_QUEUE`.
@@ -196,6 +187,14 @@ impl libsoccr_sk {
         };
         Ok(FourTuple { local: end(&self.source, "source")?, remote: end(&self.destination, "destination")? })
     }
+}
+
+/// The bytes of a queue in memory of C's allocator.
+fn copy(queue: &SavedQueue<'_>) -> Result<Slot<c_char>, QueueError> {
+    // One byte more than the queue has, by which the engine sees that there is none.
+    let mut room = Room::new(queue.length() + 1).ok_or(QueueError::Memory(queue.length()))?;
+    queue.copy_to(room.bytes())?;
+    Ok(room.into_slot())
 }
 
 /// The bytes that were set for a queue.
