@@ -27,8 +27,6 @@ use std::fmt;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd};
 
-use nix::errno::Errno;
-
 use crate::connection::{
     FourTuple, OPT_TIMESTAMPS, OPT_WSCALE, Options, Queues, State, TcpState, UnsupportedState, WindowScale,
 };
@@ -362,7 +360,7 @@ fn save(
     let sizes = |source| SaveError::Sizes { who: who(), source };
     let info = tcp::info(fd).map_err(sizes)?;
     let state = State::try_from(info.state).map_err(|source| SaveError::State { who: who(), source })?;
-    let recv_len = unread(fd, state).map_err(sizes)?;
+    let recv_len = receive_len(fd, state)?;
     let (send_len, unsent_len) = send_len(fd, &info, state)?;
     let options = options(fd, &info).map_err(|source| SaveError::Options { who: who(), source })?;
     let window = tcp::window(fd).map_err(|source| SaveError::Window { who: who(), source })?;
@@ -373,7 +371,17 @@ fn save(
 }
 
 /// All bytes to read. SIOCINQ counts up to an urgent mark only, unless SO_OOBINLINE is on, and what follows would be
-/// lost without a word; MSG_PEEK always stops there, which then shows as a queue too short.
+/// lost without a word. MSG_PEEK always stops there, which then shows as a queue too short; but where the mark comes
+/// first it goes on, and with SO_OOBINLINE leaves no byte out.
+fn receive_len(fd: BorrowedFd<'_>, state: State) -> Result<u32, SaveError> {
+    let sizes = |source| SaveError::Sizes { who: Who::of(fd), source };
+    let unread = unread(fd, state).map_err(sizes)?;
+    if unread > 0 && tcp::at_mark(fd).map_err(sizes)? {
+        return Err(SaveError::Urgent { who: Who::of(fd), unread });
+    }
+    Ok(unread)
+}
+
 fn unread(fd: BorrowedFd<'_>, state: State) -> Result<u32, SysError> {
     match tcp::unread(fd)? {
         // The FIN counts until the program has read the end of the stream.

@@ -4,9 +4,10 @@ mod support;
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Shutdown, TcpStream};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::time::{Duration, Instant};
 
+use nix::sys::socket::MsgFlags;
 use soccr::checkpoint::{Paused, Probe, SaveError, four_tuple};
 use soccr::connection::{FourTuple, Queues, State, TcpState};
 use soccr::fin::Forge;
@@ -286,22 +287,33 @@ fn a_paused_socket_resumes_untouched() {
 fn urgent_data_is_refused_by_name() {
     in_own_network(|| {
         for inline in [false, true] {
-            let (ours, mut theirs) = connected("127.0.0.1:0");
-            sockopt::set_oob_inline(ours.as_fd(), inline).expect("SO_OOBINLINE");
-            theirs.write_all(b"ten bytes.").expect("write");
-            nix::sys::socket::send(
-                std::os::fd::AsRawFd::as_raw_fd(&theirs),
-                b"!",
-                nix::sys::socket::MsgFlags::MSG_OOB,
-            )
-            .expect("send urgent data");
-            theirs.write_all(b"ten more b").expect("write");
-            let paused = Paused::pause(ours.as_fd()).expect("pause");
-            let error = paused.save(&mut Queues::default()).expect_err("urgent data");
-            assert!(matches!(error, SaveError::Urgent { unread: 21, .. }), "{error}");
-            assert!(error.to_string().contains(&theirs.local_addr().expect("address").to_string()));
+            // The kernel tells less of queues of a page and more.
+            for before in [0, 10, 9000] {
+                refuses_urgent_data(inline, before, false);
+            }
         }
+        // The program has read the urgent byte, and its mark is still in the stream.
+        refuses_urgent_data(false, 10, true);
+        refuses_urgent_data(false, 9000, true);
     });
+}
+
+fn refuses_urgent_data(inline: bool, before: usize, read: bool) {
+    let (ours, mut theirs) = connected("127.0.0.1:0");
+    sockopt::set_oob_inline(ours.as_fd(), inline).expect("SO_OOBINLINE");
+    theirs.write_all(&pattern(7, before)).expect("write");
+    nix::sys::socket::send(theirs.as_raw_fd(), b"!", MsgFlags::MSG_OOB).expect("send urgent data");
+    theirs.write_all(b"ten more b").expect("write");
+    if read {
+        let mut byte = [0];
+        nix::sys::socket::recv(ours.as_raw_fd(), &mut byte, MsgFlags::MSG_OOB).expect("read urgent data");
+    }
+    let paused = Paused::pause(ours.as_fd()).expect("pause");
+    let error = paused.save(&mut Queues::default()).expect_err("urgent data");
+    let all = u32::try_from(before + 11).expect("small");
+    assert!(matches!(error, SaveError::Urgent { unread, .. } if unread == all), "{error}");
+    assert!(error.to_string().contains(&theirs.local_addr().expect("address").to_string()));
+    assert_eq!(sockopt::oob_inline(ours.as_fd()), Ok(inline));
 }
 
 #[test]

@@ -384,6 +384,15 @@ pub fn unread(fd: BorrowedFd<'_>) -> SysResult<Option<Unread>> {
     }
 }
 
+/// Whether the next byte to read is the urgent one (SIOCATMARK).
+///
+/// # Errors
+/// EINVAL for a listening socket.
+pub fn at_mark(fd: BorrowedFd<'_>) -> SysResult<bool> {
+    const SIOCATMARK: libc::Ioctl = 0x8905;
+    Ok(ioctl_bytes(fd, SIOCATMARK, "get SIOCATMARK")? != 0)
+}
+
 /// Bytes written and not acknowledged, with the FIN (SIOCOUTQ).
 ///
 /// # Errors
