@@ -32,6 +32,7 @@ use crate::connection::FourTuple;
 use crate::kernel::netns::NetNs;
 
 pub use name::{BadLockName, LockName};
+pub(crate) use nft::fuzzing::read_answers;
 pub use nft::{MARK, NftError};
 pub use options::{BadOption, LEASE_VARIABLE, LockOptions, METHOD_VARIABLE, Method};
 pub use passage::Passage;

@@ -1,8 +1,10 @@
 //! The network lock in nf_tables, over netlink.
 
 mod abi;
+mod answer;
 mod client;
 mod expr;
+pub(crate) mod fuzzing;
 pub(super) mod rules;
 mod table;
 mod wire;
@@ -15,7 +17,7 @@ use super::{LockError, LockInfo, LockName, Method};
 use crate::connection::FourTuple;
 use crate::kernel::netns::NetNs;
 use table::Keys;
-use wire::Malformed;
+use wire::{Attributes, Malformed};
 
 pub use client::NftError;
 pub(super) use client::{Client, Transaction};
@@ -95,13 +97,7 @@ pub(super) fn list(ns: &NetNs) -> Result<Vec<LockInfo>, LockError> {
 
 fn list_tables(ns: &NetNs) -> Result<Vec<LockInfo>, NftError> {
     let client = Client::open(ns)?;
-    let names = client.dump(
-        "list tables",
-        libc::NFT_MSG_GETTABLE,
-        table::FAMILY,
-        |_| (),
-        |_, table| Ok(table.require(abi::table::NAME)?.str()?.parse::<LockName>().ok()),
-    );
+    let names = client.dump("list tables", libc::NFT_MSG_GETTABLE, table::FAMILY, |_| (), lock_name);
     let names = match names {
         Err(e) if e.is(Errno::EINVAL) => return Err(NftError::Missing), // no such subsystem of nfnetlink
         other => other?,
@@ -116,27 +112,38 @@ fn list_tables(ns: &NetNs) -> Result<Vec<LockInfo>, NftError> {
     names.into_iter().map(info).collect()
 }
 
+fn lock_name(_: u8, table: Attributes<'_>) -> Result<Option<LockName>, Malformed> {
+    Ok(table.require(abi::table::NAME)?.str()?.parse().ok())
+}
+
 fn count_elements(client: &Client, table: &str, set: &str) -> Result<usize, NftError> {
     let filter = |w: &mut wire::Writer| {
         w.put_str(abi::element_list::TABLE, table);
         w.put_str(abi::element_list::SET, set);
     };
-    let count = |_, part: wire::Attributes<'_>| -> Result<Option<usize>, Malformed> {
-        let elements = part.find(abi::element_list::ELEMENTS)?;
-        let mut n = 0;
-        for element in elements.into_iter().flat_map(wire::Value::nested) {
-            element?;
-            n += 1;
-        }
-        Ok(Some(n))
-    };
-    let parts =
-        client.dump("list a lock's connections", libc::NFT_MSG_GETSETELEM, table::FAMILY, filter, count);
+    let parts = client.dump(
+        "list a lock's connections",
+        libc::NFT_MSG_GETSETELEM,
+        table::FAMILY,
+        filter,
+        elements_in,
+    );
     match parts {
         Ok(parts) => Ok(parts.into_iter().sum()),
         Err(e) if e.is(Errno::ENOENT) => Ok(0), // another program's table, or gone since
         Err(e) => Err(e),
     }
+}
+
+/// How many elements one part of a set's list has.
+fn elements_in(_: u8, part: Attributes<'_>) -> Result<Option<usize>, Malformed> {
+    let elements = part.find(abi::element_list::ELEMENTS)?;
+    let mut n = 0;
+    for element in elements.into_iter().flat_map(wire::Value::nested) {
+        element?;
+        n += 1;
+    }
+    Ok(Some(n))
 }
 
 fn commit(ns: &NetNs, transaction: Transaction) -> Result<(), NftError> {

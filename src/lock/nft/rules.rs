@@ -32,13 +32,7 @@ pub struct RuleHandle {
 /// of network locks, and those that only their owner may change.
 pub fn filtering_chains(client: &Client) -> Result<Vec<BaseChain>, NftError> {
     let owned = owned_tables(client)?;
-    let chains = client.dump(
-        "list chains",
-        libc::NFT_MSG_GETCHAIN,
-        ANY_FAMILY,
-        |_| (),
-        |family, chain| Ok(if filters(family, &chain)? { Some(base_chain(family, &chain)?) } else { None }),
-    )?;
+    let chains = client.dump("list chains", libc::NFT_MSG_GETCHAIN, ANY_FAMILY, |_| (), filtering_chain)?;
     let (owned, free): (Vec<_>, Vec<_>) = chains
         .into_iter()
         .filter(|c| !is_lock(c))
@@ -54,17 +48,17 @@ pub fn filtering_chains(client: &Client) -> Result<Vec<BaseChain>, NftError> {
 }
 
 fn owned_tables(client: &Client) -> Result<HashSet<(u8, String)>, NftError> {
-    let tables = client.dump(
-        "list tables",
-        libc::NFT_MSG_GETTABLE,
-        ANY_FAMILY,
-        |_| (),
-        |family, table| {
-            let owned = table.find(abi::table::OWNER)?.is_some();
-            Ok(if owned { Some((family, table.require(abi::table::NAME)?.str()?.to_owned())) } else { None })
-        },
-    )?;
+    let tables = client.dump("list tables", libc::NFT_MSG_GETTABLE, ANY_FAMILY, |_| (), owned_table)?;
     Ok(tables.into_iter().collect())
+}
+
+pub(super) fn owned_table(family: u8, table: Attributes<'_>) -> Result<Option<(u8, String)>, Malformed> {
+    let owned = table.find(abi::table::OWNER)?.is_some();
+    Ok(if owned { Some((family, table.require(abi::table::NAME)?.str()?.to_owned())) } else { None })
+}
+
+pub(super) fn filtering_chain(family: u8, chain: Attributes<'_>) -> Result<Option<BaseChain>, Malformed> {
+    Ok(if filters(family, &chain)? { Some(base_chain(family, &chain)?) } else { None })
 }
 
 fn filters(family: u8, chain: &Attributes<'_>) -> Result<bool, Malformed> {
@@ -127,16 +121,24 @@ pub fn find_by_comment(client: &Client, is_ours: impl Fn(&str) -> bool) -> Resul
         libc::NFT_MSG_GETRULE,
         ANY_FAMILY,
         |_| (),
-        |family, rule| match rule.find(abi::rule::USERDATA)?.and_then(comment) {
-            Some(text) if is_ours(text) => Ok(Some(RuleHandle {
-                family,
-                table: rule.require(abi::rule::TABLE)?.str()?.to_owned(),
-                chain: rule.require(abi::rule::CHAIN)?.str()?.to_owned(),
-                handle: rule.require(abi::rule::HANDLE)?.u64()?,
-            })),
-            _ => Ok(None),
-        },
+        |family, rule| commented_rule(family, &rule, &is_ours),
     )
+}
+
+pub(super) fn commented_rule(
+    family: u8,
+    rule: &Attributes<'_>,
+    is_ours: impl Fn(&str) -> bool,
+) -> Result<Option<RuleHandle>, Malformed> {
+    match rule.find(abi::rule::USERDATA)?.and_then(comment) {
+        Some(text) if is_ours(text) => Ok(Some(RuleHandle {
+            family,
+            table: rule.require(abi::rule::TABLE)?.str()?.to_owned(),
+            chain: rule.require(abi::rule::CHAIN)?.str()?.to_owned(),
+            handle: rule.require(abi::rule::HANDLE)?.u64()?,
+        })),
+        _ => Ok(None),
+    }
 }
 
 /// The comment in a rule's user data; `None` for what other programs keep there.

@@ -1,18 +1,13 @@
 //! Damaged and malicious images: every reader ends with an error or a result, in memory bounded by
 //! the files, and never panics.
-//!
-//! `SOCCR_SEED` repeats a run of the random test; the seed is printed when it fails.
 
-use std::alloc::{GlobalAlloc, Layout, System};
-use std::cell::Cell;
 use std::collections::BTreeMap;
-use std::hash::{BuildHasher, DefaultHasher, Hasher, RandomState};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use protobuf::{Message, MessageField};
-use soccr::connection::{FourTuple, Options, Queues, State, TcpState};
+use soccr::connection::{Queues, State};
 use soccr::image::container::{COMMON, Magic, Reader};
-use soccr::image::external::{ExternalImage, SocketOption};
+use soccr::image::external::ExternalImage;
 use soccr::image::index::Index;
 use soccr::image::inventory::{Inventory, release_to_stock};
 use soccr::image::nftables::strip_table;
@@ -23,50 +18,8 @@ use soccr::image::proto::sk_opts::Sk_opts_entry;
 use soccr::image::tcp_stream::TcpStreamImage;
 use soccr::image::{Fault, ImageDir, ImageError};
 
-/// Counts the bytes that each thread has allocated, and their maximum.
-struct Counting;
-
-thread_local! {
-    static USED: Cell<isize> = const { Cell::new(0) };
-    static PEAK: Cell<isize> = const { Cell::new(0) };
-}
-
-fn count(bytes: isize) {
-    USED.set(USED.get() + bytes);
-    PEAK.set(PEAK.get().max(USED.get()));
-}
-
-// SAFETY: every call is passed on to the system's allocator unchanged.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        count(layout.size().cast_signed());
-        // SAFETY: the caller keeps alloc()'s contract.
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn dealloc(&self, ptr: *mut u8, layout: Layout) {
-        count(-layout.size().cast_signed());
-        // SAFETY: the caller keeps dealloc()'s contract; `ptr` came from `System`.
-        unsafe { System.dealloc(ptr, layout) }
-    }
-}
-
-#[global_allocator]
-static ALLOCATOR: Counting = Counting;
-
-/// The most memory that `work` held at a time, in bytes.
-fn peak_of(work: impl FnOnce()) -> u64 {
-    let before = USED.get();
-    PEAK.set(before);
-    work();
-    u64::try_from(PEAK.get() - before).unwrap()
-}
-
-const ALLOWANCE: u64 = 16 << 20;
-
-fn golden(set: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/stock-4.2.1").join(set)
-}
+use crate::corpus::{contents, external, golden};
+use crate::memory::{ALLOWANCE, peak_of};
 
 /// A copy of stock's images together with one of each kind that stock does not write.
 struct Victim {
@@ -81,11 +34,9 @@ impl Victim {
         for entry in std::fs::read_dir(golden("outside")).unwrap().map(Result::unwrap) {
             std::fs::copy(entry.path(), folder.path().join(entry.file_name())).unwrap();
         }
-        external().write(&ImageDir::open(folder.path()).unwrap(), 7, b"recv", b"send").unwrap();
-        let entries = std::fs::read_dir(folder.path()).unwrap().map(Result::unwrap);
-        let files = entries
-            .map(|e| (e.file_name().into_string().unwrap(), std::fs::read(e.path()).unwrap()))
-            .collect();
+        let image = external("[fe80::1%2]:1", "[fe80::2]:2");
+        image.write(&ImageDir::open(folder.path()).unwrap(), 7, b"recv", b"send").unwrap();
+        let files = contents(folder.path());
         Self { folder, files }
     }
 
@@ -122,26 +73,6 @@ impl Victim {
         for name in [name, "inventory.img", "nftables-9.img"] {
             self.put(name, &self.files[name]);
         }
-    }
-}
-
-fn external() -> ExternalImage {
-    ExternalImage {
-        tuple: FourTuple { local: "[fe80::1%2]:1".parse().unwrap(), remote: "[fe80::2]:2".parse().unwrap() },
-        tcp: TcpState {
-            state: State::CloseWait,
-            recv_len: 4,
-            rcv_nxt: 1,
-            send_len: 4,
-            write_seq: 2,
-            unsent_len: 1,
-            options: Options { mask: 1, mss_clamp: 1440, wscale: None, timestamp: Some(9) },
-            window: None,
-        },
-        options: vec![SocketOption { level: 6, name: 1, value: vec![1, 0, 0, 0] }],
-        shut_rd: true,
-        usec_ts_known: true,
-        lock_id: Some("soccr-1".into()),
     }
 }
 
@@ -198,71 +129,6 @@ fn bytes_after_the_end_are_an_error() {
         };
         assert_eq!((file, *offset), (name, content.len() as u64));
         victim.restore(name);
-    }
-}
-
-#[test]
-fn random_damage_is_survived() {
-    let seed = std::env::var("SOCCR_SEED").map_or_else(|_| Random::seed(), |s| s.parse().unwrap());
-    println!("SOCCR_SEED={seed}");
-    let mut random = Random { seed, count: 0 };
-    let victim = Victim::new();
-    let names: Vec<_> = victim.files.keys().collect();
-    let size: u64 = victim.files.values().map(|content| content.len() as u64).sum();
-    let mut errors = 0;
-    for _ in 0..3000 {
-        let name = names[random.below(names.len())];
-        let mut content = victim.files[name].clone();
-        damage(&mut content, &mut random);
-        victim.put(name, &content);
-        let peak = peak_of(|| errors += victim.read().len() + victim.rewrite().len());
-        assert!(peak < size + ALLOWANCE, "{name}: {peak} bytes of memory");
-        victim.restore(name);
-    }
-    assert!(errors > 500, "damage goes unnoticed: {errors} errors");
-    assert!(victim.read().is_empty());
-}
-
-/// Numbers that a seed determines.
-struct Random {
-    seed: u64,
-    count: u64,
-}
-
-impl Random {
-    fn seed() -> u64 {
-        RandomState::new().build_hasher().finish()
-    }
-
-    fn below(&mut self, limit: usize) -> usize {
-        self.count += 1;
-        let mut hasher = DefaultHasher::new();
-        hasher.write_u64(self.seed);
-        hasher.write_u64(self.count);
-        usize::try_from(hasher.finish() % limit as u64).unwrap()
-    }
-
-    fn byte(&mut self) -> u8 {
-        u8::try_from(self.below(256)).unwrap()
-    }
-}
-
-/// One to four changes: bits, bytes, words of interest, pieces removed or doubled.
-fn damage(content: &mut Vec<u8>, random: &mut Random) {
-    const WORDS: [u32; 8] = [0, 1, 0x7fff_ffff, 0x8000_0000, u32::MAX, u32::MAX - 3, 1 << 24, 0xffff];
-    for _ in 0..=random.below(4) {
-        let at = random.below(content.len() + 1);
-        let piece = at..(at + random.below(40)).min(content.len());
-        match random.below(5) {
-            0 => content.iter_mut().skip(at).take(1).for_each(|byte| *byte ^= 1 << random.below(8)),
-            1 => content.iter_mut().skip(at).take(1).for_each(|byte| *byte = random.byte()),
-            2 => {
-                let word = WORDS[random.below(WORDS.len())].to_le_bytes();
-                content.iter_mut().skip(at).zip(word).for_each(|(byte, new)| *byte = new);
-            }
-            3 => drop(content.drain(piece)),
-            _ => content.splice(at..at, content[piece].to_vec()).for_each(drop),
-        }
     }
 }
 

@@ -1,0 +1,3 @@
+//! Fuzz targets for everything that soccr reads and did not write.
+
+pub mod targets;
