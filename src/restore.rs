@@ -24,8 +24,9 @@ use nix::errno::Errno;
 use crate::checkpoint::Paused;
 use crate::connection::{FourTuple, OPT_SACK, State, TcpState, Window};
 use crate::fin::{self, Forge, ForgeError, Segment};
+use crate::kernel::netns::NetNs;
 use crate::kernel::tcp::{Direction, Queue, Repair, RepairOption};
-use crate::kernel::{SysError, addr, sockopt, tcp};
+use crate::kernel::{SysError, addr, diag, sockopt, tcp};
 
 /// A connection could not be built.
 #[derive(Debug, thiserror::Error)]
@@ -173,7 +174,19 @@ impl Restoring<'_> {
         }
     }
 
+    /// Where an agent died before it could close the old socket silently, its task's end has closed it aloud: it waits
+    /// behind the lock, without an owner, for an answer to its FIN, and holds the four-tuple.
     fn connect(&self) -> Result<(), SysError> {
+        match self.try_connect() {
+            Err(SysError { errno: Errno::EADDRNOTAVAIL, .. }) if destroy_orphan(self.fd, self.tuple)? => {
+                log::info!("{}: destroyed an orphan that held the addresses", self.tuple);
+                self.try_connect()
+            }
+            other => other,
+        }
+    }
+
+    fn try_connect(&self) -> Result<(), SysError> {
         if self.tcp.state != State::SynSent {
             return tcp::connect(self.fd, self.tuple.remote);
         }
@@ -336,6 +349,11 @@ impl Restoring<'_> {
             .deliver(self.fd, &segment, reaches)
             .map_err(|source| RestoreError::Forge { tuple: *self.tuple, source })
     }
+}
+
+fn destroy_orphan(socket: BorrowedFd<'_>, tuple: &FourTuple) -> Result<bool, SysError> {
+    let Ok(ns) = NetNs::of_socket(socket) else { return Ok(false) };
+    ns.run(|| diag::destroy_orphan(&tuple.on_wire())).unwrap_or(Ok(false))
 }
 
 /// Buffers that have room for both queues while a connection is built, and then what they were.

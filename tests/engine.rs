@@ -11,7 +11,9 @@ use nix::sys::socket::MsgFlags;
 use soccr::checkpoint::{Paused, Probe, SaveError, four_tuple};
 use soccr::connection::{FourTuple, Queues, State, TcpState};
 use soccr::fin::Forge;
+use soccr::kernel::netns::NetNs;
 use soccr::kernel::{sockopt, tcp};
+use soccr::lock::{LockName, LockOptions, NetworkLock};
 use soccr::restore::RoomForQueues;
 use support::{connected, expect_bytes, in_own_network, pattern};
 
@@ -322,5 +324,50 @@ fn a_listener_is_refused() {
         let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("bind");
         let error = Paused::pause(listener.as_fd()).expect_err("a listener has no connection");
         assert_eq!(error.source.errno, nix::errno::Errno::EPERM);
+    });
+}
+
+#[test]
+fn an_orphan_that_holds_the_addresses_makes_room() {
+    in_own_network(|| {
+        for address in FAMILIES {
+            let (ours, mut theirs) = connected(address);
+            let saved = {
+                let paused = Paused::pause(ours.as_fd()).expect("pause");
+                let mut queues = Queues::default();
+                let tcp = paused.save(&mut queues).expect("save");
+                let tuple = paused.four_tuple().expect("addresses");
+                paused.resume(Probe::None).expect("resume");
+                let domain = sockopt::domain(ours.as_fd()).expect("domain");
+                Saved { tuple, tcp, queues, domain, mss: 0 }
+            };
+            let ns = NetNs::current().expect("namespace");
+            let name = LockName::criu("orphan").expect("name");
+            let lock = NetworkLock::lock(&ns, &name, &[saved.tuple], &LockOptions::default()).expect("lock");
+            drop(ours); // aloud: its FIN waits behind the lock
+            let mut ours = build(&saved);
+            lock.unlock().expect("unlock");
+            ours.write_all(b"here").expect("write");
+            expect_bytes(&mut theirs, b"here");
+        }
+    });
+}
+
+#[test]
+fn a_connection_with_an_owner_is_left_alone() {
+    in_own_network(|| {
+        let (mut ours, mut theirs) = connected("127.0.0.1:0");
+        let paused = Paused::pause(ours.as_fd()).expect("pause");
+        let tcp = paused.save(&mut Queues::default()).expect("save");
+        let tuple = paused.four_tuple().expect("addresses");
+        paused.resume(Probe::None).expect("resume");
+        let again = sockopt::socket(libc::AF_INET, libc::SOCK_STREAM, libc::IPPROTO_TCP).expect("socket");
+        let paused = Paused::pause(again).expect("pause");
+        let error =
+            paused.restore(&tuple, &tcp, &[], &[], &mut Forge::new()).expect_err("it is there already");
+        assert!(error.to_string().contains("EADDRNOTAVAIL"), "{error}");
+        drop(paused.release());
+        ours.write_all(b"alive").expect("write");
+        expect_bytes(&mut theirs, b"alive");
     });
 }

@@ -1,4 +1,4 @@
-//! The netfilter netlink socket: whole messages in, whole messages out.
+//! Netlink sockets: whole messages in, whole messages out.
 
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
@@ -11,20 +11,32 @@ use super::{SysError, SysResult};
 /// Below this a send buffer needs no raising: half of what kernels give by default.
 const DEFAULT_BUFFER: i32 = 106_496;
 
-/// A netlink socket of netfilter (`NETLINK_NETFILTER`), bound to the network namespace that the
-/// thread was in when it was opened, wherever the thread goes afterwards.
+/// A netlink socket, bound to the network namespace that the thread was in when it was opened,
+/// wherever the thread goes afterwards.
 #[derive(Debug)]
-pub struct NetfilterSocket {
+pub struct NetlinkSocket {
     fd: OwnedFd,
 }
 
-impl NetfilterSocket {
-    /// Opens a socket in the calling thread's network namespace.
+impl NetlinkSocket {
+    /// Opens a socket of netfilter (`NETLINK_NETFILTER`) in the calling thread's network namespace.
     ///
     /// # Errors
     /// EPROTONOSUPPORT where the kernel has no netfilter netlink at all.
-    pub fn open() -> SysResult<Self> {
-        let fd = sockopt::socket(libc::AF_NETLINK, libc::SOCK_RAW, libc::NETLINK_NETFILTER)?;
+    pub fn netfilter() -> SysResult<Self> {
+        Self::open(libc::NETLINK_NETFILTER)
+    }
+
+    /// Opens a socket of the socket monitor (`NETLINK_SOCK_DIAG`) in the calling thread's network namespace.
+    ///
+    /// # Errors
+    /// EPROTONOSUPPORT where the kernel has none.
+    pub fn sock_diag() -> SysResult<Self> {
+        Self::open(libc::NETLINK_SOCK_DIAG)
+    }
+
+    fn open(protocol: i32) -> SysResult<Self> {
+        let fd = sockopt::socket(libc::AF_NETLINK, libc::SOCK_RAW, protocol)?;
         let socket = Self { fd };
         // Only the header of a refused message comes back (Linux 4.3), not its 50 KiB of elements,
         // so that a few answers cannot overrun the receive buffer.
@@ -47,11 +59,11 @@ impl NetfilterSocket {
     pub fn send(&self, messages: &[u8]) -> SysResult<()> {
         self.make_room(messages.len());
         let sent = send(self.fd.as_raw_fd(), messages, MsgFlags::empty())
-            .map_err(|errno| SysError { call: "send to nf_tables", errno })?;
+            .map_err(|errno| SysError { call: "send a netlink message", errno })?;
         if sent == messages.len() {
             Ok(())
         } else {
-            Err(SysError { call: "send to nf_tables", errno: Errno::EMSGSIZE })
+            Err(SysError { call: "send a netlink message", errno: Errno::EMSGSIZE })
         }
     }
 
@@ -71,7 +83,7 @@ impl NetfilterSocket {
     /// # Errors
     /// ENOBUFS: answers were lost. EMSGSIZE: `buffer` is too small for a datagram.
     pub fn receive(&self, buffer: &mut [u8]) -> SysResult<Option<usize>> {
-        const CALL: &str = "receive from nf_tables";
+        const CALL: &str = "receive a netlink message";
         loop {
             let (len, sender) = match self.receive_from(buffer) {
                 Ok(got) => got,

@@ -8,7 +8,7 @@ use nix::errno::Errno;
 use super::answer;
 use super::wire::{Attributes, FAMILY_LEN, HEADER_LEN, Header, Malformed, Writer};
 use crate::kernel::SysError;
-use crate::kernel::netlink::NetfilterSocket;
+use crate::kernel::netlink::NetlinkSocket;
 use crate::kernel::netns::{NetNs, NetNsError};
 
 const REQUEST: u16 = netlink_flag(libc::NLM_F_REQUEST);
@@ -152,7 +152,7 @@ impl Transaction {
 #[derive(Debug)]
 pub struct Client {
     /// Only dropping takes it.
-    socket: Option<NetfilterSocket>,
+    socket: Option<NetlinkSocket>,
     slow_to_close: Cell<bool>,
 }
 
@@ -171,7 +171,7 @@ impl Drop for Client {
 impl Client {
     /// Opens a socket inside `ns`; the thread stays where it is.
     pub fn open(ns: &NetNs) -> Result<Self, NftError> {
-        match ns.run(NetfilterSocket::open)? {
+        match ns.run(NetlinkSocket::netfilter)? {
             Ok(socket) => Ok(Self { socket: Some(socket), slow_to_close: Cell::new(false) }),
             Err(SysError { errno: Errno::EPROTONOSUPPORT, .. }) => Err(NftError::Missing),
             Err(e) => Err(NftError::Socket(e)),
@@ -191,7 +191,7 @@ impl Client {
         self.verdict(&transaction.steps)
     }
 
-    fn socket(&self) -> &NetfilterSocket {
+    fn socket(&self) -> &NetlinkSocket {
         self.socket.as_ref().expect("it is there until the drop")
     }
 

@@ -1,0 +1,114 @@
+//! The socket monitor (`sock_diag(7)`): finds and destroys sockets that no process has any more.
+
+use std::net::{IpAddr, SocketAddr};
+
+use nix::errno::Errno;
+
+use super::netlink::NetlinkSocket;
+use super::{SysError, SysResult};
+use crate::connection::FourTuple;
+
+const SOCK_DIAG_BY_FAMILY: u16 = 20;
+const SOCK_DESTROY: u16 = 21;
+const NLM_F_REQUEST: u16 = 1;
+const NLM_F_ACK: u16 = 4;
+const NLMSG_ERROR: u16 = 2;
+
+const HEADER: usize = 16;
+/// `struct inet_diag_sockid`.
+const SOCK_ID: usize = 48;
+/// `struct inet_diag_req_v2`: eight bytes, then the id.
+const REQUEST: usize = 8 + SOCK_ID;
+/// `struct inet_diag_msg`: four bytes, the id, then five words, of which the last is the inode.
+const REPLY: usize = 4 + SOCK_ID + 20;
+const PORTS: std::ops::Range<usize> = 0..4;
+const COOKIE: std::ops::Range<usize> = SOCK_ID - 8..SOCK_ID;
+
+/// Destroys the socket with exactly these addresses in the current network namespace, if no process owns it: one that
+/// was closed and still waits for its peer, or one in TIME_WAIT. `false`: there is none, or it has an owner.
+///
+/// The kernel may send a RST for it, which the network lock drops.
+///
+/// # Errors
+/// EPERM without CAP_NET_ADMIN, EOPNOTSUPP on a kernel without CONFIG_INET_DIAG_DESTROY.
+pub fn destroy_orphan(tuple: &FourTuple) -> SysResult<bool> {
+    let socket = NetlinkSocket::sock_diag()?;
+    let mut id = sock_id(tuple);
+    let found = match ask(&socket, SOCK_DIAG_BY_FAMILY, NLM_F_REQUEST, tuple, &id) {
+        Err(SysError { errno: Errno::ENOENT, .. }) => return Ok(false),
+        other => other?,
+    };
+    let Some(reply) = found.get(HEADER..HEADER + REPLY) else { return Ok(false) };
+    let found_id = &reply[4..4 + SOCK_ID];
+    let inode = &reply[REPLY - 4..];
+    // Without an exact match the kernel answers with a listener, whose remote port is 0.
+    if found_id[PORTS] != id[PORTS] || inode != [0; 4] {
+        return Ok(false);
+    }
+    id[COOKIE].copy_from_slice(&found_id[COOKIE]);
+    match ask(&socket, SOCK_DESTROY, NLM_F_REQUEST | NLM_F_ACK, tuple, &id) {
+        Ok(_) => Ok(true),
+        Err(SysError { errno: Errno::ENOENT, .. }) => Ok(true), // it is gone by itself
+        Err(error) => Err(error),
+    }
+}
+
+/// Addresses and ports in network order, any interface, any cookie.
+fn sock_id(tuple: &FourTuple) -> [u8; SOCK_ID] {
+    const ANY: u8 = 0xff;
+    let mut id = [0; SOCK_ID];
+    id[0..2].copy_from_slice(&tuple.local.port().to_be_bytes());
+    id[2..4].copy_from_slice(&tuple.remote.port().to_be_bytes());
+    put_ip(&mut id[4..20], tuple.local);
+    put_ip(&mut id[20..36], tuple.remote);
+    if let SocketAddr::V6(local) = tuple.local {
+        id[36..40].copy_from_slice(&local.scope_id().to_ne_bytes());
+    }
+    id[COOKIE].fill(ANY);
+    id
+}
+
+fn put_ip(field: &mut [u8], addr: SocketAddr) {
+    match addr.ip() {
+        IpAddr::V4(ip) => field[..4].copy_from_slice(&ip.octets()),
+        IpAddr::V6(ip) => field.copy_from_slice(&ip.octets()),
+    }
+}
+
+/// Sends one request and returns the answer's message; an acknowledgement of success is an empty one.
+fn ask(
+    socket: &NetlinkSocket,
+    kind: u16,
+    flags: u16,
+    tuple: &FourTuple,
+    id: &[u8; SOCK_ID],
+) -> SysResult<Vec<u8>> {
+    const CALL: &str = "ask the socket monitor";
+    const TCP: u8 = 6;
+    let family: u8 = if tuple.local.is_ipv4() { 2 } else { 10 };
+    let length: u32 = 16 + 56;
+    const { assert!(HEADER + REQUEST == 16 + 56) };
+    let mut message = Vec::with_capacity(HEADER + REQUEST);
+    message.extend(length.to_ne_bytes());
+    message.extend(kind.to_ne_bytes());
+    message.extend(flags.to_ne_bytes());
+    message.extend([0; 8]); // sequence and port
+    message.extend([family, TCP, 0, 0]);
+    message.extend(u32::MAX.to_ne_bytes()); // in any state
+    message.extend(id);
+    socket.send(&message)?;
+    let mut answer = vec![0; 4096];
+    let len = socket.receive(&mut answer)?.ok_or(SysError { call: CALL, errno: Errno::ENOENT })?;
+    answer.truncate(len);
+    if answer.get(4..6) == Some(&NLMSG_ERROR.to_ne_bytes()) {
+        let code = answer
+            .get(HEADER..HEADER + 4)
+            .and_then(|word| word.try_into().ok())
+            .map_or(0, i32::from_ne_bytes);
+        if code != 0 {
+            return Err(SysError { call: CALL, errno: Errno::from_raw(code.wrapping_neg()) });
+        }
+        answer.clear();
+    }
+    Ok(answer)
+}
