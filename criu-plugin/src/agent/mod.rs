@@ -11,6 +11,7 @@ mod error;
 mod in_flight;
 mod logger;
 mod outcome;
+mod privilege;
 mod restore;
 mod sockets;
 mod tasks;
@@ -99,6 +100,9 @@ fn run(stage: Stage, images: ImageDir, criu: Pid, server: Server) {
     keep_only(&[images.as_fd().as_raw_fd(), server.as_fd().as_raw_fd()]);
     default_signals();
     logger::install();
+    if let Err(error) = privilege::drop_others() {
+        log::warn!("the agent keeps all of criu's capabilities: {error}");
+    }
     match stage {
         Stage::Dump => dump::serve(images, criu.as_raw(), &server),
         Stage::Restore => restore::serve(images, criu.as_raw(), &server),

@@ -1,0 +1,36 @@
+//! What the agent may do: only what its work needs, whatever criu may.
+
+use caps::errors::CapsError;
+use caps::{CapSet, Capability, CapsHashSet};
+
+/// The capabilities that the agent keeps, each with its reason. All others are dropped for good.
+pub const KEPT: [Capability; 8] = [
+    // TCP_REPAIR, nf_tables, SO_SNDBUFFORCE, SO_RCVBUFFORCE, SO_MARK, SOCK_DESTROY.
+    Capability::CAP_NET_ADMIN,
+    // Raw sockets for the forged segments.
+    Capability::CAP_NET_RAW,
+    // Restored sockets bind to the ports that they had, also below 1024.
+    Capability::CAP_NET_BIND_SERVICE,
+    // Entering the network namespaces of the sockets.
+    Capability::CAP_SYS_ADMIN,
+    // Descriptors of the tasks: pidfd_getfd() and /proc/PID/fd.
+    Capability::CAP_SYS_PTRACE,
+    // The image folder may be another user's.
+    Capability::CAP_DAC_OVERRIDE,
+    // Images for tasks in a user namespace belong to its root; replaced files keep owner and mode.
+    Capability::CAP_CHOWN,
+    Capability::CAP_FOWNER,
+];
+
+/// Drops all capabilities but these. Capabilities that criu itself does not have are no loss.
+///
+/// # Errors
+/// The kernel's answer.
+pub fn drop_others() -> Result<(), CapsError> {
+    let permitted = caps::read(None, CapSet::Permitted)?;
+    let kept: CapsHashSet = KEPT.into_iter().filter(|capability| permitted.contains(capability)).collect();
+    caps::clear(None, CapSet::Ambient)?;
+    caps::clear(None, CapSet::Inheritable)?;
+    caps::set(None, CapSet::Effective, &kept)?;
+    caps::set(None, CapSet::Permitted, &kept)
+}
