@@ -594,6 +594,22 @@ static void a_restore_fails_anywhere(void)
 	CHECK(ret == 0 && n > 12);
 }
 
+/* A blocking socket whose buffer is too small for the send queue: an error, not a wait for good. */
+static void a_buffer_that_is_too_small(void)
+{
+	struct connection c;
+	int fd = socket(AF_INET, SOCK_STREAM, 0);
+	struct libsoccr_sk *sk = libsoccr_pause(fd);
+
+	connection_plain(&c, 0);
+	c.data.outq_len = 16 << 20;
+	CHECK(libsoccr_set_queue_bytes(sk, TCP_SEND_QUEUE, calloc(1, c.data.outq_len), SOCCR_MEM_EXCL) == 0);
+	CHECK(libsoccr_set_addr(sk, 1, &c.source, 0) == 0 && libsoccr_set_addr(sk, 0, &c.destination, 0) == 0);
+	CHECK(libsoccr_restore(sk, &c.data, sizeof(c.data)) == -1 && errno == EAGAIN);
+	libsoccr_release(sk);
+	close(fd);
+}
+
 static void closed_under_the_handle(void)
 {
 	struct pair p = busy("127.0.0.1");
@@ -632,6 +648,7 @@ int main(void)
 	a_connection_moves("::ffff:127.0.0.1");
 	a_save_fails_anywhere();
 	a_restore_fails_anywhere();
+	a_buffer_that_is_too_small();
 	closed_under_the_handle();
 	printf("api: %u checks, %u failed\n", checks, failures);
 	return failures != 0;
