@@ -24,7 +24,7 @@ demo: all criu ## freeze, kill and bring back a server while its clients go on
 	@scripts/packages redis-server || echo "demo: no redis-server here, using the built-in echo server"
 	@target/release/soccr-demo
 
-test: ## everything that can be tested here (STEPS="cargo zdtm …": only these)
+test: ## everything but zdtm with stock CRIU (STEPS="cargo demo …": only these)
 	@scripts/test $(STEPS)
 
 bench: all criu ## what a dump and a restore cost, beside stock CRIU
@@ -43,7 +43,7 @@ zdtm: all criu ## CRIU's own TCP tests (WHAT=plugin|libsoccr|stock, T="names": o
 criu-with-libsoccr: all criu ## CRIU linked with our libsoccr.a in place of its own
 	@scripts/criu-with-libsoccr
 
-install: all ## into $(DESTDIR)$(PREFIX)
+install: ## what make has built, into $(DESTDIR)$(PREFIX)
 	@DESTDIR='$(DESTDIR)' PREFIX='$(PREFIX)' scripts/install
 
 clean: ## everything built here but CRIU
