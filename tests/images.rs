@@ -110,7 +110,7 @@ fn index_knows_descriptors_in_flight() {
         assert!(index.tasks.values().any(|task| task.fds.iter().any(|fd| fd.file_id == *receiver)));
         let [packet] = &packets[..] else { panic!("one packet expected, got {packets:?}") };
         assert_eq!((packet.offset, packet.position, packet.length), (5, 1, 4));
-        assert_eq!(packet.files, [connection(&index, 8006).0]);
+        assert_eq!(*packet.files, [connection(&index, 8006).0]);
     }
 }
 

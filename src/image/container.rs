@@ -5,7 +5,7 @@
 //! a little-endian `u32`. Some kinds put raw bytes after a message: as many as the message says.
 
 use std::fs::File;
-use std::io::{BufReader, Read};
+use std::io::{self, BufReader, Read};
 
 use protobuf::Message;
 
@@ -190,6 +190,10 @@ impl Reader {
         let fits = usize::try_from(length);
         let fits =
             fits.map_err(|_| self.malformed(self.offset, Fault::TooLong { length, limit: u64::MAX }))?;
+        if buffer.capacity() < fits {
+            *buffer = Vec::new(); // growing would take the old and the new one at a time
+            buffer.try_reserve_exact(fits).map_err(|_| self.no_memory())?;
+        }
         buffer.resize(fits, 0);
         self.input.read_exact(buffer).map_err(|e| ImageError::io("read", &self.name, e))?;
         self.offset += length;
@@ -204,7 +208,8 @@ impl Reader {
         Ok(u32::from_le_bytes(word))
     }
 
-    fn left(&self) -> u64 {
+    /// Bytes from here to the file's end.
+    pub(super) fn left(&self) -> u64 {
         self.size.saturating_sub(self.offset)
     }
 
@@ -214,6 +219,11 @@ impl Reader {
             return Err(self.malformed(self.offset, Fault::Truncated { needed, left }));
         }
         Ok(())
+    }
+
+    /// The error that says that there is no memory for what the file holds.
+    pub(super) fn no_memory(&self) -> ImageError {
+        ImageError::io("take memory for", &self.name, io::ErrorKind::OutOfMemory)
     }
 
     fn malformed(&self, offset: u64, fault: impl Into<Fault>) -> ImageError {

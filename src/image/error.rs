@@ -86,6 +86,12 @@ pub enum Fault {
     /// The message is not valid protobuf at its very byte.
     #[error("not a protobuf field")]
     Wire,
+    /// The image has more and shorter entries than any that CRIU makes.
+    #[error("with this entry they take more memory than the files' sizes and {spare} bytes")]
+    Memory {
+        /// What all entries together may take beyond their lengths in the files, in bytes.
+        spare: u64,
+    },
     /// A field's value makes no sense.
     #[error("{field}: {reason}")]
     Value {

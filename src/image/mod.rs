@@ -14,6 +14,7 @@
 //! | `nftables-<ns>.img` | [`nftables`] |
 //! | the way from a task's descriptor to its connection, over seven kinds of files | [`index`] |
 
+mod allowance;
 pub mod container;
 mod decode;
 mod dir;

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 
+use crate::image::allowance::{Allowance, in_hash_table, in_vector};
 use crate::image::container::{Magic, Reader};
 use crate::image::proto::sk_packet::Sk_packet_entry;
 use crate::image::{ImageDir, ImageError};
@@ -19,11 +20,14 @@ pub struct Packet {
     /// Its own bytes.
     pub length: u32,
     /// The file ids of the descriptors, in their order.
-    pub files: Vec<u32>,
+    pub files: Box<[u32]>,
 }
 
 /// Reads the packets with descriptors, by the receiving socket's file id.
-pub(super) fn read(dir: &ImageDir) -> Result<HashMap<u32, Vec<Packet>>, ImageError> {
+pub(super) fn read(
+    dir: &ImageDir,
+    allowance: &mut Allowance,
+) -> Result<HashMap<u32, Vec<Packet>>, ImageError> {
     const SCM_RIGHTS: u32 = libc::SCM_RIGHTS.unsigned_abs();
     let mut in_flight: HashMap<u32, Vec<Packet>> = HashMap::new();
     let mut queued: HashMap<u32, (u64, u64)> = HashMap::new();
@@ -32,16 +36,30 @@ pub(super) fn read(dir: &ImageDir) -> Result<HashMap<u32, Vec<Packet>>, ImageErr
     };
     while let Some(entry) = reader.next_message::<Sk_packet_entry>()? {
         let length = entry.length();
-        let (offset, position) = queued.entry(entry.id_for()).or_default();
+        let in_file = 4 + reader.message().len() + length as usize;
+        reader.skip_raw(length.into())?;
         let rights = entry.scm.iter().filter(|scm| scm.type_() == SCM_RIGHTS);
-        let files: Vec<u32> = rights.flat_map(|scm| scm.rights.iter().copied()).collect();
+        let files: Box<[u32]> = rights.flat_map(|scm| scm.rights.iter().copied()).collect();
+        let first = !queued.contains_key(&entry.id_for());
+        allowance.take(memory_for(&files, first), in_file).map_err(|fault| reader.bad_message(fault))?;
+        let (offset, position) = queued.entry(entry.id_for()).or_default();
         if !files.is_empty() {
             let packet = Packet { offset: *offset, position: *position, length, files };
             in_flight.entry(entry.id_for()).or_default().push(packet);
         }
         *offset += u64::from(length);
         *position += 1;
-        reader.skip_raw(length.into())?;
     }
     Ok(in_flight)
+}
+
+/// What a packet with these descriptors takes, and its socket if it is the first one there.
+fn memory_for(files: &[u32], first: bool) -> usize {
+    const FIRST_PIECE: usize = 4; // a vector's
+    let queued = if first { in_hash_table::<(u32, (u64, u64))>() } else { 0 };
+    if files.is_empty() {
+        return queued;
+    }
+    let packets = in_vector::<Packet>().max(FIRST_PIECE * size_of::<Packet>());
+    queued + in_hash_table::<(u32, Vec<Packet>)>() + packets + in_vector::<u32>() * files.len()
 }

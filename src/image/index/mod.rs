@@ -5,19 +5,22 @@
 //! older images `inetsk.img`) holds the sockets, and `tcp-stream-<inode>.img` the connections.
 //! Sockets that were in flight inside a unix socket are in no table: `sk-queues.img` has them.
 //!
-//! Every file is read once, message by message, so that time and memory stay proportional to the
-//! files' sizes.
+//! Every file is read once, message by message, so that time stays proportional to the files' sizes. Memory does not
+//! exceed them by more than 16 MiB, whatever they hold.
 
+mod connections;
 mod in_flight;
 mod sockets;
 mod tasks;
 
 use std::collections::{BTreeMap, HashMap};
 
+pub use connections::Connections;
 pub use in_flight::Packet;
 pub use sockets::InetConnection;
 pub use tasks::{Fd, Task};
 
+use super::allowance::Allowance;
 use super::inventory::{Inventory, NetworkLock};
 use super::{ImageDir, ImageError};
 
@@ -37,7 +40,7 @@ pub struct Index {
     /// The pid of the tree's root.
     pub root: Option<u32>,
     /// The connections by file id.
-    pub connections: HashMap<u32, InetConnection>,
+    pub connections: Connections,
     /// For each unix socket, by file id, the unread packets that carry descriptors, first come first.
     pub in_flight: HashMap<u32, Vec<Packet>>,
 }
@@ -53,7 +56,7 @@ impl Index {
             root_net_ns_id: None,
             tasks: BTreeMap::new(),
             root: None,
-            connections: HashMap::new(),
+            connections: Connections::default(),
             in_flight: HashMap::new(),
         }
     }
@@ -64,7 +67,8 @@ impl Index {
     /// What is wrong with which file, and where in it.
     pub fn read(dir: &ImageDir) -> Result<Self, ImageError> {
         let Inventory { tcp_close, network_lock, dump_run_id, root_net_ns_id } = Inventory::read(dir)?;
-        let (tasks, root) = tasks::read(dir)?;
+        let mut allowance = Allowance::new();
+        let (tasks, root) = tasks::read(dir, &mut allowance)?;
         Ok(Self {
             dump_run_id,
             network_lock,
@@ -72,8 +76,8 @@ impl Index {
             root_net_ns_id,
             tasks,
             root,
-            connections: sockets::read(dir)?,
-            in_flight: in_flight::read(dir)?,
+            connections: sockets::read(dir, &mut allowance)?,
+            in_flight: in_flight::read(dir, &mut allowance)?,
         })
     }
 }

@@ -1,11 +1,13 @@
 //! The TCP connections among the files.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use protobuf::Enum;
 
+use super::connections::{self, Connections, Found};
 use crate::connection::{FourTuple, State};
+use crate::image::allowance::Allowance;
 use crate::image::container::{Magic, Reader};
 use crate::image::decode::decode;
 use crate::image::external::{port_of, state_of};
@@ -17,6 +19,8 @@ use crate::image::{Fault, ImageDir, ImageError};
 /// A TCP socket that has a peer.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct InetConnection {
+    /// CRIU's id of the file, by which descriptors refer to it.
+    pub file_id: u32,
     /// The socket's inode number, which names its tcp-stream image.
     pub ino: u32,
     /// Both ends. The image has no scope id of a link-local address: it is 0 here, and comes from
@@ -27,9 +31,9 @@ pub struct InetConnection {
     /// The network namespace; `None` in old images, which had one only.
     pub net_ns_id: Option<u32>,
     /// The interface of a link-local local address.
-    pub ifname: Option<String>,
+    pub ifname: Option<Box<str>>,
     /// The interface that the socket is bound to (`SO_BINDTODEVICE`).
-    pub bound_device: Option<String>,
+    pub bound_device: Option<Box<str>>,
     /// Whether the reading side is shut: by the program, or by the peer's FIN.
     pub shutdown_read: bool,
     /// Whether the writing side is shut.
@@ -43,32 +47,56 @@ pub struct InetConnection {
 }
 
 /// Reads the connections, by file id.
-pub(super) fn read(dir: &ImageDir) -> Result<HashMap<u32, InetConnection>, ImageError> {
+pub(super) fn read(dir: &ImageDir, allowance: &mut Allowance) -> Result<Connections, ImageError> {
     let streams = streams(dir)?;
-    let mut connections = HashMap::new();
-    let mut add = |reader: &Reader, entry: Inet_sk_entry| {
-        if !is_connection(&entry) {
-            return Ok(());
-        }
-        let id = entry.id();
+    let mut found = Found::default();
+    for_each(dir, |reader, entry, length| {
         let connection = connection(entry, &streams).map_err(|fault| reader.bad_message(fault))?;
-        match connections.insert(id, connection) {
-            None => Ok(()),
-            Some(_) => Err(reader.bad_message(Fault::value("id", format!("{id} stands here twice")))),
-        }
-    };
-    if let Some(mut files) = Reader::open_if_there(dir, "files.img", Magic::Files)? {
-        while let Some(message) = files.next_bytes()? {
-            if let Some(entry) = inet_entry(message).map_err(|(at, fault)| files.bad_byte(at, fault))? {
-                add(&files, entry)?;
+        let names = [&connection.ifname, &connection.bound_device].into_iter().flatten();
+        let memory = connections::ENTRY + names.map(|name| name.len()).sum::<usize>();
+        allowance.take(memory, length).map_err(|fault| reader.bad_message(fault))?;
+        found.push(connection);
+        Ok(())
+    })?;
+    let mut twice = None;
+    let connections = Connections::of(found, |id| twice = Some(id));
+    twice.map_or(Ok(connections), |id| Err(stands_twice(dir, id)))
+}
+
+/// Calls `visit` with the entry of each connection, and how long it is in the file.
+fn for_each(
+    dir: &ImageDir,
+    mut visit: impl FnMut(&Reader, Inet_sk_entry, usize) -> Result<(), ImageError>,
+) -> Result<(), ImageError> {
+    let name_and_magic = [("files.img", Magic::Files), ("inetsk.img", Magic::InetSk)];
+    for (name, magic) in name_and_magic {
+        let Some(mut reader) = Reader::open_if_there(dir, name, magic)? else { continue };
+        while let Some(message) = reader.next_bytes()? {
+            let length = 4 + message.len();
+            let entry = match magic {
+                Magic::Files => inet_entry(message),
+                _ => decode(message).map(Some),
+            };
+            match entry.map_err(|(at, fault)| reader.bad_byte(at, fault))? {
+                Some(entry) if is_connection(&entry) => visit(&reader, entry, length)?,
+                _ => {}
             }
         }
-    } else if let Some(mut sockets) = Reader::open_if_there(dir, "inetsk.img", Magic::InetSk)? {
-        while let Some(entry) = sockets.next_message()? {
-            add(&sockets, entry)?;
-        }
+        break;
     }
-    Ok(connections)
+    Ok(())
+}
+
+/// The error that says where the connection `id` stands for the second time.
+fn stands_twice(dir: &ImageDir, id: u32) -> ImageError {
+    let mut times = 0;
+    let second = for_each(dir, |reader, entry, _| {
+        times += u32::from(entry.id() == id);
+        let fault = || Fault::value("id", format!("{id} stands here twice"));
+        if times == 2 { Err(reader.bad_message(fault())) } else { Ok(()) }
+    });
+    // Between the two times of reading the file has changed.
+    second.err().unwrap_or_else(|| ImageError::malformed("files.img", 0, Fault::value("id", "changes")))
 }
 
 /// The inode numbers for which there are tcp-stream images.
@@ -110,19 +138,21 @@ fn connection(entry: Inet_sk_entry, streams: &HashSet<u32>) -> Result<InetConnec
         local: address(&entry, &entry.src_addr, entry.src_port(), "src_addr")?,
         remote: address(&entry, &entry.dst_addr, entry.dst_port(), "dst_addr")?,
     };
+    let file_id = entry.id();
     let shutdown = entry.shutdown.map_or(0, |shutdown| shutdown.value());
     let opts = entry.opts.into_option().unwrap_or_default();
     Ok(InetConnection {
+        file_id,
         ino: entry.ino.unwrap_or_default(),
         tuple,
         state: state_of(entry.state.unwrap_or_default())?,
         net_ns_id: entry.ns_id,
-        ifname: entry.ifname,
+        ifname: entry.ifname.map(Into::into),
         shutdown_read: shutdown & Sk_shutdown::READ.value() != 0,
         shutdown_write: shutdown & Sk_shutdown::WRITE.value() != 0,
         reuseaddr: opts.reuseaddr(),
         reuseport: opts.so_reuseport,
-        bound_device: opts.so_bound_dev,
+        bound_device: opts.so_bound_dev.map(Into::into),
         has_stream: entry.ino.is_some_and(|ino| streams.contains(&ino)),
     })
 }

@@ -4,6 +4,7 @@ use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
+use crate::image::allowance::{Allowance, in_hash_table, in_tree};
 use crate::image::container::{Magic, Reader};
 use crate::image::proto::core::Task_kobj_ids_entry;
 use crate::image::proto::fdinfo::Fdinfo_entry;
@@ -21,7 +22,7 @@ pub struct Task {
     /// Its network namespace. A zombie has none.
     pub net_ns_id: Option<u32>,
     /// The descriptors, shared between tasks that share the table.
-    pub fds: Arc<[Fd]>,
+    pub fds: Arc<Vec<Fd>>,
 }
 
 /// An open descriptor.
@@ -34,17 +35,22 @@ pub struct Fd {
 }
 
 /// Reads all tasks with their descriptors, and which of them is the root of the tree.
-pub(super) fn read(dir: &ImageDir) -> Result<(BTreeMap<u32, Task>, Option<u32>), ImageError> {
+pub(super) fn read(
+    dir: &ImageDir,
+    allowance: &mut Allowance,
+) -> Result<(BTreeMap<u32, Task>, Option<u32>), ImageError> {
     let (mut tasks, mut root) = (BTreeMap::new(), None);
-    let mut tables = HashMap::new();
+    let mut tables = Tables::new();
     let mut pstree = Reader::open(dir, "pstree.img", Magic::Pstree)?;
     while let Some(message) = pstree.next_bytes()? {
+        let in_pstree = 4 + message.len();
         let ids = varint(message, 1, "pid").and_then(|pid| Ok((pid, varint(message, 2, "ppid")?)));
         let (pid, ppid) = ids.map_err(|(at, fault)| pstree.bad_byte(at, fault))?;
         if ppid == 0 {
             root = root.or(Some(pid));
         }
-        let task = read_task(dir, pid, &mut tables)?;
+        let (task, in_core) = read_task(dir, pid, &mut tables)?;
+        allowance.take(MEMORY, in_pstree + in_core).map_err(|fault| pstree.bad_message(fault))?;
         if tasks.insert(pid, task).is_some() {
             return Err(pstree.bad_message(Fault::value("pid", format!("{pid} stands here twice"))));
         }
@@ -52,10 +58,18 @@ pub(super) fn read(dir: &ImageDir) -> Result<(BTreeMap<u32, Task>, Option<u32>),
     Ok((tasks, root))
 }
 
-fn read_task(dir: &ImageDir, pid: u32, tables: &mut HashMap<u32, Arc<[Fd]>>) -> Result<Task, ImageError> {
-    let alive = is_alive(dir, pid)?;
+/// Descriptor tables by their ids; tasks may share them.
+type Tables = HashMap<u32, Arc<Vec<Fd>>>;
+
+/// What a task takes, without the descriptors in its table.
+const MEMORY: usize =
+    in_tree::<(u32, Task)>() + in_hash_table::<(u32, Arc<Vec<Fd>>)>() + size_of::<Vec<Fd>>() + 16;
+
+/// A task, and how long its core image's message is.
+fn read_task(dir: &ImageDir, pid: u32, tables: &mut Tables) -> Result<(Task, usize), ImageError> {
+    let (alive, in_core) = is_alive(dir, pid)?;
     let Some(mut ids) = Reader::open_if_there(dir, &format!("ids-{pid}.img"), Magic::Ids)? else {
-        return Ok(Task { alive, files_id: None, net_ns_id: None, fds: Arc::default() });
+        return Ok((Task { alive, files_id: None, net_ns_id: None, fds: Arc::default() }, in_core));
     };
     let ids: Task_kobj_ids_entry = ids.required()?;
     let files_id = ids.files_id();
@@ -63,37 +77,44 @@ fn read_task(dir: &ImageDir, pid: u32, tables: &mut HashMap<u32, Arc<[Fd]>>) -> 
         Entry::Occupied(table) => table.get().clone(),
         Entry::Vacant(table) => table.insert(read_table(dir, files_id)?).clone(),
     };
-    Ok(Task { alive, files_id: Some(files_id), net_ns_id: ids.net_ns_id, fds })
+    Ok((Task { alive, files_id: Some(files_id), net_ns_id: ids.net_ns_id, fds }, in_core))
 }
 
 /// A table without a file has no descriptors: CRIU makes no file for nothing.
-fn read_table(dir: &ImageDir, files_id: u32) -> Result<Arc<[Fd]>, ImageError> {
-    let mut fds = Vec::new();
+fn read_table(dir: &ImageDir, files_id: u32) -> Result<Arc<Vec<Fd>>, ImageError> {
     let name = format!("fdinfo-{files_id}.img");
     let Some(mut reader) = Reader::open_if_there(dir, &name, Magic::Fdinfo)? else {
         return Ok(Arc::default());
     };
+    // The length, and four required fields of at least two bytes.
+    const SHORTEST: u64 = 4 + 8;
+    // At once, since a vector that grows takes three times its length.
+    let most = usize::try_from(reader.left() / SHORTEST).unwrap_or(0);
+    let mut fds = Vec::new();
+    fds.try_reserve_exact(most).map_err(|_| reader.no_memory())?;
     while let Some(entry) = reader.next_message::<Fdinfo_entry>()? {
         let fd = i32::try_from(entry.fd()).map_err(|_| {
             reader.bad_message(Fault::value("fd", format!("{} is no descriptor", entry.fd())))
         })?;
         fds.push(Fd { fd, file_id: entry.id() });
     }
-    Ok(fds.into())
+    Ok(Arc::new(fds))
 }
 
-/// `task_state` of CRIU (`enum __compel_task_state`): running and stopped tasks come back.
-fn is_alive(dir: &ImageDir, pid: u32) -> Result<bool, ImageError> {
+/// And the length of the core image's message. `task_state` of CRIU (`enum __compel_task_state`): running and stopped tasks come back.
+fn is_alive(dir: &ImageDir, pid: u32) -> Result<(bool, usize), ImageError> {
     const ALIVE: u32 = 1;
     const STOPPED: u32 = 3;
     let name = format!("core-{pid}.img");
     let mut reader = Reader::open(dir, &name, Magic::Core)?;
     // Registers and timers make this message large; of it only one number is wanted.
-    let state = match reader.next_bytes()? {
-        Some(core) => task_state(core).map_err(|(at, fault)| reader.bad_byte(at, fault))?,
+    let (state, length) = match reader.next_bytes()? {
+        Some(core) => task_state(core)
+            .map(|state| (state, core.len()))
+            .map_err(|(at, fault)| reader.bad_byte(at, fault))?,
         None => return Err(reader.bad_byte(0, Fault::Truncated { needed: 4, left: 0 })),
     };
-    Ok(matches!(state, ALIVE | STOPPED))
+    Ok((matches!(state, ALIVE | STOPPED), length))
 }
 
 /// `tc.task_state` of a `core_entry`.
