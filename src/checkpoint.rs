@@ -375,37 +375,34 @@ fn save(
 /// first it goes on, and with SO_OOBINLINE leaves no byte out.
 fn receive_len(fd: BorrowedFd<'_>, state: State) -> Result<u32, SaveError> {
     let sizes = |source| SaveError::Sizes { who: Who::of(fd), source };
-    let unread = unread(fd, state).map_err(sizes)?;
-    if unread > 0 && tcp::at_mark(fd).map_err(sizes)? {
+    let (unread, may_be_inline) = match tcp::unread(fd).map_err(sizes)? {
+        // The FIN counts until the program has read the end of the stream.
+        Some(unread) => (unread.all - u32::from(state.fin_received() && unread.all > unread.to_mark), true),
+        None => unread_inline(fd, true).map_err(sizes)?,
+    };
+    if unread > 0 && may_be_inline && tcp::at_mark(fd).map_err(sizes)? {
         return Err(SaveError::Urgent { who: Who::of(fd), unread });
     }
     Ok(unread)
 }
 
-fn unread(fd: BorrowedFd<'_>, state: State) -> Result<u32, SysError> {
-    match tcp::unread(fd)? {
-        // The FIN counts until the program has read the end of the stream.
-        Some(unread) => Ok(unread.all - u32::from(state.fin_received() && unread.all > unread.to_mark)),
-        None => unread_inline(fd, true),
-    }
-}
-
-fn unread_inline(fd: BorrowedFd<'_>, inline: bool) -> Result<u32, SysError> {
+/// What SIOCINQ counts with SO_OOBINLINE so, and whether it was on.
+fn unread_inline(fd: BorrowedFd<'_>, inline: bool) -> Result<(u32, bool), SysError> {
     let before = sockopt::oob_inline(fd)?;
     if before == inline {
-        return tcp::receive_queue_len(fd);
+        return Ok((tcp::receive_queue_len(fd)?, before));
     }
     sockopt::set_oob_inline(fd, inline)?;
     let len = tcp::receive_queue_len(fd);
     sockopt::set_oob_inline(fd, before)?;
-    len
+    Ok((len?, before))
 }
 
 /// A receive queue that is too short ends at an urgent mark, or the connection is not locked.
 fn receive_error(fd: BorrowedFd<'_>, source: QueueError) -> SaveError {
     let who = Who::of(fd);
     match (&source, unread_inline(fd, false), unread_inline(fd, true)) {
-        (QueueError::Length { .. }, Ok(to_mark), Ok(unread)) if to_mark < unread => {
+        (QueueError::Length { .. }, Ok((to_mark, _)), Ok((unread, _))) if to_mark < unread => {
             SaveError::Urgent { who, unread }
         }
         _ => SaveError::ReceiveQueue { who, source },
