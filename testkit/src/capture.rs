@@ -97,7 +97,7 @@ fn drain(socket: &OwnedFd, seen: &mut Seen) -> Result<()> {
     let mut packet = [0; 128]; // the headers are enough
     loop {
         match recv(std::os::fd::AsRawFd::as_raw_fd(socket), &mut packet, MsgFlags::MSG_DONTWAIT) {
-            Ok(len) => note(&packet[..len], seen),
+            Ok(len) => seen.note(&packet[..len]),
             Err(Errno::EAGAIN) => return Ok(()),
             Err(Errno::ENETDOWN) => {} // an interface went away
             Err(error) => return Err(error).context("recv(AF_PACKET)"),
@@ -105,17 +105,20 @@ fn drain(socket: &OwnedFd, seen: &mut Seen) -> Result<()> {
     }
 }
 
-fn note(packet: &[u8], seen: &mut Seen) {
-    let Some(tcp) = tcp_header(packet) else { return };
-    seen.segments += 1;
-    if tcp[13] & 0x04 != 0 {
-        let port = |at| u16::from_be_bytes([tcp[at], tcp[at + 1]]);
-        seen.resets.push(Reset { from: port(0), to: port(2) });
+impl Seen {
+    /// Takes a packet into account, from the network header on.
+    pub(crate) fn note(&mut self, packet: &[u8]) {
+        let Some(tcp) = tcp_header(packet) else { return };
+        self.segments += 1;
+        if tcp[13] & 0x04 != 0 {
+            let port = |at| u16::from_be_bytes([tcp[at], tcp[at + 1]]);
+            self.resets.push(Reset { from: port(0), to: port(2) });
+        }
     }
 }
 
 /// The TCP header of an IPv4 packet, or of an IPv6 packet without extension headers.
-fn tcp_header(packet: &[u8]) -> Option<&[u8; 20]> {
+pub(crate) fn tcp_header(packet: &[u8]) -> Option<&[u8; 20]> {
     let at = match packet.first()? >> 4 {
         4 if *packet.get(9)? == 6 => usize::from(packet[0] & 15) * 4,
         6 if *packet.get(6)? == 6 => 40,
@@ -142,8 +145,8 @@ mod tests {
         (v6[0], v6[6]) = (0x60, 6);
         let mut seen = Seen::default();
         for ip in [&v4[..], &v6[..]] {
-            note(&segment(ip, 0x10), &mut seen);
-            note(&segment(ip, 0x14), &mut seen);
+            seen.note(&segment(ip, 0x10));
+            seen.note(&segment(ip, 0x14));
         }
         assert_eq!(seen.segments, 4);
         assert_eq!(seen.resets, [Reset { from: 0x1234, to: 80 }; 2]);
@@ -154,9 +157,9 @@ mod tests {
         let mut udp = [0; 48];
         (udp[0], udp[9]) = (0x45, 17);
         let mut seen = Seen::default();
-        note(&udp, &mut seen);
-        note(&[], &mut seen);
-        note(&[0x45, 0], &mut seen);
+        seen.note(&udp);
+        seen.note(&[]);
+        seen.note(&[0x45, 0]);
         assert_eq!(seen.segments, 0);
     }
 }

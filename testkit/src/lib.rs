@@ -7,9 +7,11 @@
 pub mod capture;
 pub mod client;
 pub mod criu;
+pub mod interrupt;
 pub mod leftovers;
 pub mod netns;
 pub mod pattern;
+pub mod relay;
 pub mod server;
 pub mod sockets;
 pub mod task;

@@ -140,7 +140,7 @@ impl AsFd for NetNs {
     }
 }
 
-/// One end of a [`veth`] pair: where, the interface's name, its addresses with prefix length.
+/// One end of a [`veth`] pair or a [`crate::relay::Relay`]: where, the interface's name, its addresses with prefix length.
 #[derive(Clone, Copy, Debug)]
 pub struct End<'a> {
     /// The namespace.
@@ -158,13 +158,19 @@ pub struct End<'a> {
 /// What `ip` said.
 pub fn veth(a: End<'_>, b: End<'_>) -> Result<()> {
     a.ns.ip(&format!("link add {} type veth peer name {} netns {}", a.name, b.name, b.ns.path()))?;
-    for end in [a, b] {
-        end.ns.ip(&format!("link set {} addrgenmode none", end.name))?;
-        end.ns.ip(&format!("link set {} up", end.name))?;
-        for address in end.addresses {
+    a.bring_up()?;
+    b.bring_up()
+}
+
+impl End<'_> {
+    pub(crate) fn bring_up(&self) -> Result<()> {
+        let name = self.name;
+        self.ns.ip(&format!("link set {name} addrgenmode none"))?;
+        self.ns.ip(&format!("link set {name} up"))?;
+        for address in self.addresses {
             let nodad = if address.contains(':') { "nodad" } else { "" };
-            end.ns.ip(&format!("addr add {address} dev {} {nodad}", end.name))?;
+            self.ns.ip(&format!("addr add {address} dev {name} {nodad}"))?;
         }
+        Ok(())
     }
-    Ok(())
 }

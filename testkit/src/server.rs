@@ -2,7 +2,7 @@
 
 use std::ffi::OsStr;
 use std::fs::{self, File};
-use std::io::Read;
+use std::io::{Read, Write};
 use std::net::SocketAddr;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
@@ -42,11 +42,26 @@ impl Server {
         dir: &Path,
         args: impl IntoIterator<Item = S>,
     ) -> Result<Self> {
-        let report = dir.join("server.err");
         let mut command = ns.command(sibling_binary("soccr-testserver")?);
         command.arg("--listen").arg(address.to_string()).args(args);
-        let (address, task) = spawn(&mut command, &report)?;
+        Self::spawn(&mut command, dir)
+    }
+
+    /// Starts any server that keeps to the ways of `soccr-testserver`: a session of its own, one
+    /// line `ready ADDR` on standard output once it is up, and then the end of that output.
+    ///
+    /// # Errors
+    /// When it does not come up.
+    pub fn spawn(command: &mut Command, dir: &Path) -> Result<Self> {
+        let report = dir.join("server.err");
+        let (address, task) = spawn(command, &report)?;
         Ok(Self { address, task, report })
+    }
+
+    /// What the server has complained about so far.
+    #[must_use]
+    pub fn complaints(&self) -> String {
+        fs::read_to_string(&self.report).unwrap_or_default()
     }
 
     /// The same server after a restore.
@@ -81,6 +96,20 @@ impl Server {
             other => bail!("the server ended with {other:?}:\n{said}"),
         }
     }
+}
+
+/// For servers: says on standard output that they are up, and closes that, because a dump cannot
+/// take its other end along.
+///
+/// # Errors
+/// When standard output is closed already.
+pub fn say_ready(address: SocketAddr) -> Result<()> {
+    let mut stdout = std::io::stdout();
+    writeln!(stdout, "ready {address}")?;
+    stdout.flush()?;
+    let null = File::options().write(true).open("/dev/null")?;
+    nix::unistd::dup2_stdout(&null)?;
+    Ok(())
 }
 
 /// Starts the program in a session of its own, with nothing on its standard streams that a dump

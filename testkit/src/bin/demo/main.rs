@@ -16,14 +16,14 @@ mod server;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use nix::errno::Errno;
-use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, kill, sigaction};
+use nix::sys::signal::kill;
 use nix::unistd::Pid;
 use soccr_testkit::criu::timed;
+use soccr_testkit::interrupt::{self, pause};
 use soccr_testkit::leftovers;
 use soccr_testkit::task;
 use soccr_testkit::{Criu, Lock, NetNs, Side};
@@ -77,7 +77,7 @@ fn demo(options: &Options) -> Result<()> {
     ensure!(nix::unistd::geteuid().is_root(), "CRIU needs root: sudo make demo");
     options.criu.check(matches!(options.side, Side::Plugin(_)))?;
     ensure!(options.clients > 0, "no clients, no demo");
-    notice_interrupts()?;
+    interrupt::notice()?;
     task::become_subreaper()?;
     let out = fresh_folder(&options.out)?;
     let here = NetNs::current()?;
@@ -189,28 +189,4 @@ fn fresh_folder(out: &Path) -> Result<PathBuf> {
 
 fn seconds(time: Duration) -> String {
     format!("{:.3}", time.as_secs_f64())
-}
-
-static INTERRUPTED: AtomicBool = AtomicBool::new(false);
-
-/// After Ctrl-C the demo still cleans up.
-fn notice_interrupts() -> Result<()> {
-    extern "C" fn note(_: libc::c_int) {
-        INTERRUPTED.store(true, Ordering::Relaxed);
-    }
-    let action = SigAction::new(SigHandler::Handler(note), SaFlags::SA_RESTART, SigSet::empty());
-    for signal in [Signal::SIGINT, Signal::SIGTERM] {
-        // SAFETY: the handler only stores to an atomic, which is async-signal-safe.
-        unsafe { sigaction(signal, &action) }?;
-    }
-    Ok(())
-}
-
-fn pause(time: Duration) -> Result<()> {
-    let end = Instant::now() + time;
-    while Instant::now() < end {
-        ensure!(!INTERRUPTED.load(Ordering::Relaxed), "interrupted");
-        std::thread::sleep(Duration::from_millis(20));
-    }
-    Ok(())
 }

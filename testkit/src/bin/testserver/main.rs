@@ -22,7 +22,7 @@
 mod conn;
 
 use std::collections::HashMap;
-use std::io::{ErrorKind, Write};
+use std::io::ErrorKind;
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
@@ -36,6 +36,7 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::socket::{Backlog, setsockopt, sockopt};
+use soccr_testkit::server::say_ready;
 
 use conn::{Conn, Parked};
 
@@ -320,14 +321,4 @@ impl Loop {
         let data = u64::try_from(fd.as_fd().as_raw_fd())?;
         Ok(self.epoll.add(fd, EpollEvent::new(flags, data))?)
     }
-}
-
-/// Says so on standard output and closes that, because a dump cannot take its other end along.
-fn say_ready(address: SocketAddr) -> Result<()> {
-    let mut stdout = std::io::stdout();
-    writeln!(stdout, "ready {address}")?;
-    stdout.flush()?;
-    let null = std::fs::File::options().write(true).open("/dev/null")?;
-    nix::unistd::dup2_stdout(&null)?;
-    Ok(())
 }
