@@ -9,7 +9,9 @@ pub mod image;
 pub mod kernel;
 pub mod lock;
 pub mod options;
+pub mod record;
 pub mod restore;
+pub mod tasks;
 
 /// Ways into parsers that are otherwise private, for the fuzz targets in `fuzz/`. Not a part of the interface.
 #[doc(hidden)]

@@ -3,17 +3,16 @@
 //! One packet socket carries the requests. Each brings a socket of its own for the answer: log lines as they come,
 //! then the result. So several processes can ask at once, and an agent that dies shows as the end of the answer.
 
-#![allow(unsafe_code)]
-
 use std::io::{self, IoSlice, IoSliceMut};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 
 use nix::cmsg_space;
 use nix::errno::Errno;
 use nix::sys::socket::{
-    AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg, sendmsg,
-    socketpair,
+    AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, recvmsg, sendmsg, socketpair,
 };
+
+use soccr::kernel::process::received_fds;
 
 use crate::host;
 
@@ -182,7 +181,7 @@ impl Server {
         let mut parts = [IoSliceMut::new(&mut packet)];
         let received =
             recvmsg::<()>(self.0.as_raw_fd(), &mut parts, Some(&mut control), MsgFlags::MSG_CMSG_CLOEXEC)?;
-        let mut files = owned(received.cmsgs()?);
+        let mut files = received_fds(received.cmsgs()?).into_iter();
         if received.bytes == 0 {
             return Ok(None);
         }
@@ -198,18 +197,6 @@ impl AsFd for Server {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.0.as_fd()
     }
-}
-
-/// The descriptors that a message brought.
-pub fn owned(messages: impl Iterator<Item = ControlMessageOwned>) -> std::vec::IntoIter<OwnedFd> {
-    let mut files = Vec::new();
-    for message in messages {
-        if let ControlMessageOwned::ScmRights(raw) = message {
-            // SAFETY: the kernel has just installed these for us; nobody else owns them.
-            files.extend(raw.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }));
-        }
-    }
-    files.into_iter()
 }
 
 /// Where the answer to one request goes.

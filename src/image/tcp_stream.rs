@@ -75,9 +75,9 @@ pub(super) fn read_queues(mut reader: Reader, tcp: &TcpState, queues: &mut Queue
 /// What keeps this connection from being written, if anything.
 pub(super) fn check_writable(tcp: &TcpState, recv: &[u8], send: &[u8]) -> Result<(), String> {
     let options = &tcp.options;
-    let contradiction = if recv.len() as u64 != tcp.recv_len.into() {
+    let contradiction = if recv.len() as u64 != u64::from(tcp.recv_len) {
         format!("receive queue of {} bytes, its length is {}", recv.len(), tcp.recv_len)
-    } else if send.len() as u64 != tcp.send_len.into() {
+    } else if send.len() as u64 != u64::from(tcp.send_len) {
         format!("send queue of {} bytes, its length is {}", send.len(), tcp.send_len)
     } else if tcp.unsent_len > tcp.send_len {
         format!("{} bytes unsent of {}", tcp.unsent_len, tcp.send_len)

@@ -114,6 +114,12 @@ impl NetNs {
         Ok(Self(Arc::new(Inner { dev: meta.dev(), ino: meta.ino(), fd: file.into() })))
     }
 
+    /// The device of the kernel's namespace files.
+    #[must_use]
+    pub fn device(&self) -> u64 {
+        self.0.dev
+    }
+
     /// The inode number, as in `net:[4026531840]`.
     #[must_use]
     pub fn inode(&self) -> u64 {

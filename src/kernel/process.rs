@@ -2,6 +2,8 @@
 
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
+use nix::sys::socket::ControlMessageOwned;
+
 use super::{SysError, SysResult};
 
 /// A descriptor's number in another process: nothing that this process could use as its own.
@@ -40,4 +42,19 @@ pub fn pidfd_getfd(pidfd: BorrowedFd<'_>, fd: RemoteFd) -> SysResult<OwnedFd> {
     owned("duplicate a task's descriptor", unsafe {
         libc::syscall(libc::SYS_pidfd_getfd, pidfd.as_raw_fd(), fd.0, 0)
     })
+}
+
+/// The descriptors that a message of a unix socket brought (SCM_RIGHTS), in their order.
+///
+/// `messages` are those of a `recvmsg()` that has just returned: each number in them is a new descriptor of ours.
+#[must_use]
+pub fn received_fds(messages: impl Iterator<Item = ControlMessageOwned>) -> Vec<OwnedFd> {
+    let mut files = Vec::new();
+    for message in messages {
+        if let ControlMessageOwned::ScmRights(raw) = message {
+            // SAFETY: the kernel has just installed these for us; nobody else owns them.
+            files.extend(raw.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }));
+        }
+    }
+    files
 }

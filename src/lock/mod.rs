@@ -34,6 +34,7 @@ use crate::kernel::netns::NetNs;
 pub use name::{BadLockName, LockName};
 pub(crate) use nft::fuzzing::read_answers;
 pub use nft::{MARK, NftError};
+pub(crate) use options::variable;
 pub use options::{BadOption, LEASE_VARIABLE, LockOptions, METHOD_VARIABLE, Method};
 pub use passage::Passage;
 pub use xtables::XtablesError;
@@ -232,7 +233,7 @@ pub fn list(ns: &NetNs) -> Result<Vec<LockInfo>, LockError> {
 }
 
 /// An error with all its causes, in one line.
-fn chain(error: &dyn std::error::Error) -> String {
+pub(crate) fn chain(error: &dyn std::error::Error) -> String {
     let causes = std::iter::successors(Some(error), |e| e.source());
     causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
 }

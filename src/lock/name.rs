@@ -6,7 +6,8 @@ use std::str::FromStr;
 /// A lock's name: the nf_tables table `inet NAME`, such as `CRIU-1f3a`, or `soccr-1f3a`.
 ///
 /// With iptables the lock is a chain `SOCCR-ID`, where the ID is what follows the prefix.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, serde::Serialize, serde::Deserialize)]
+#[serde(try_from = "String", into = "String")]
 pub struct LockName(String);
 
 /// Text that cannot name a lock. Names come out of images, so they are not trusted.
@@ -74,6 +75,20 @@ impl FromStr for LockName {
         let good = text.len() <= Self::MAX_LEN
             && Self::strip_prefix(text).is_some_and(|id| !id.is_empty() && id.chars().all(plain));
         if good { Ok(Self(text.to_owned())) } else { Err(BadLockName(text.to_owned())) }
+    }
+}
+
+impl TryFrom<String> for LockName {
+    type Error = BadLockName;
+
+    fn try_from(text: String) -> Result<Self, BadLockName> {
+        text.parse()
+    }
+}
+
+impl From<LockName> for String {
+    fn from(name: LockName) -> Self {
+        name.0
     }
 }
 

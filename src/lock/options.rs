@@ -9,7 +9,8 @@ pub const METHOD_VARIABLE: &str = "SOCCR_LOCK";
 pub const LEASE_VARIABLE: &str = "SOCCR_LOCK_LEASE";
 
 /// What keeps the connections' packets away.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Method {
     /// One nf_tables transaction per namespace: constant cost per connection, no program started.
     #[default]
@@ -77,7 +78,7 @@ impl LockOptions {
 }
 
 /// A value that is not Unicode is as wrong as any other, and shown with its bad bytes replaced.
-fn variable(name: &str) -> String {
+pub(crate) fn variable(name: &str) -> String {
     match env::var(name) {
         Ok(value) => value,
         Err(VarError::NotPresent) => String::new(),

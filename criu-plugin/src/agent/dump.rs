@@ -17,12 +17,14 @@ use soccr::image::ImageDir;
 use soccr::image::external::ExternalImage;
 use soccr::image::tcp_stream::TcpStreamImage;
 use soccr::kernel::netns::NetNs;
-use soccr::lock::{LockName, LockOptions, NetworkLock};
+use soccr::lock::{LockName, LockOptions, Method, NetworkLock};
+use soccr::record::{ConnectionRecord, LockRecord, NsId, Phase as Recorded, Recorder};
+use soccr::tasks::{self, FindError, Finder, Found, Place, Task};
 
+use super::error::chain;
 use super::logger::answering;
 use super::outcome::{Arrangement, Outcome};
-use super::sockets::{FindError, Finder, Found, Place};
-use super::tasks::{self, Task};
+
 use super::{AgentError, outcome};
 use crate::channel::{Answer, Asked, Request, Server};
 
@@ -44,6 +46,7 @@ pub(super) struct Dump {
     finder: Finder,
     pub(super) held: Vec<Held>,
     pub(super) locks: HashMap<NetNs, NetworkLock>,
+    pub(super) recorder: Recorder,
     queues: Queues,
 }
 
@@ -160,7 +163,11 @@ impl Serving {
             return Ok(());
         }
         match Arrangement::make(&self.dump)? {
-            Some(arrangement) => self.phase = Phase::Deciding(Outcome::new(arrangement)),
+            Some(arrangement) => {
+                self.dump.recorder.keep_after_death(arrangement.ours_stays());
+                self.dump.note(Recorded::Deciding);
+                self.phase = Phase::Deciding(Outcome::new(arrangement));
+            }
             None => {
                 log::info!("CRIU carries the connections itself");
                 self.end_alive();
@@ -175,6 +182,7 @@ impl Serving {
             outcome::Verdict::Open => {}
             outcome::Verdict::Stopped => {
                 // Left stopped: that may last, and criu need not wait for it.
+                self.dump.note(Recorded::LeftStopped);
                 for answer in self.waiting.drain(..) {
                     answer.finish(true);
                 }
@@ -197,10 +205,13 @@ impl Serving {
 
 impl Dump {
     fn new(images: ImageDir, criu: Task) -> Result<Self, AgentError> {
+        let lock_name = LockName::criu(&format!("soccr-{}", super::random_id()?))?;
+        let recorder = Recorder::new(lock_name.id(), Recorded::Saving, images.as_fd(), criu.pid)?;
         Ok(Self {
             images,
             criu,
-            lock_name: LockName::criu(&format!("soccr-{}", super::random_id()?))?,
+            lock_name,
+            recorder,
             options: LockOptions::from_env()?,
             tasks: Vec::new(),
             finder: Finder::default(),
@@ -227,6 +238,7 @@ impl Dump {
         for task in self.tasks.iter().skip(first) {
             found.extend(self.finder.of_task(task)?);
         }
+        self.record(&found)?;
         self.lock(&found)?;
         let count = found.len();
         for connection in found {
@@ -238,6 +250,38 @@ impl Dump {
         }
         log::info!("{count} TCP connections saved, locked by the table inet {}", self.lock_name);
         Ok(())
+    }
+
+    /// Writes down what is about to be changed on this host, while nothing is.
+    fn record(&mut self, found: &[Found]) -> Result<(), AgentError> {
+        if found.is_empty() {
+            return Ok(());
+        }
+        for connection in found.iter().filter(|_| self.options.method != Method::Skip) {
+            let ns = NsId::from(&connection.ns);
+            let lock = LockRecord { ns, name: self.lock_name.clone(), method: self.options.method };
+            self.recorder.add_lock(lock);
+        }
+        for task in &self.tasks {
+            self.recorder.add_task(task.pid);
+        }
+        self.recorder.add_connections(found.iter().map(ConnectionRecord::from));
+        self.recorder.save(Recorded::Saving)?;
+        Ok(())
+    }
+
+    /// The record follows. What it told before is enough to find and undo all, so this may fail.
+    pub(super) fn note(&mut self, phase: Recorded) {
+        if let Err(error) = self.recorder.enter(phase) {
+            log::error!("{}", chain(&error));
+        }
+    }
+
+    /// All is undone.
+    pub(super) fn forget_record(&mut self) {
+        if let Err(error) = self.recorder.remove() {
+            log::error!("{}", chain(&error));
+        }
     }
 
     /// One transaction per namespace.
@@ -289,6 +333,7 @@ impl Dump {
         let found = found.ok_or(AgentError::Protocol("the descriptor is not a TCP connection"))?;
         let known = self.held.iter().any(|held| held.tuple == found.tuple);
         if !known {
+            self.record(std::slice::from_ref(&found))?;
             self.lock(std::slice::from_ref(&found))?;
         }
         let tcp = self.read(&found)?;
@@ -311,12 +356,17 @@ impl Dump {
 
     /// The tasks run on: nothing was changed in them, so the lock is all there is to undo.
     pub(super) fn let_live(&mut self) {
+        let mut unlocked = true;
         for (ns, lock) in self.locks.drain() {
             if let Err(error) = lock.unlock() {
-                log::error!("{ns}: the connections stay locked: {error}");
+                log::error!("{ns}: the connections stay locked: {}", chain(&error));
+                unlocked = false;
             }
         }
         self.held.clear();
+        if unlocked {
+            self.forget_record();
+        }
     }
 
     /// The tasks are dead, and ours are the last descriptors of their sockets: in repair mode a socket is closed without

@@ -7,9 +7,9 @@ use soccr::image::ImageError;
 use soccr::kernel::SysError;
 use soccr::kernel::netns::NetNsError;
 use soccr::lock::{BadLockName, BadOption, LockError};
+use soccr::record::RecordError;
 use soccr::restore::RestoreError;
-
-use super::sockets::{FindError, Place};
+use soccr::tasks::{FindError, Place};
 
 /// The agent cannot do what it was asked.
 #[derive(Debug, thiserror::Error)]
@@ -28,6 +28,8 @@ pub(super) enum AgentError {
     Option(#[from] BadOption),
     #[error(transparent)]
     Pause(#[from] PauseError),
+    #[error("{}", chain(.0))]
+    Record(#[from] RecordError),
     #[error("{source} ({place})")]
     Save { place: Place, source: SaveError },
     #[error("{tuple} ({place}): {}", chain(.source))]

@@ -8,13 +8,10 @@
 
 mod dump;
 mod error;
-mod in_flight;
 mod logger;
 mod outcome;
 mod privilege;
 mod restore;
-mod sockets;
-mod tasks;
 
 use std::io::Read;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};

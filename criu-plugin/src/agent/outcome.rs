@@ -7,10 +7,12 @@ use soccr::image::inventory::{self, Inventory, NetworkLock as ImageLock};
 use soccr::image::nftables;
 use soccr::kernel::netns::NetNs;
 use soccr::lock::{self, LockName, Method};
+use soccr::record::Phase;
+use soccr::tasks::{Fate, Task};
 
 use super::AgentError;
 use super::dump::Dump;
-use super::tasks::{Fate, Task};
+
 use crate::host::{FinalState, final_state};
 
 /// What the locks will be once the tasks are dead, arranged in the images already.
@@ -23,6 +25,11 @@ pub(super) struct Arrangement {
 }
 
 impl Arrangement {
+    /// Whether the tasks' death leaves our locks where they are.
+    pub(super) fn ours_stays(&self) -> bool {
+        self.ours_stays
+    }
+
     /// Makes the images ones that stock CRIU restores with `--tcp-established`: it must find no `tcp_close` in them, and
     /// a lock that it removes by itself. `None`: criu ran without `--tcp-close` and carried the connections itself.
     ///
@@ -112,12 +119,14 @@ impl Outcome {
     /// The tasks are dead: the connections leave this host without a word, and the locks become what was arranged.
     pub(super) fn carry_out_death(self, dump: &mut Dump) {
         dump.close_silently();
-        for (ns, lock) in dump.locks.drain() {
-            if self.arrangement.ours_stays {
-                lock.keep();
-            } else if let Err(error) = lock.unlock() {
-                log::error!("{ns}: the connections stay locked: {error}");
-            }
+        if self.arrangement.ours_stays {
+            dump.locks.drain().for_each(|(_, lock)| lock.keep());
+            dump.note(Phase::Dumped);
+        } else {
+            dump.let_live();
+        }
+        if dump.recorder.record().locks.is_empty() {
+            dump.forget_record(); // SOCCR_LOCK=skip
         }
         if let Some((ns, name)) = &self.arrangement.stray
             && let Err(error) = lock::remove(ns, Method::Nftables, name)

@@ -26,14 +26,16 @@ use soccr::kernel::netns::NetNs;
 use soccr::kernel::process::{self, RemoteFd};
 use soccr::kernel::tcp::Direction;
 use soccr::kernel::{SysError, addr, sockopt, tcp};
-use soccr::lock::{self, LockName, LockOptions, NetworkLock, stock};
+use soccr::lock::{self, LockError, LockName, LockOptions, Method, NetworkLock, stock};
+use soccr::record::{self, ConnectionRecord, LockRecord, NsId, Phase, RecordId, Recorder};
 use soccr::restore::RoomForQueues;
+use soccr::tasks::{self, Task, in_flight};
 
 use super::AgentError;
 use super::error::chain;
-use super::in_flight;
+
 use super::logger::answering;
-use super::tasks::{self, Task};
+
 use crate::channel::{Asked, Request, Server};
 
 /// Serves the hooks of one `criu restore`.
@@ -102,6 +104,9 @@ struct Restore {
     locks: Vec<(NetworkLock, Vec<FourTuple>)>,
     /// The tables that the dump left.
     dump_locks: Vec<LockName>,
+    recorder: Recorder,
+    /// Tasks whose hook has come.
+    restored: Vec<i32>,
     /// Inner pids of the tasks whose hook is still to come.
     awaited: HashSet<u32>,
     /// File ids of the connections still to be brought back.
@@ -125,8 +130,10 @@ impl Restore {
             dump_locks.extend(image.lock_id.as_deref().and_then(|id| LockName::criu(id).ok()));
             external.insert(image.tuple, image);
         }
+        let lock_name = lock_name(&index)?;
         Ok(Self {
-            lock_name: lock_name(&index)?,
+            recorder: recorder(&index, &lock_name, images, criu)?,
+            lock_name,
             dump_locks,
             images: ImageDir::duplicate(images.as_fd())?,
             criu,
@@ -135,6 +142,7 @@ impl Restore {
             home: NetNs::of_task(criu.cast_unsigned())?,
             options: LockOptions::from_env()?,
             locks: Vec::new(),
+            restored: Vec::new(),
             awaited,
             missing,
             built: Vec::new(),
@@ -183,6 +191,11 @@ impl Restore {
 
     fn lock(&mut self, ns: &NetNs, tuples: Vec<FourTuple>) -> Result<(), AgentError> {
         if !tuples.is_empty() {
+            if self.options.method != Method::Skip {
+                let (name, method) = (self.lock_name.clone(), self.options.method);
+                self.recorder.add_lock(LockRecord { ns: NsId::from(ns), name, method });
+                self.recorder.save(Phase::Restoring)?;
+            }
             let lock = NetworkLock::lock(ns, &self.lock_name, &tuples, &self.options)?;
             self.locks.push((lock, tuples));
         }
@@ -205,6 +218,7 @@ impl Restore {
     fn bring_back(&mut self, pid: i32) -> Result<(), AgentError> {
         let inner = tasks::inner_pid(pid).map_err(AgentError::Tree)?;
         self.awaited.remove(&inner);
+        self.restored.push(pid);
         if self.missing.is_empty() && self.external.is_empty() {
             return Ok(());
         }
@@ -305,6 +319,9 @@ impl Restore {
             return Err(AgentError::NotFound(names.join(", ")));
         }
         std::mem::take(&mut self.forge).finish()?;
+        self.recorder.forget_tasks();
+        self.restored.iter().for_each(|pid| self.recorder.add_task(*pid));
+        self.recorder.enter(Phase::Waking)?;
         self.unlock()?;
         self.finished = true;
         let count = self.built.len();
@@ -317,6 +334,9 @@ impl Restore {
         }
         if asleep > 0 {
             return Err(AgentError::Asleep(asleep));
+        }
+        if let Err(error) = self.recorder.remove() {
+            log::error!("{}", chain(&error));
         }
         if count > 0 {
             log::info!("{count} TCP connections go on");
@@ -336,6 +356,11 @@ impl Restore {
                 stock::remove_rules(&ns, &tuples)?;
             }
             lock.unlock()?;
+            self.recorder.forget_locks_in(&ns);
+        }
+        // The dump may have been made in a namespace that nothing of this restore lives in.
+        for problem in record::remove_locks(self.recorder.record()) {
+            log::error!("{problem}");
         }
         Ok(())
     }
@@ -366,13 +391,31 @@ impl Restore {
         }
         for (lock, tuples) in std::mem::take(&mut self.locks) {
             let ns = lock.namespace().clone();
-            if let Err(error) = self.lock_as_before(lock, &tuples) {
-                log::error!("{ns}: the connections may be unlocked: {}", chain(&error));
+            match self.lock_as_before(lock, &tuples) {
+                Ok(name) => self.record_lock(&ns, name),
+                Err(error) => log::error!("{ns}: the connections may be unlocked: {}", chain(&error)),
             }
+        }
+        self.recorder.forget_tasks();
+        let waits = !self.recorder.record().locks.is_empty();
+        let kept = if waits { self.recorder.enter(Phase::Dumped) } else { self.recorder.remove() };
+        if let Err(error) = kept {
+            log::error!("{}", chain(&error));
         }
     }
 
-    fn lock_as_before(&self, lock: NetworkLock, tuples: &[FourTuple]) -> Result<(), soccr::lock::LockError> {
+    /// Records the lock that is left in a namespace. Where a stock dump's own is there again, as if nothing had been,
+    /// it is none of ours.
+    fn record_lock(&mut self, ns: &NetNs, name: Option<LockName>) {
+        self.recorder.forget_locks_in(ns);
+        let id = self.recorder.record().id.as_str();
+        if let Some(name) = name.filter(|name| name.id() == id) {
+            self.recorder.add_lock(LockRecord { ns: NsId::from(ns), name, method: self.options.method });
+        }
+    }
+
+    /// Leaves the lock as it was before the restore, and says which is there.
+    fn lock_as_before(&self, lock: NetworkLock, tuples: &[FourTuple]) -> Result<Option<LockName>, LockError> {
         match (self.index.network_lock, dump_lock(&self.index)) {
             // CRIU may have removed the dump's table by now.
             (ImageLock::Nftables, Some(name)) => {
@@ -380,15 +423,42 @@ impl Restore {
                 let ours = lock.name().clone();
                 lock.keep();
                 lock::rename(&ns, &ours, &name, tuples, &self.options)?.keep();
+                Ok(Some(name))
             }
             // The dump's rules are still there.
             (ImageLock::Iptables, _) if *lock.namespace() == self.home => {
                 lock.unlock()?;
+                Ok(None)
             }
-            _ => lock.keep(),
+            _ => {
+                let name = lock.name().clone();
+                lock.keep();
+                Ok(Some(name))
+            }
         }
-        Ok(())
     }
+}
+
+/// The dump's record, or a new one where that was made by stock CRIU, on another host, or before a reboot.
+fn recorder(index: &Index, lock: &LockName, images: &ImageDir, criu: i32) -> Result<Recorder, AgentError> {
+    let id = index.dump_run_id.as_deref().and_then(|id| id.parse::<RecordId>().ok());
+    match id.map_or(Ok(None), |id| Recorder::take_over(&id, criu)) {
+        Ok(Some(recorder)) => return Ok(recorder),
+        // The images have all that a restore needs.
+        Err(error) if error.is_unreadable() => log::warn!("{}", chain(&error)),
+        other => drop(other?),
+    }
+    let mut recorder = Recorder::new(lock.id(), Phase::Restoring, images.as_fd(), criu)?;
+    let connections = index.connections.values().filter(|connection| connection.has_stream);
+    recorder.add_connections(connections.map(|connection| ConnectionRecord {
+        local: connection.tuple.local,
+        remote: connection.tuple.remote,
+        ino: connection.ino,
+        cookie: 0,
+        pid: None,
+        fd: None,
+    }));
+    Ok(recorder)
 }
 
 /// The lock of this restore: the same at every try, so that the next one replaces it.

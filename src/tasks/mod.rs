@@ -1,4 +1,8 @@
-//! Tasks as `/proc` shows them.
+//! Tasks of this host as `/proc` shows them, and the TCP connections that they hold.
+
+mod identity;
+pub mod in_flight;
+mod sockets;
 
 use std::collections::VecDeque;
 use std::fs;
@@ -7,8 +11,12 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use procfs::process::{ProcState, Process};
 use procfs::{ProcError, ProcResult};
-use soccr::kernel::SysError;
-use soccr::kernel::process::{self, RemoteFd};
+
+use crate::kernel::SysError;
+use crate::kernel::process::{self, RemoteFd};
+
+pub use identity::ProcessId;
+pub use sockets::{FindError, Finder, Found, Place, Walker};
 
 /// A task of the dump or the restore.
 #[derive(Debug)]

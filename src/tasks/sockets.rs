@@ -4,14 +4,15 @@ use std::collections::{HashMap, HashSet};
 use std::fmt;
 use std::os::fd::{AsFd, OwnedFd};
 
-use soccr::checkpoint::four_tuple;
-use soccr::connection::FourTuple;
-use soccr::kernel::netns::{NetNs, NetNsError};
-use soccr::kernel::process::RemoteFd;
-use soccr::kernel::{SysError, sockopt, tcp};
+use nix::errno::Errno;
 
-use super::in_flight;
-use super::tasks::Task;
+use crate::checkpoint::four_tuple;
+use crate::connection::FourTuple;
+use crate::kernel::netns::{NetNs, NetNsError};
+use crate::kernel::process::RemoteFd;
+use crate::kernel::{SysError, sockopt, tcp};
+
+use super::{Task, in_flight};
 
 /// A connection that is to be carried.
 #[derive(Debug)]
@@ -20,6 +21,8 @@ pub struct Found {
     pub socket: OwnedFd,
     /// Its inode, which names its image.
     pub inode: u32,
+    /// The kernel's number for it (`SO_COOKIE`), which no other socket gets until the next boot.
+    pub cookie: u64,
     /// Both ends.
     pub tuple: FourTuple,
     /// The socket's own network namespace.
@@ -51,6 +54,7 @@ impl fmt::Display for Place {
 
 /// A task's sockets cannot all be found.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum FindError {
     /// `/proc` cannot be read.
     #[error("pid {0}: cannot be examined in /proc: {1}")]
@@ -73,10 +77,71 @@ pub enum FindError {
     },
 }
 
+/// Visits each socket once, however many descriptors lead to it: those in tasks' tables and, inside unix sockets,
+/// those in flight.
+#[derive(Debug, Default)]
+pub struct Walker {
+    inodes: HashSet<u64>,
+    unix: HashSet<u64>,
+}
+
+impl Walker {
+    /// Calls `visit` with a duplicate of every socket of `task` that was not seen before and is no unix socket.
+    ///
+    /// # Errors
+    /// [`FindError`], or that of `visit`; what is left is not visited then.
+    pub fn walk(
+        &mut self,
+        task: &Task,
+        mut visit: impl FnMut(OwnedFd, Place) -> Result<(), FindError>,
+    ) -> Result<(), FindError> {
+        let sockets = task.sockets().map_err(|error| FindError::Proc(task.pid, error))?;
+        for (fd, inode) in sockets {
+            if !self.inodes.insert(inode) {
+                continue;
+            }
+            let place = Place::Table(task.pid, fd);
+            let socket = match task.copy(fd) {
+                Err(SysError { errno: Errno::EBADF, .. }) => continue, // closed meanwhile: the task runs
+                other => other.map_err(|error| FindError::Sys(place, error))?,
+            };
+            if in_flight::is_unix(socket.as_fd()) {
+                self.queued_in(&socket, Place::InFlight(task.pid, fd), &mut visit)?;
+            } else {
+                visit(socket, place)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn queued_in(
+        &mut self,
+        unix: &OwnedFd,
+        place: Place,
+        visit: &mut dyn FnMut(OwnedFd, Place) -> Result<(), FindError>,
+    ) -> Result<(), FindError> {
+        let sys = |error| FindError::Sys(place, error);
+        let packets = in_flight::peek(unix.as_fd()).map_err(sys)?;
+        for socket in packets.into_iter().flat_map(|packet| packet.files) {
+            if !in_flight::is_unix(socket.as_fd()) {
+                visit(socket, place)?;
+            } else if self.unix.insert(sockopt::cookie(socket.as_fd()).map_err(sys)?) {
+                self.queued_in(&socket, place, visit)?;
+            }
+        }
+        Ok(())
+    }
+}
+
 /// Finds each connection once, however many descriptors lead to it.
 #[derive(Debug, Default)]
 pub struct Finder {
-    inodes: HashSet<u64>,
+    walker: Walker,
+    known: Known,
+}
+
+#[derive(Debug, Default)]
+struct Known {
     cookies: HashSet<u64>,
     namespaces: HashMap<u64, NetNs>,
 }
@@ -88,19 +153,11 @@ impl Finder {
     /// [`FindError`].
     pub fn of_task(&mut self, task: &Task) -> Result<Vec<Found>, FindError> {
         let mut found = Vec::new();
-        let sockets = task.sockets().map_err(|error| FindError::Proc(task.pid, error))?;
-        for (fd, inode) in sockets {
-            if !self.inodes.insert(inode) {
-                continue;
-            }
-            let place = Place::Table(task.pid, fd);
-            let socket = task.copy(fd).map_err(|error| FindError::Sys(place, error))?;
-            if in_flight::is_unix(socket.as_fd()) {
-                self.queued_in(&socket, Place::InFlight(task.pid, fd), &mut found)?;
-            } else {
-                found.extend(self.connection(socket, place)?);
-            }
-        }
+        let Self { walker, known } = self;
+        walker.walk(task, |socket, place| {
+            found.extend(known.connection(socket, place)?);
+            Ok(())
+        })?;
         Ok(found)
     }
 
@@ -110,6 +167,12 @@ impl Finder {
     /// # Errors
     /// [`FindError`].
     pub fn connection(&mut self, socket: OwnedFd, place: Place) -> Result<Option<Found>, FindError> {
+        self.known.connection(socket, place)
+    }
+}
+
+impl Known {
+    fn connection(&mut self, socket: OwnedFd, place: Place) -> Result<Option<Found>, FindError> {
         let sys = |error| FindError::Sys(place, error);
         if !sockopt::is_tcp(socket.as_fd()) {
             return Ok(None);
@@ -135,22 +198,7 @@ impl Finder {
             return Err(FindError::Refused { tuple, place, why });
         };
         let ns = self.namespace(&socket, place)?;
-        Ok(Some(Found { socket, inode, tuple, ns, place }))
-    }
-
-    fn queued_in(&mut self, unix: &OwnedFd, place: Place, found: &mut Vec<Found>) -> Result<(), FindError> {
-        let packets = in_flight::peek(unix.as_fd()).map_err(|error| FindError::Sys(place, error))?;
-        for socket in packets.into_iter().flat_map(|packet| packet.files) {
-            if !in_flight::is_unix(socket.as_fd()) {
-                found.extend(self.connection(socket, place)?);
-                continue;
-            }
-            let cookie = sockopt::cookie(socket.as_fd()).map_err(|error| FindError::Sys(place, error))?;
-            if self.cookies.insert(cookie) {
-                self.queued_in(&socket, place, found)?;
-            }
-        }
-        Ok(())
+        Ok(Some(Found { socket, inode, cookie, tuple, ns, place }))
     }
 
     fn namespace(&mut self, socket: &OwnedFd, place: Place) -> Result<NetNs, FindError> {

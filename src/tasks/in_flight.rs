@@ -7,9 +7,9 @@ use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use nix::cmsg_space;
 use nix::errno::Errno;
 use nix::sys::socket::{MsgFlags, recvmsg};
-use soccr::kernel::{SysError, sockopt};
 
-use crate::channel::owned;
+use crate::kernel::process::received_fds;
+use crate::kernel::{SysError, sockopt};
 
 /// A queued message that carries descriptors.
 #[derive(Debug)]
@@ -50,8 +50,7 @@ fn peek_all(socket: BorrowedFd<'_>) -> Result<Vec<Packet>, SysError> {
             other => other.map_err(|errno| SysError { call: "peek into a unix socket", errno })?,
         };
         let cut = message.flags.contains(MsgFlags::MSG_CTRUNC);
-        let files: Vec<OwnedFd> =
-            message.cmsgs().map(|messages| owned(messages).collect()).unwrap_or_default();
+        let files: Vec<OwnedFd> = message.cmsgs().map(|messages| received_fds(messages)).unwrap_or_default();
         if cut {
             return Err(SysError { call: "take all descriptors in flight", errno: Errno::EMFILE });
         }

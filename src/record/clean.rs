@@ -1,0 +1,194 @@
+//! Undoing what a record tells.
+
+use std::os::fd::{AsFd, OwnedFd};
+
+use super::namespaces::{Namespaces, find};
+use super::{LockRecord, NsId, Phase, Record, State, Store, current_boot};
+use crate::checkpoint::{Paused, Probe, Who};
+use crate::kernel::netns::NetNs;
+use crate::kernel::{sockopt, tcp};
+use crate::lock::{self, chain};
+use crate::tasks::{Task, Walker};
+
+/// How to clean.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Options {
+    /// Only find out what would be done.
+    pub dry_run: bool,
+}
+
+/// What [`clean`] has done, or would do.
+#[derive(Debug, Default)]
+pub struct Report {
+    /// Connections that were found in repair mode in running tasks and brought back.
+    pub revived: Vec<String>,
+    /// Locks that were removed, with their namespaces.
+    pub unlocked: Vec<LockRecord>,
+    /// Locks that were not there any more.
+    pub absent: Vec<LockRecord>,
+    /// Namespaces that are in use by nobody here; their locks went with them.
+    pub gone: Vec<NsId>,
+    /// Rules for forged segments that were removed.
+    pub passages: usize,
+    /// What could not be done. The record is still there then.
+    pub problems: Vec<String>,
+}
+
+/// Undoes what `record` tells, and removes it when that was possible: removes its locks, brings back connections
+/// that were left in repair mode, and removes rules for forged segments.
+///
+/// Each connection goes on as soon as it is unlocked: what was lost meanwhile is sent again, and a window probe makes
+/// the peer speak. SO_REUSEADDR of a socket found in repair mode is off afterwards: the kernel forgets it.
+///
+/// That the record is not [at work](State::at_work) is for the caller to check. Of a dump that waits for its restore
+/// this ends the connections, as soon as their peers send.
+#[must_use]
+pub fn clean(store: &Store, record: &Record, options: Options) -> Report {
+    let mut report = Report::default();
+    if record.boot == current_boot() {
+        let sockets = in_repair(record, &mut report);
+        unlock(store, record, options, &mut report);
+        for socket in sockets {
+            revive(socket, options, &mut report);
+        }
+    }
+    if report.problems.is_empty()
+        && !options.dry_run
+        && let Err(error) = store.remove(&record.id).and_then(|()| store.sweep())
+    {
+        report.problems.push(chain(&error));
+    }
+    report
+}
+
+/// Removes the locks that `record` tells of, where their namespaces can be found; says what could not be removed.
+#[must_use]
+pub fn remove_locks(record: &Record) -> Vec<String> {
+    let namespaces = namespaces_of(record);
+    let present = record.locks.iter().filter_map(|lock| Some((lock, namespaces.get(lock.ns)?)));
+    let removed = present.map(|(lock, ns)| lock::remove(ns, lock.method, &lock.name));
+    removed.filter_map(|result| result.err().map(|error| chain(&error))).collect()
+}
+
+/// Whether nothing is left of what `record` tells, although nobody has removed it: stock CRIU restored the dump and
+/// removed the lock, or an administrator did. Only a record that waits for a restore can be so, and only who sees all processes can tell.
+#[must_use]
+pub fn is_undone(record: &Record) -> bool {
+    let waits = record.boot == current_boot() && record.phase == Phase::Dumped;
+    waits && {
+        let namespaces = namespaces_of(record);
+        record.locks.iter().all(|lock| match namespaces.get(lock.ns) {
+            Some(ns) => is_absent(ns, lock),
+            None => namespaces.is_gone(lock.ns),
+        })
+    }
+}
+
+fn is_absent(ns: &NetNs, wanted: &LockRecord) -> bool {
+    lock::list(ns).is_ok_and(|locks| !locks.iter().any(|lock| is_same(lock, wanted)))
+}
+
+/// An iptables lock is known by its id only.
+fn is_same(found: &lock::LockInfo, wanted: &LockRecord) -> bool {
+    found.method == wanted.method
+        && match wanted.method {
+            lock::Method::Iptables => found.name.id() == wanted.name.id(),
+            _ => found.name == wanted.name,
+        }
+}
+
+fn namespaces_of(record: &Record) -> Namespaces {
+    let wanted: Vec<NsId> = record.locks.iter().map(|lock| lock.ns).collect();
+    find(&wanted)
+}
+
+/// Sockets in repair mode among those of the tasks that live. In the phases before the tasks run again their sockets
+/// are not theirs yet.
+fn in_repair(record: &Record, report: &mut Report) -> Vec<OwnedFd> {
+    let mut found = Vec::new();
+    if matches!(record.phase, Phase::Dumped | Phase::Restoring) {
+        return found;
+    }
+    let mut walker = Walker::default();
+    for id in record.tasks.iter().filter(|task| task.lives()) {
+        let task = match Task::open(id.pid) {
+            Ok(task) => task,
+            Err(_) if !id.lives() => continue,
+            Err(error) => {
+                report.problems.push(format!("pid {id}: {error}"));
+                continue;
+            }
+        };
+        // The pidfd is of the task that was recorded only if that lives after it was opened.
+        if !id.lives() {
+            continue;
+        }
+        let walked = walker.walk(&task, |socket, _| {
+            if sockopt::is_tcp(socket.as_fd()) && tcp::in_repair(socket.as_fd()).unwrap_or(false) {
+                found.push(socket);
+            }
+            Ok(())
+        });
+        if let Err(error) = walked
+            && id.lives()
+        {
+            report.problems.push(error.to_string());
+        }
+    }
+    found
+}
+
+fn revive(socket: OwnedFd, options: Options, report: &mut Report) {
+    let who = Who::of(socket.as_fd());
+    let resumed = || Paused::pause(socket)?.resume(Probe::Send);
+    match if options.dry_run { Ok(()) } else { resumed() } {
+        Ok(()) => report.revived.push(who.to_string()),
+        Err(error) => report.problems.push(error.to_string()),
+    }
+}
+
+fn unlock(store: &Store, record: &Record, options: Options, report: &mut Report) {
+    let namespaces = namespaces_of(record);
+    for lock in &record.locks {
+        let Some(ns) = namespaces.get(lock.ns) else {
+            if !namespaces.is_gone(lock.ns) {
+                let why = "cannot be found by this user, so its lock may still be there";
+                report.problems.push(format!("{} {why}", lock.ns));
+            } else if !report.gone.contains(&lock.ns) {
+                report.gone.push(lock.ns);
+            }
+            continue;
+        };
+        match remove(ns, lock, options) {
+            Ok(true) => report.unlocked.push(lock.clone()),
+            Ok(false) => report.absent.push(lock.clone()),
+            Err(error) => report.problems.push(chain(&error)),
+        }
+    }
+    // Only a restore opens a way for forged segments.
+    if matches!(record.phase, Phase::Restoring | Phase::Waking) && !options.dry_run {
+        for (id, ns) in namespaces.iter() {
+            if another_restores(store, record, id) {
+                continue;
+            }
+            match lock::passage::sweep(ns) {
+                Ok(count) => report.passages += count,
+                Err(error) => report.problems.push(chain(&error)),
+            }
+        }
+    }
+}
+
+fn remove(ns: &NetNs, wanted: &LockRecord, options: Options) -> Result<bool, lock::LockError> {
+    if options.dry_run {
+        return Ok(lock::list(ns)?.iter().any(|lock| is_same(lock, wanted)));
+    }
+    lock::remove(ns, wanted.method, &wanted.name)
+}
+
+fn another_restores(store: &Store, record: &Record, ns: NsId) -> bool {
+    let others = store.list().unwrap_or_default().into_iter().filter_map(|listed| listed.record.ok());
+    let mut others =
+        others.filter(|other| other.id != record.id && other.locks.iter().any(|lock| lock.ns == ns));
+    others.any(|other| other.state() == State::Restoring)
+}

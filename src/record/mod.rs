@@ -1,0 +1,242 @@
+//! The record of what a dump or a restore has changed on this host.
+//!
+//! Whoever is killed cannot undo what it did. So before a dump changes anything it writes down, in a file under
+//! `/run/soccr`, what it is about to change: which connections it locks in which network namespace and whose they are.
+//! The file follows the dump through its [`Phase`]s and goes away when all is undone. What a crash leaves is then
+//! [found](Store::list), [judged](Record::state) and [removed](clean()).
+//!
+//! A record is text: its first line is a JSON object, the [`Record`] itself; then each connection has a line of its
+//! own. They are written once, however many they are: a change of the phase copies them as bytes.
+//!
+//! Nothing in a record is a secret, but who can write one can have locks of others removed: the folder has mode
+//! 0700 and must belong to the user, and a file is read only within limits, never through a symbolic link.
+
+mod clean;
+mod error;
+mod file;
+mod namespaces;
+mod recorder;
+mod state;
+mod store;
+
+use std::net::SocketAddr;
+use std::os::unix::fs::MetadataExt;
+use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
+
+use crate::connection::FourTuple;
+use crate::kernel::netns::NetNs;
+use crate::kernel::process::RemoteFd;
+use crate::lock::{LockName, Method};
+use crate::tasks::{Found, Place, ProcessId};
+
+pub use clean::{Options as CleanOptions, Report, clean, is_undone, remove_locks};
+pub use error::RecordError;
+pub use recorder::{RECORD_VARIABLE, Recorder};
+pub use state::State;
+pub use store::{DEFAULT_FOLDER, FOLDER_VARIABLE, Listed, Store};
+
+/// What a dump or a restore has changed on this host, except the list of its connections.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Record {
+    /// Names the dump: also the id in its lock's name and in its images.
+    pub id: RecordId,
+    /// The boot that this happened in (`/proc/sys/kernel/random/boot_id`).
+    pub boot: String,
+    /// The PID namespace that all pids in here belong to.
+    pub pid_ns: u64,
+    /// When it began, in seconds since 1970.
+    pub created: u64,
+    /// How far it has come.
+    pub phase: Phase,
+    /// Where the images are.
+    pub images: Folder,
+    /// The criu process.
+    pub criu: ProcessId,
+    /// The process that does the plugin's work and keeps this record.
+    pub agent: ProcessId,
+    /// The locks, those that are about to be made included.
+    pub locks: Vec<LockRecord>,
+    /// The tasks that the connections belong to. While a dump waits for its restore: those that were dumped.
+    pub tasks: Vec<ProcessId>,
+    /// What the tasks' death will make of the locks: `true`, they stay for the restore.
+    #[serde(default = "yes")]
+    pub kept_after_death: bool,
+    /// How many connections there are.
+    pub connections: usize,
+}
+
+fn yes() -> bool {
+    true
+}
+
+/// How far a dump or a restore has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Phase {
+    /// The tasks are frozen; their connections are locked, and read one after the other.
+    Saving,
+    /// The images are whole, and it is open whether the tasks die or run on.
+    Deciding,
+    /// The images are whole, and the tasks were left stopped.
+    LeftStopped,
+    /// The tasks are dead, and the locks wait for the restore.
+    Dumped,
+    /// The connections are being built, locked. Until this ends the restore can be tried again.
+    Restoring,
+    /// All connections are built; they are unlocked and leave repair mode.
+    Waking,
+}
+
+/// A folder, with what tells it from another one of that name.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Folder {
+    /// Its path when it was recorded.
+    pub path: String,
+    /// Its file system.
+    pub dev: u64,
+    /// Its inode.
+    pub ino: u64,
+}
+
+impl Folder {
+    /// Whether the folder is still there.
+    #[must_use]
+    pub fn is_there(&self) -> bool {
+        std::fs::metadata(&self.path).is_ok_and(|meta| (meta.dev(), meta.ino()) == (self.dev, self.ino))
+    }
+}
+
+/// A lock in one network namespace.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LockRecord {
+    /// The namespace.
+    pub ns: NsId,
+    /// Its name.
+    pub name: LockName,
+    /// How it was made.
+    pub method: Method,
+}
+
+/// A network namespace as long as it exists.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct NsId {
+    /// The device of the kernel's namespace files.
+    pub dev: u64,
+    /// The inode: the number in `net:[4026531840]`.
+    pub ino: u64,
+}
+
+impl From<&NetNs> for NsId {
+    fn from(ns: &NetNs) -> Self {
+        Self { dev: ns.device(), ino: ns.inode() }
+    }
+}
+
+impl std::fmt::Display for NsId {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "net:[{}]", self.ino)
+    }
+}
+
+/// A connection and where it was found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ConnectionRecord {
+    /// The end on this host.
+    pub local: SocketAddr,
+    /// The peer's end.
+    pub remote: SocketAddr,
+    /// The socket's inode.
+    pub ino: u32,
+    /// The socket's cookie.
+    pub cookie: u64,
+    /// The task, and its descriptor or that of the unix socket in which the connection is in flight.
+    pub pid: Option<i32>,
+    /// See `pid`.
+    pub fd: Option<u32>,
+}
+
+impl ConnectionRecord {
+    /// Both ends.
+    #[must_use]
+    pub fn tuple(&self) -> FourTuple {
+        FourTuple { local: self.local, remote: self.remote }
+    }
+}
+
+impl From<&Found> for ConnectionRecord {
+    fn from(found: &Found) -> Self {
+        let owner = match found.place {
+            Place::Table(pid, fd) | Place::InFlight(pid, fd) => Some((pid, fd)),
+            Place::Given => None,
+        };
+        Self {
+            local: found.tuple.local,
+            remote: found.tuple.remote,
+            ino: found.inode,
+            cookie: found.cookie,
+            pid: owner.map(|(pid, _)| pid),
+            fd: owner.map(|(_, RemoteFd(fd))| fd),
+        }
+    }
+}
+
+/// The id of a record, which is also its file's name: 1 to 64 letters, digits, `-`, `_` and `.`, no `.` in front.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct RecordId(String);
+
+/// Text that is no [`RecordId`].
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{0:?} is no id of a record: it takes 1 to 64 letters, digits, '-', '_' and '.', no '.' in front")]
+pub struct BadRecordId(String);
+
+impl RecordId {
+    /// The text.
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl FromStr for RecordId {
+    type Err = BadRecordId;
+
+    fn from_str(text: &str) -> Result<Self, BadRecordId> {
+        let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
+        let good = (1..=64).contains(&text.len()) && !text.starts_with('.') && text.chars().all(plain);
+        if good { Ok(Self(text.to_owned())) } else { Err(BadRecordId(text.to_owned())) }
+    }
+}
+
+impl TryFrom<String> for RecordId {
+    type Error = BadRecordId;
+
+    fn try_from(text: String) -> Result<Self, BadRecordId> {
+        text.parse()
+    }
+}
+
+impl From<RecordId> for String {
+    fn from(id: RecordId) -> Self {
+        id.0
+    }
+}
+
+impl std::fmt::Display for RecordId {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.pad(&self.0)
+    }
+}
+
+/// The PID namespace of this process; 0 where `/proc` does not tell.
+fn own_pid_ns() -> u64 {
+    std::fs::metadata("/proc/self/ns/pid").map_or(0, |meta| meta.ino())
+}
+
+/// The current boot's id; empty where `/proc` does not tell.
+fn current_boot() -> String {
+    let text = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+    text.trim().to_owned()
+}

@@ -1,0 +1,130 @@
+//! The way back from a network namespace's number to the namespace.
+
+use std::collections::{HashMap, HashSet};
+use std::io;
+use std::path::{Path, PathBuf};
+
+use procfs::process::Process;
+
+use super::NsId;
+use crate::kernel::netns::NetNs;
+use crate::tasks::ProcessId;
+
+/// The namespaces that were found.
+#[derive(Debug, Default)]
+pub(super) struct Namespaces {
+    found: HashMap<NsId, NetNs>,
+    /// Some process could not be looked at, so what was not found may still be there.
+    hidden: bool,
+}
+
+impl Namespaces {
+    /// The namespace, if it was found.
+    pub(super) fn get(&self, id: NsId) -> Option<&NetNs> {
+        self.found.get(&id)
+    }
+
+    /// Whether the namespace has certainly ended.
+    pub(super) fn is_gone(&self, id: NsId) -> bool {
+        !self.hidden && !self.found.contains_key(&id)
+    }
+
+    /// All that were found.
+    pub(super) fn iter(&self) -> impl Iterator<Item = (NsId, &NetNs)> {
+        self.found.iter().map(|(id, ns)| (*id, ns))
+    }
+}
+
+/// Finds namespaces that are in use: ours, those of processes, those that are mounted where a process sees them (as
+/// `ip netns` and container managers do), and those that a process keeps open. It looks no further than necessary.
+pub(super) fn find(wanted: &[NsId]) -> Namespaces {
+    let mut search = Search { wanted, namespaces: Namespaces::default() };
+    search.consider(NetNs::current().ok());
+    for place in [of_process, mounted, kept_open] {
+        let mut views = HashSet::new();
+        for pid in pids() {
+            if search.is_complete() {
+                break;
+            }
+            place(pid, &mut search, &mut views);
+        }
+    }
+    search.namespaces
+}
+
+/// The mount namespaces whose mounts were looked at.
+type Views = HashSet<PathBuf>;
+
+struct Search<'a> {
+    wanted: &'a [NsId],
+    namespaces: Namespaces,
+}
+
+impl Search<'_> {
+    fn is_complete(&self) -> bool {
+        self.wanted.iter().all(|id| self.namespaces.found.contains_key(id))
+    }
+
+    fn look_at(&mut self, path: &Path) {
+        if !self.is_complete() {
+            self.consider(NetNs::open(path).ok());
+        }
+    }
+
+    fn consider(&mut self, ns: Option<NetNs>) {
+        if let Some(ns) = ns {
+            let id = NsId::from(&ns);
+            if self.wanted.contains(&id) {
+                self.namespaces.found.insert(id, ns);
+            }
+        }
+    }
+
+    /// A process that is gone or a zombie hides nothing; one that we may not look at may. The exception is an init
+    /// with more privileges than this host's root has here, as in containers.
+    fn note<T>(&mut self, pid: i32, result: io::Result<T>) -> Option<T> {
+        let denied = matches!(&result, Err(error) if error.kind() == io::ErrorKind::PermissionDenied);
+        self.namespaces.hidden |=
+            denied && pid != 1 && ProcessId::of(pid).is_ok_and(|process| process.lives());
+        result.ok()
+    }
+
+    /// Looks at the file behind a link of `/proc` if that says that it is a network namespace.
+    fn look_behind(&mut self, pid: i32, link: &Path) {
+        let target = self.note(pid, std::fs::read_link(link));
+        if target.is_some_and(|target| target.to_string_lossy().starts_with("net:[")) {
+            self.look_at(link);
+        }
+    }
+}
+
+fn of_process(pid: i32, search: &mut Search<'_>, _: &mut Views) {
+    search.look_behind(pid, Path::new(&format!("/proc/{pid}/ns/net")));
+}
+
+/// Where namespaces' files are mounted, once in each mount namespace.
+fn mounted(pid: i32, search: &mut Search<'_>, views: &mut Views) {
+    let Some(view) = search.note(pid, std::fs::read_link(format!("/proc/{pid}/ns/mnt"))) else { return };
+    if !views.insert(view) {
+        return;
+    }
+    let mounts = Process::new(pid).and_then(|process| process.mountinfo());
+    for mount in mounts.map(|mounts| mounts.0).unwrap_or_default() {
+        if mount.fs_type == "nsfs" && mount.root.starts_with("net:[") {
+            let inside = mount.mount_point.strip_prefix("/").unwrap_or(&mount.mount_point);
+            search.look_at(&Path::new(&format!("/proc/{pid}/root")).join(inside));
+        }
+    }
+}
+
+fn kept_open(pid: i32, search: &mut Search<'_>, _: &mut Views) {
+    let entries = search.note(pid, std::fs::read_dir(format!("/proc/{pid}/fd")));
+    for entry in entries.into_iter().flatten().flatten() {
+        search.look_behind(pid, &entry.path());
+    }
+}
+
+fn pids() -> impl Iterator<Item = i32> {
+    let entries = std::fs::read_dir("/proc").into_iter().flatten().flatten();
+    entries.filter_map(|entry| entry.file_name().to_str().and_then(|name| name.parse().ok()))
+}

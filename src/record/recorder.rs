@@ -1,0 +1,193 @@
+//! Who keeps a record while a dump or a restore goes on.
+
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use nix::sys::stat::fstat;
+
+use super::file;
+use super::{
+    ConnectionRecord, Folder, LockRecord, NsId, Phase, Record, RecordError, RecordId, State, Store,
+    current_boot, own_pid_ns,
+};
+use crate::kernel::netns::NetNs;
+use crate::lock::BadOption;
+use crate::tasks::ProcessId;
+
+/// The environment variable that turns records off: `SOCCR_RECORD=off`.
+pub const RECORD_VARIABLE: &str = "SOCCR_RECORD";
+
+/// Keeps one record up to date. The file is there from the first [`save`](Self::save) until
+/// [`remove`](Self::remove); dropping the recorder leaves it as it is, as a crash does.
+#[derive(Debug)]
+pub struct Recorder {
+    /// `None`: records are off.
+    store: Option<Store>,
+    record: Record,
+    /// The connections' lines.
+    body: Vec<u8>,
+    written: bool,
+}
+
+impl Recorder {
+    /// A new record, which is not written yet.
+    ///
+    /// # Errors
+    /// [`RecordError`]. The folder of the records is looked at only by [`save`](Self::save).
+    pub fn new(id: &str, phase: Phase, images: BorrowedFd<'_>, criu: i32) -> Result<Self, RecordError> {
+        let record = Record {
+            id: id.parse()?,
+            boot: current_boot(),
+            pid_ns: own_pid_ns(),
+            created: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()),
+            phase,
+            images: folder(images),
+            criu: identify(criu)?,
+            agent: identify(std::process::id().cast_signed())?,
+            locks: Vec::new(),
+            tasks: Vec::new(),
+            kept_after_death: true,
+            connections: 0,
+        };
+        Ok(Self { store: None, record, body: Vec::new(), written: false })
+    }
+
+    /// Takes over the record with this id for the process `criu`; `None` when there is none, or only one from
+    /// before the host was started anew.
+    ///
+    /// # Errors
+    /// [`RecordError::AtWork`] when another criu restores it right now, and whatever is wrong with the record.
+    pub fn take_over(id: &RecordId, criu: i32) -> Result<Option<Self>, RecordError> {
+        if !is_on()? {
+            return Ok(None);
+        }
+        let Some(store) = Store::open()? else { return Ok(None) };
+        let Some((mut record, connections)) = store.read(id)? else { return Ok(None) };
+        if record.boot != current_boot() {
+            store.remove(id)?;
+            return Ok(None);
+        }
+        let criu = identify(criu)?;
+        if record.state() == State::Restoring && record.criu != criu {
+            return Err(RecordError::AtWork { id: id.clone(), criu: record.criu });
+        }
+        record.criu = criu;
+        record.agent = identify(std::process::id().cast_signed())?;
+        let mut body = Vec::new();
+        for connection in &connections {
+            file::append_connection(&mut body, connection);
+        }
+        Ok(Some(Self { store: Some(store), record, body, written: true }))
+    }
+
+    /// The record as it will be at the next [`save`](Self::save).
+    #[must_use]
+    pub fn record(&self) -> &Record {
+        &self.record
+    }
+
+    /// Adds connections.
+    pub fn add_connections(&mut self, connections: impl IntoIterator<Item = ConnectionRecord>) {
+        for connection in connections {
+            file::append_connection(&mut self.body, &connection);
+            self.record.connections += 1;
+        }
+    }
+
+    /// Adds a lock that is about to be made.
+    pub fn add_lock(&mut self, lock: LockRecord) {
+        if !self.record.locks.contains(&lock) {
+            self.record.locks.push(lock);
+        }
+    }
+
+    /// Says which locks there are.
+    pub fn set_locks(&mut self, locks: Vec<LockRecord>) {
+        self.record.locks = locks;
+    }
+
+    /// Says that the locks in this namespace are removed.
+    pub fn forget_locks_in(&mut self, ns: &NetNs) {
+        let ns = NsId::from(ns);
+        self.record.locks.retain(|lock| lock.ns != ns);
+    }
+
+    /// Adds a task; one that has ended meanwhile needs no mention.
+    pub fn add_task(&mut self, pid: i32) {
+        if let Ok(task) = ProcessId::of(pid)
+            && !self.record.tasks.contains(&task)
+        {
+            self.record.tasks.push(task);
+        }
+    }
+
+    /// Says that there are no tasks any more but those that are added later.
+    pub fn forget_tasks(&mut self) {
+        self.record.tasks.clear();
+    }
+
+    /// Says what the tasks' death will make of the locks.
+    pub fn keep_after_death(&mut self, keep: bool) {
+        self.record.kept_after_death = keep;
+    }
+
+    /// Writes the record with this phase.
+    ///
+    /// # Errors
+    /// [`RecordError`]; the file is as it was.
+    pub fn save(&mut self, phase: Phase) -> Result<(), RecordError> {
+        self.record.phase = phase;
+        if self.store.is_none() {
+            if !is_on()? {
+                return Ok(());
+            }
+            self.store = Some(Store::create()?);
+        }
+        if let Some(store) = &self.store {
+            store.write(self.record.agent, &self.record, &self.body)?;
+            self.written = true;
+        }
+        Ok(())
+    }
+
+    /// Writes the phase, if the record was written before and had another.
+    ///
+    /// # Errors
+    /// As [`save`](Self::save).
+    pub fn enter(&mut self, phase: Phase) -> Result<(), RecordError> {
+        if self.written && self.record.phase != phase { self.save(phase) } else { Ok(()) }
+    }
+
+    /// Removes the record: all is undone.
+    ///
+    /// # Errors
+    /// [`RecordError::Io`]: it is still there.
+    pub fn remove(&mut self) -> Result<(), RecordError> {
+        match &self.store {
+            Some(store) if self.written => {
+                store.remove(&self.record.id)?;
+                self.written = false;
+                Ok(())
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+fn is_on() -> Result<bool, BadOption> {
+    match crate::lock::variable(RECORD_VARIABLE).as_str() {
+        "" | "on" => Ok(true),
+        "off" => Ok(false),
+        other => Err(BadOption { variable: RECORD_VARIABLE, value: other.into(), expected: "on or off" }),
+    }
+}
+
+fn identify(pid: i32) -> Result<ProcessId, RecordError> {
+    ProcessId::of(pid).map_err(|source| RecordError::Process { pid, source })
+}
+
+fn folder(dir: BorrowedFd<'_>) -> Folder {
+    let path = std::fs::read_link(format!("/proc/self/fd/{}", dir.as_raw_fd())).unwrap_or_default();
+    let (dev, ino) = fstat(dir.as_fd()).map_or((0, 0), |stat| (stat.st_dev, stat.st_ino));
+    Folder { path: path.to_string_lossy().into_owned(), dev, ino }
+}
