@@ -83,7 +83,6 @@ fn probe() -> Vec<Feature> {
     add(Must, "SO_COOKIE", "telling sockets apart", socket(|fd| sockopt::cookie(fd.as_fd()).map(drop)));
     add(Must, "SIOCGSKNS", "finding a socket's network namespace (4.10)", namespace());
     add(Helps, "SO_NETNS_COOKIE", "finding it with fewer calls (5.14)", netns_cookie());
-    add(Helps, "SO_MEMINFO", "skipping empty queues (4.12)", meminfo());
     add(Helps, "SO_BUF_LOCK", "buffers that grow as before (5.14)", socket(buffer_lock));
     add(
         Must,
@@ -146,10 +145,6 @@ fn namespace() -> Result<()> {
 
 fn netns_cookie() -> Result<()> {
     socket(|fd| sockopt::netns_cookie(fd.as_fd()).map(drop))
-}
-
-fn meminfo() -> Result<()> {
-    socket(|fd| sockopt::queue_memory(fd.as_fd()).map(drop))
 }
 
 fn buffer_lock(fd: &OwnedFd) -> SysResult<()> {

@@ -52,6 +52,13 @@ impl Recorder {
         Ok(Self { store: None, record, body: Vec::new(), written: false })
     }
 
+    /// Keeps the record in this folder, whatever the environment says.
+    #[must_use]
+    pub fn keep_in(mut self, store: Store) -> Self {
+        self.store = Some(store);
+        self
+    }
+
     /// Takes over the record with this id for the process `criu`; `None` when there is none, or only one from
     /// before the host was started anew.
     ///

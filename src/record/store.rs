@@ -52,7 +52,14 @@ impl Store {
     /// # Errors
     /// [`RecordError::Folder`], [`RecordError::Foreign`], [`RecordError::Open`].
     pub fn create() -> Result<Self, RecordError> {
-        let path = chosen_folder();
+        Self::create_at(chosen_folder())
+    }
+
+    /// Opens the folder `path`, and makes it where it is missing.
+    ///
+    /// # Errors
+    /// As [`create`](Self::create).
+    pub fn create_at(path: PathBuf) -> Result<Self, RecordError> {
         match mkdir(&path, Mode::S_IRWXU) {
             Ok(()) | Err(Errno::EEXIST) => Self::open_at(path),
             Err(errno) => Err(RecordError::Folder { path, source: errno.into() }),
@@ -217,5 +224,148 @@ impl Store {
         }
         names.retain(|name| name != "." && name != "..");
         Ok(names)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::os::unix::fs::{PermissionsExt, symlink};
+
+    use super::super::{LockRecord, NsId, Phase, Recorder};
+    use super::*;
+    use crate::lock::{LockName, Method};
+
+    const PHASES: [Phase; 6] =
+        [Phase::Saving, Phase::Deciding, Phase::LeftStopped, Phase::Dumped, Phase::Restoring, Phase::Waking];
+
+    struct Folder(tempfile::TempDir);
+
+    impl Folder {
+        fn new() -> Self {
+            Self(tempfile::tempdir().unwrap())
+        }
+
+        fn path(&self) -> PathBuf {
+            self.0.path().join("run")
+        }
+
+        fn store(&self) -> Store {
+            Store::create_at(self.path()).unwrap()
+        }
+
+        fn recorder(&self, id: &str) -> Recorder {
+            let images = fs::File::open(self.0.path()).unwrap();
+            let criu = std::process::id().cast_signed();
+            let mut recorder =
+                Recorder::new(id, Phase::Saving, images.as_fd(), criu).unwrap().keep_in(self.store());
+            let (name, method) = (LockName::criu(id).unwrap(), Method::Nftables);
+            recorder.add_lock(LockRecord { ns: NsId { dev: 4, ino: 1 }, name, method });
+            recorder.add_task(criu);
+            recorder
+        }
+    }
+
+    fn connection(number: u16) -> ConnectionRecord {
+        ConnectionRecord {
+            local: format!("[fe80::1%3]:{number}").parse().unwrap(),
+            remote: "[fe80::2]:443".parse().unwrap(),
+            ino: 7,
+            cookie: u64::MAX,
+            pid: Some(1),
+            fd: None,
+        }
+    }
+
+    #[test]
+    fn a_record_follows_its_phases_and_goes() {
+        let folder = Folder::new();
+        let mut recorder = folder.recorder("a-1");
+        let connections: Vec<_> = (1..=3).map(connection).collect();
+        recorder.add_connections(connections.iter().copied());
+        let id = "a-1".parse().unwrap();
+        for phase in PHASES {
+            recorder.save(phase).unwrap();
+            let (record, read) = folder.store().read(&id).unwrap().unwrap();
+            assert_eq!((&record, record.phase, &read), (recorder.record(), phase, &connections));
+            assert!(record.images.is_there());
+        }
+        let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
+        assert_eq!((mode(&folder.path()), mode(&folder.path().join("a-1"))), (0o700, 0o600));
+        recorder.remove().unwrap();
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
+        recorder.remove().unwrap(); // once is enough
+    }
+
+    #[test]
+    fn nothing_is_written_before_it_is_told_to() {
+        let folder = Folder::new();
+        let mut recorder = folder.recorder("a");
+        recorder.enter(Phase::Dumped).unwrap();
+        assert!(folder.store().list().unwrap().is_empty());
+    }
+
+    #[test]
+    fn folders_that_others_can_write_to_are_not_trusted() {
+        let folder = Folder::new();
+        drop(folder.store());
+        fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o770)).unwrap();
+        assert!(matches!(Store::create_at(folder.path()), Err(RecordError::Open { mode: 0o770, .. })));
+        symlink("run", folder.0.path().join("link")).unwrap();
+        let linked = Store::create_at(folder.0.path().join("link"));
+        assert!(matches!(linked, Err(RecordError::Folder { .. })), "{linked:?}");
+    }
+
+    #[test]
+    fn what_is_no_record_is_listed_with_the_reason() {
+        let folder = Folder::new();
+        let mut recorder = folder.recorder("good");
+        recorder.add_connections([connection(1), connection(2)]);
+        recorder.save(Phase::Dumped).unwrap();
+        let path = |name: &str| folder.path().join(name);
+        let good = fs::read_to_string(path("good")).unwrap();
+        let put = |name: &str, text: &str| fs::write(path(name), text.replacen("good", name, 1)).unwrap();
+        put("empty", "");
+        put("later", &good.replace("\"version\":1", "\"version\":2"));
+        put("cut", &good[..good.len() - 5]);
+        put("short", good.trim_end().rsplit_once('\n').unwrap().0);
+        put("elsewhere", &good.replace("CRIU-good", "../etc"));
+        fs::write(path("renamed"), &good).unwrap();
+        fs::write(path("zeros"), [0; 4096]).unwrap();
+        symlink("good", path("link")).unwrap();
+        nix::unistd::mkfifo(&path("pipe"), Mode::S_IRWXU).unwrap();
+        fs::File::create(path("large")).unwrap().set_len(LARGEST + 1).unwrap();
+        fs::write(path(".hidden"), "").unwrap();
+        for Listed { id, record } in folder.store().list().unwrap() {
+            match (id.as_str(), record) {
+                ("good", Ok(_)) | ("later", Err(RecordError::Version { version: 2, .. })) => {}
+                ("large", Err(RecordError::TooLarge { .. })) | ("link", Err(RecordError::Io { .. })) => {}
+                ("cut" | "short", Err(RecordError::Broken { line, .. })) => assert_eq!(line, 3),
+                ("empty" | "elsewhere" | "renamed" | "zeros", Err(RecordError::Broken { line: 1, .. })) => {}
+                ("pipe", Err(RecordError::Broken { line: 0, .. })) => {}
+                (id, other) => panic!("{id}: {other:?}"),
+            }
+        }
+        assert_eq!(folder.store().list().unwrap().len(), 11);
+    }
+
+    #[test]
+    fn what_a_dead_writer_left_is_swept() {
+        let folder = Folder::new();
+        let store = folder.store();
+        let this = ProcessId::this().unwrap();
+        let of = |start| format!("{TEMPORARY}{}-{start}", this.pid);
+        store.write_new(&of(this.start), &[b"at work"]).unwrap();
+        store.write_new(&of(this.start + 1), &[b"dead"]).unwrap();
+        store.sweep().unwrap();
+        assert_eq!(store.names().unwrap(), [of(this.start)]);
+    }
+
+    #[test]
+    fn ids_are_plain_names() {
+        for bad in ["", ".", "..", ".a", "a/b", "a b", "ä", &"x".repeat(65)] {
+            assert!(bad.parse::<RecordId>().is_err(), "{bad}");
+        }
+        assert!("soccr-0a1b2c".parse::<RecordId>().is_ok());
     }
 }

@@ -50,7 +50,7 @@ fn peek_all(socket: BorrowedFd<'_>) -> Result<Vec<Packet>, SysError> {
             other => other.map_err(|errno| SysError { call: "peek into a unix socket", errno })?,
         };
         let cut = message.flags.contains(MsgFlags::MSG_CTRUNC);
-        let files: Vec<OwnedFd> = message.cmsgs().map(|messages| received_fds(messages)).unwrap_or_default();
+        let files: Vec<OwnedFd> = message.cmsgs().map(received_fds).unwrap_or_default();
         if cut {
             return Err(SysError { call: "take all descriptors in flight", errno: Errno::EMFILE });
         }
