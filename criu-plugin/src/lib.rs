@@ -14,6 +14,7 @@
 pub mod abi;
 mod agent;
 mod channel;
+mod fault;
 mod host;
 mod mode;
 mod session;

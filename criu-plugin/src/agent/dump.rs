@@ -27,6 +27,7 @@ use super::outcome::{Arrangement, Outcome};
 
 use super::{AgentError, outcome};
 use crate::channel::{Answer, Asked, Request, Server};
+use crate::fault;
 
 /// A connection that was saved: its socket, kept until the outcome.
 #[derive(Debug)]
@@ -53,6 +54,7 @@ pub(super) struct Dump {
 /// Serves the hooks of one `criu dump` until its outcome is carried out.
 pub(super) fn serve(images: ImageDir, criu: i32, server: &Server) {
     let Ok(criu) = Task::open(criu) else { return };
+    fault::actors(Some(criu.pid), None);
     match Dump::new(images, criu) {
         Ok(dump) => Serving { dump, phase: Phase::Saving, waiting: Vec::new(), criu_lives: true }.run(server),
         Err(error) => refuse_all(server, &error),
@@ -162,18 +164,22 @@ impl Serving {
             self.end_alive(); // a failed dump lets the tasks run on
             return Ok(());
         }
-        match Arrangement::make(&self.dump)? {
-            Some(arrangement) => {
-                self.dump.recorder.keep_after_death(arrangement.ours_stays());
-                self.dump.note(Recorded::Deciding);
-                self.phase = Phase::Deciding(Outcome::new(arrangement));
-            }
-            None => {
+        let made =
+            fault::point("dump.end").map_err(AgentError::from).and_then(|()| Arrangement::make(&self.dump));
+        let (arrangement, result) = match made {
+            Ok(Some(arrangement)) => (arrangement, Ok(())),
+            Ok(None) => {
                 log::info!("CRIU carries the connections itself");
                 self.end_alive();
+                return Ok(());
             }
-        }
-        Ok(())
+            // CRIU kills the tasks all the same: the images are as they are, and the locks are needed.
+            Err(error) => (Arrangement::as_it_is(), Err(error)),
+        };
+        self.dump.recorder.keep_after_death(arrangement.ours_stays());
+        self.dump.note(Recorded::Deciding);
+        self.phase = Phase::Deciding(Outcome::new(arrangement));
+        result.and(fault::point("dump.arranged").map_err(AgentError::from))
     }
 
     fn decide(&mut self) {
@@ -205,6 +211,7 @@ impl Serving {
 
 impl Dump {
     fn new(images: ImageDir, criu: Task) -> Result<Self, AgentError> {
+        fault::point("dump.init")?;
         let lock_name = LockName::criu(&format!("soccr-{}", super::random_id()?))?;
         let recorder = Recorder::new(lock_name.id(), Recorded::Saving, images.as_fd(), criu.pid)?;
         Ok(Self {
@@ -225,6 +232,8 @@ impl Dump {
         if self.tasks.iter().any(|task| task.pid == pid) {
             return Ok(()); // came with the tree
         }
+        fault::actors(None, Some(pid));
+        fault::point("dump.asked")?;
         let mut pids = tasks::frozen_tree(pid, self.criu.pid).map_err(AgentError::Tree)?;
         pids.retain(|pid| self.tasks.iter().all(|task| task.pid != *pid));
         if let Some((uid, gid)) = tasks::foreign_root(pid).map_err(|error| FindError::Proc(pid, error))? {
@@ -234,12 +243,16 @@ impl Dump {
         for pid in pids {
             self.tasks.push(Task::open(pid).map_err(|source| AgentError::Task { pid, source })?);
         }
+        fault::point("dump.tree")?;
         let mut found = Vec::new();
         for task in self.tasks.iter().skip(first) {
             found.extend(self.finder.of_task(task)?);
         }
+        fault::point("dump.found")?;
         self.record(&found)?;
+        fault::point("dump.recorded")?;
         self.lock(&found)?;
+        fault::point("dump.locked")?;
         let count = found.len();
         for connection in found {
             // The kernel lets the tasks run as soon as criu is dead: their sockets are theirs then.
@@ -248,6 +261,7 @@ impl Dump {
             }
             self.save(connection)?;
         }
+        fault::point("dump.saved")?;
         log::info!("{count} TCP connections saved, locked by the table inet {}", self.lock_name);
         Ok(())
     }
@@ -304,8 +318,10 @@ impl Dump {
 
     fn save(&mut self, found: Found) -> Result<(), AgentError> {
         let tcp = self.read(&found)?;
+        fault::point("dump.resumed")?;
         TcpStreamImage::write(&self.images, found.inode, &tcp, &self.queues.recv, &self.queues.send)
             .map_err(|source| AgentError::Image { tuple: found.tuple, place: found.place, source })?;
+        fault::point("dump.written")?;
         log::debug!(
             "{} ({}): {}, {} bytes to read, {} to send",
             found.tuple,
@@ -321,7 +337,9 @@ impl Dump {
     /// Reads the connection into `queues` and leaves the socket as it was.
     fn read(&mut self, found: &Found) -> Result<TcpState, AgentError> {
         let paused = Paused::pause(found.socket.as_fd())?;
+        fault::point("dump.paused")?;
         let tcp = paused.save(&mut self.queues);
+        fault::point("dump.read")?;
         paused.resume(Probe::None)?;
         tcp.map_err(|source| AgentError::Save { place: found.place, source })
     }
@@ -372,11 +390,14 @@ impl Dump {
     /// The tasks are dead, and ours are the last descriptors of their sockets: in repair mode a socket is closed without
     /// a word to the peer.
     pub(super) fn close_silently(&mut self) {
+        let _ = fault::point("dump.dead");
         for held in self.held.drain(..) {
+            let _ = fault::point("dump.closing");
             match Paused::pause(held.socket.as_fd()) {
                 Ok(paused) => drop(paused.release()),
                 Err(error) => log::error!("{}: closed aloud: {error}", held.tuple),
             }
         }
+        let _ = fault::point("dump.closed");
     }
 }

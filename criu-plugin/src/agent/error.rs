@@ -50,6 +50,8 @@ pub(super) enum AgentError {
     Asleep(usize),
     #[error("no random id: {0}")]
     Random(std::io::Error),
+    #[error(transparent)]
+    Injected(#[from] crate::fault::Injected),
     #[error("{0}")]
     Protocol(&'static str),
 }

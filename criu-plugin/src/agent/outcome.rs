@@ -25,6 +25,11 @@ pub(super) struct Arrangement {
 }
 
 impl Arrangement {
+    /// Where the images could not be made stock's: the plugin restores them all the same.
+    pub(super) fn as_it_is() -> Self {
+        Self { ours_stays: true, stray: None }
+    }
+
     /// Whether the tasks' death leaves our locks where they are.
     pub(super) fn ours_stays(&self) -> bool {
         self.ours_stays
@@ -38,7 +43,7 @@ impl Arrangement {
     /// namespace, its rules are in the images): then ours must not come back with the namespace.
     pub(super) fn make(dump: &Dump) -> Result<Option<Self>, AgentError> {
         if !dump.images.contains(inventory::NAME) {
-            return Ok(Some(Self { ours_stays: true, stray: None })); // a host that is not CRIU
+            return Ok(Some(Self::as_it_is())); // a host that is not CRIU
         }
         let inventory = Inventory::read(&dump.images)?;
         if !inventory.tcp_close {

@@ -37,10 +37,12 @@ use super::error::chain;
 use super::logger::answering;
 
 use crate::channel::{Asked, Request, Server};
+use crate::fault;
 
 /// Serves the hooks of one `criu restore`.
 pub(super) fn serve(images: ImageDir, criu: i32, server: &Server) {
     let Ok(criu_fd) = process::pidfd_open(criu) else { return };
+    fault::actors(Some(criu), None);
     let mut restore = None;
     loop {
         let mut fds =
@@ -69,12 +71,18 @@ fn handle(images: &ImageDir, criu: i32, restore: &mut Option<Restore>, asked: As
     let last = matches!(request, Request::RestoreEnd(_));
     answering(answer, || match (request, &mut *restore) {
         (Request::Prepare, _) => {
+            fault::point("restore.init")?;
             let mut prepared = Restore::new(images, criu)?;
+            fault::point("restore.prepared")?;
             prepared.lock_at_home()?;
+            fault::point("restore.locked")?;
             *restore = Some(prepared);
             Ok(())
         }
-        (Request::Forked, Some(restore)) => restore.lock_abroad(),
+        (Request::Forked, Some(restore)) => {
+            restore.lock_abroad()?;
+            Ok(fault::point("restore.forked")?)
+        }
         (Request::Resume(pid), Some(restore)) => restore.resume(pid),
         (Request::RestoreEnd(ret), _) => restore.take().map_or(Ok(()), |restore| restore.end(ret)),
         (_, None) => Ok(()),
@@ -216,6 +224,8 @@ impl Restore {
     }
 
     fn bring_back(&mut self, pid: i32) -> Result<(), AgentError> {
+        fault::actors(None, Some(pid));
+        fault::point("restore.asked")?;
         let inner = tasks::inner_pid(pid).map_err(AgentError::Tree)?;
         self.awaited.remove(&inner);
         self.restored.push(pid);
@@ -269,7 +279,9 @@ impl Restore {
         }
         let image = TcpStreamImage::read(&self.images, connection.ino, connection.state, &mut self.queues)?;
         // CRIU has shut the socket down, which this forgets.
+        fault::point("restore.copied")?;
         tcp::disconnect(socket.as_fd()).map_err(failed)?;
+        fault::point("restore.disconnected")?;
         let mut paused = Paused::pause(socket)?;
         paused.set_reuse_addr(connection.reuseaddr);
         let room = RoomForQueues::make(paused.socket(), &image.tcp).map_err(failed)?;
@@ -288,6 +300,7 @@ impl Restore {
         }
         log::debug!("{tuple} (pid {pid}): {} again", image.tcp.state);
         self.built.push(Built { paused, tuple, reuse_port: connection.reuseport.or(Some(false)) });
+        fault::point("restore.built")?;
         Ok(())
     }
 
@@ -318,15 +331,19 @@ impl Restore {
             let names: Vec<String> = names.map(|connection| connection.tuple.to_string()).collect();
             return Err(AgentError::NotFound(names.join(", ")));
         }
+        fault::point("restore.all-built")?;
         std::mem::take(&mut self.forge).finish()?;
         self.recorder.forget_tasks();
         self.restored.iter().for_each(|pid| self.recorder.add_task(*pid));
         self.recorder.enter(Phase::Waking)?;
+        fault::point("restore.unlocking")?;
         self.unlock()?;
         self.finished = true;
+        fault::point("restore.unlocked")?;
         let count = self.built.len();
         let mut asleep = 0;
         for built in self.built.drain(..) {
+            fault::point("restore.waking")?;
             if let Err(error) = wake(built) {
                 log::error!("{error}");
                 asleep += 1;
@@ -335,6 +352,7 @@ impl Restore {
         if asleep > 0 {
             return Err(AgentError::Asleep(asleep));
         }
+        fault::point("restore.awake")?;
         if let Err(error) = self.recorder.remove() {
             log::error!("{}", chain(&error));
         }
@@ -367,6 +385,7 @@ impl Restore {
 
     /// exit() of the restore.
     fn end(mut self, ret: i32) -> Result<(), AgentError> {
+        fault::point("restore.end")?;
         if self.finished {
             return Ok(());
         }
