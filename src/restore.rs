@@ -79,7 +79,8 @@ impl<F: AsFd> Paused<F> {
     /// must have room for them ([`RoomForQueues`]).
     ///
     /// # Errors
-    /// A [`RestoreError`] that names the connection; the socket is of no use then but to be closed.
+    /// A [`RestoreError`] that names the connection; the socket is of no use then but to be closed, of which the peer
+    /// hears nothing.
     pub fn restore(
         &self,
         tuple: &FourTuple,
@@ -88,12 +89,23 @@ impl<F: AsFd> Paused<F> {
         send: &[u8],
         forge: &mut Forge,
     ) -> Result<(), RestoreError> {
-        consistent(tcp, recv, send).map_err(|what| RestoreError::Inconsistent { tuple: *tuple, what })?;
-        Restoring { fd: self.socket(), tuple, tcp, forge }.run(recv, send)
+        consistent(tuple, tcp, recv, send)
+            .map_err(|what| RestoreError::Inconsistent { tuple: *tuple, what })?;
+        let fd = self.socket();
+        let result = Restoring { fd, tuple, tcp, forge }.run(recv, send);
+        if result.is_err() {
+            // What is half built would close with a FIN, and hold the addresses until that is answered. In repair mode
+            // it goes without a word. The error to tell is the first one.
+            let _ = tcp::set_repair(fd, Repair::On).and_then(|()| tcp::disconnect(fd));
+        }
+        result
     }
 }
 
-fn consistent(tcp: &TcpState, recv: &[u8], send: &[u8]) -> Result<(), &'static str> {
+fn consistent(tuple: &FourTuple, tcp: &TcpState, recv: &[u8], send: &[u8]) -> Result<(), &'static str> {
+    if let Some(why) = tuple.impossible() {
+        return Err(why);
+    }
     if recv.len() != tcp.recv_len as usize {
         return Err("the receive queue's bytes are not as many as announced");
     }
@@ -106,8 +118,14 @@ fn consistent(tcp: &TcpState, recv: &[u8], send: &[u8]) -> Result<(), &'static s
     if tcp.options.wscale.is_some_and(|scale| scale.snd > 14 || scale.rcv > 14) {
         return Err("a window scale is beyond 14");
     }
-    if tcp.state == State::SynSent && tcp.send_len + tcp.recv_len > 0 {
+    if tcp.state == State::SynSent && (tcp.send_len, tcp.recv_len) != (0, 0) {
         return Err("a SYN_SENT connection has bytes in a queue");
+    }
+    if tcp.state.fin_acked() && tcp.send_len != 0 {
+        return Err("the peer has acknowledged the FIN, but not the bytes before it");
+    }
+    if tcp.window.is_some_and(|window| window.is_too_large()) {
+        return Err("a window is larger than a header can announce");
     }
     Ok(())
 }
@@ -123,6 +141,7 @@ impl Restoring<'_> {
     fn run(&mut self, recv: &[u8], send: &[u8]) -> Result<(), RestoreError> {
         self.sys(self.sequences())?;
         self.sys(self.connect())?;
+        self.local_address()?;
         self.sys(self.options())?;
         // Before the bytes of the send queue are cut into segments.
         self.sys(tcp::sync_segment_size(self.fd))?;
@@ -147,6 +166,16 @@ impl Restoring<'_> {
         let peer_fin = u32::from(tcp.state.fin_received());
         tcp::select_queue(self.fd, Queue::Receive)?;
         tcp::set_queue_seq(self.fd, tcp.rcv_nxt.wrapping_sub(peer_fin).wrapping_sub(tcp.recv_len))
+    }
+
+    /// bind() takes a broadcast address of a subnet for none at all, and connect() then chooses another.
+    fn local_address(&self) -> Result<(), RestoreError> {
+        let local = self.sys(addr::local(self.fd))?;
+        if local.ip().to_canonical() == self.tuple.local.ip().to_canonical() {
+            return Ok(());
+        }
+        let what = "the local address is not one of a connection";
+        Err(RestoreError::Inconsistent { tuple: *self.tuple, what })
     }
 
     /// Half of the peer's largest window bounds the segment size, too: where that matters it is computed again
@@ -253,10 +282,11 @@ impl Restoring<'_> {
         while taken < bytes.len() {
             let end = bytes.len().min(taken + piece);
             match tcp::send(self.fd, &bytes[taken..end]) {
-                Ok(0) => piece = piece.div_ceil(2),
-                Ok(sent) => taken += sent,
-                Err(_) if piece > SMALLEST => piece = piece.div_ceil(2),
-                Err(source) => {
+                Ok(sent) if sent > 0 => taken += sent,
+                _ if piece > SMALLEST => piece = piece.div_ceil(2),
+                refused => {
+                    let nothing = SysError { call: "append to a queue", errno: Errno::ENOBUFS };
+                    let source = refused.err().unwrap_or(nothing);
                     return Err(RestoreError::Queue {
                         tuple: *self.tuple,
                         queue,

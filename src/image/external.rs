@@ -118,8 +118,8 @@ impl ExternalImage {
             local: from_endpoint(&entry.local, "local")?,
             remote: from_endpoint(&entry.remote, "remote")?,
         };
-        if tuple.local.is_ipv4() != tuple.remote.is_ipv4() {
-            return Err(Fault::value("remote", "is of another family than local"));
+        if let Some(why) = tuple.impossible() {
+            return Err(Fault::value("local, remote", why));
         }
         let state = state_of(entry.state())?;
         let option = |o: Soccr_socket_option| SocketOption {
@@ -203,7 +203,7 @@ mod tests {
         for (local, remote) in [
             ("10.0.0.1:1", "10.0.0.2:65535"),
             ("[fe80::1%3]:9", "[fe80::2]:8"),
-            ("[::ffff:1.2.3.4]:1", "[::1]:2"),
+            ("[::ffff:1.2.3.4]:1", "[::ffff:4.3.2.1]:2"),
         ] {
             let image = image(local, remote);
             image.write(&dir, 0x1f, b"r", b"ss").unwrap();

@@ -161,7 +161,11 @@ fn window_from(entry: &Tcp_stream_entry) -> Result<Option<Window>, Fault> {
     match (entry.snd_wl1, entry.snd_wnd, entry.max_window, entry.rcv_wnd, entry.rcv_wup) {
         (None, None, None, None, None) => Ok(None),
         (Some(snd_wl1), Some(snd_wnd), Some(max_window), Some(rcv_wnd), Some(rcv_wup)) => {
-            Ok(Some(Window { snd_wl1, snd_wnd, max_window, rcv_wnd, rcv_wup }))
+            let window = Window { snd_wl1, snd_wnd, max_window, rcv_wnd, rcv_wup };
+            if window.is_too_large() {
+                return Err(Fault::value("snd_wnd, max_window, rcv_wnd", "are more than 1 GiB"));
+            }
+            Ok(Some(window))
         }
         _ => Err(Fault::value("snd_wl1 to rcv_wup", "some are there and some are missing")),
     }
@@ -271,6 +275,7 @@ mod tests {
             |e| e.timestamp = None,
             |e| e.mss_clamp = Some(65536),
             |e| e.opt_mask = Some(0x107),
+            |e| e.rcv_wnd = Some(u32::MAX),
         ];
         spoil.extend::<[fn(&mut Tcp_stream_entry); 5]>([
             |e| e.snd_wl1 = None,

@@ -10,6 +10,8 @@ mod fuzz;
 mod images;
 mod memory;
 mod mutate;
+mod restore;
+mod secrets;
 #[path = "../support/mod.rs"]
 #[allow(dead_code)] // this test program uses its part
 mod support;

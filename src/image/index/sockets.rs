@@ -139,6 +139,11 @@ fn connection(entry: Inet_sk_entry, streams: &HashSet<u32>) -> Result<InetConnec
         remote: address(&entry, &entry.dst_addr, entry.dst_port(), "dst_addr")?,
     };
     let file_id = entry.id();
+    let has_stream = entry.ino.is_some_and(|ino| streams.contains(&ino));
+    // Without a stream it is CRIU's own affair.
+    if let Some(why) = tuple.impossible().filter(|_| has_stream) {
+        return Err(Fault::value("src_addr, dst_addr", why));
+    }
     let shutdown = entry.shutdown.map_or(0, |shutdown| shutdown.value());
     let opts = entry.opts.into_option().unwrap_or_default();
     Ok(InetConnection {
@@ -153,7 +158,7 @@ fn connection(entry: Inet_sk_entry, streams: &HashSet<u32>) -> Result<InetConnec
         reuseaddr: opts.reuseaddr(),
         reuseport: opts.so_reuseport,
         bound_device: opts.so_bound_dev.map(Into::into),
-        has_stream: entry.ino.is_some_and(|ino| streams.contains(&ino)),
+        has_stream,
     })
 }
 
