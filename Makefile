@@ -2,7 +2,7 @@
 # The work is done by the scripts in scripts/, each of which can be run by hand.
 
 .DEFAULT_GOAL := all
-.PHONY: all criu demo test bench soak lint zdtm criu-with-libsoccr install clean distclean help
+.PHONY: all criu demo test bench soak fuzz lint zdtm criu-with-libsoccr install clean distclean help
 
 # One place for what is built, whatever the shell says: scripts and tests look for it there.
 export CARGO_TARGET_DIR := $(CURDIR)/target
@@ -13,6 +13,7 @@ PREFIX ?= /usr/local
 DESTDIR ?=
 WHAT ?= plugin
 T ?=
+SECONDS ?= 60
 
 all: ## libsoccr.{a,so}, the soccr command and the plugin for CRIU, under target/
 	@scripts/build
@@ -32,6 +33,9 @@ bench: all criu ## what a dump and a restore cost, beside stock CRIU
 
 soak: all criu ## dump and restore under load, loss and reordering for ten minutes
 	@target/release/soccr-soak
+
+fuzz: ## the fuzz targets with libFuzzer (SECONDS=60 each, T="names": only these)
+	@scripts/fuzz $(SECONDS) $(T)
 
 lint: ## formatting, clippy, the C header, the shell scripts
 	@scripts/lint

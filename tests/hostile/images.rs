@@ -281,13 +281,13 @@ fn memory_is_bounded_by_the_file() {
             out.extend(u32::try_from(message.len()).unwrap().to_le_bytes());
             [out, message].concat()
         }),
-        ("files.img".into(), container(Magic::Files, &[0x1a, 0].repeat(10 * MIB), 1)),
+        ("files.img".into(), container(Magic::Files, &[0x1a, 0].repeat(3 * MIB), 1)),
         (
             "files.img".into(),
             container(Magic::Files, &[&[0x22, 0x80, 0x80, 1][..], &[0x58, 0].repeat(8192)].concat(), 600),
         ),
-        (name("core"), container(Magic::Core, &[0x12, 0].repeat(10 * MIB), 1)),
-        ("pstree.img".into(), container(Magic::Pstree, &[0x28, 1].repeat(10 * MIB), 1)),
+        (name("core"), container(Magic::Core, &[0x12, 0].repeat(3 * MIB), 1)),
+        ("pstree.img".into(), container(Magic::Pstree, &[0x28, 1].repeat(3 * MIB), 1)),
         // Empty submessages, the largest that are decoded, and a longer one.
         ("sk-queues.img".into(), container(Magic::SkQueues, &[0x22, 0].repeat(128 << 10), 1)),
         ("sk-queues.img".into(), container(Magic::SkQueues, &[0x22, 0].repeat(MIB), 1)),
@@ -300,15 +300,15 @@ fn memory_is_bounded_by_the_file() {
         // The same where each is of a socket of its own.
         ("sk-queues.img".into(), {
             let rights = [0x22, 4, 0x08, 1, 0x10, 1];
-            messages(Magic::SkQueues, (0..300_000).map(|id| queued(id, &rights)))
+            messages(Magic::SkQueues, (0..80_000).map(|id| queued(id, &rights)))
         }),
-        ("sk-queues.img".into(), messages(Magic::SkQueues, (0..400_000).map(|id| queued(id, &[])))),
+        ("sk-queues.img".into(), messages(Magic::SkQueues, (0..300_000).map(|id| queued(id, &[])))),
         // The shortest connections, more than any dump has.
-        ("files.img".into(), messages(Magic::Files, (0..300_000).map(shortest_connection))),
+        ("files.img".into(), messages(Magic::Files, (0..120_000).map(shortest_connection))),
         // And half as many behind something large.
         ("files.img".into(), {
-            let large = std::iter::once([0x1a, 0].repeat(10 * MIB));
-            messages(Magic::Files, large.chain((0..150_000).map(shortest_connection)))
+            let large = std::iter::once([0x1a, 0].repeat(3 * MIB));
+            messages(Magic::Files, large.chain((0..60_000).map(shortest_connection)))
         }),
     ] {
         let victim = Victim::new();
