@@ -30,8 +30,10 @@ const PATIENCE: Duration = Duration::from_secs(30);
 const FREEZE: Duration = Duration::from_secs(2);
 const RUN: Duration = Duration::from_millis(1500);
 
-/// The share of connections that is ended, and replaced, after each cycle.
+/// The share of connections that is ended, and replaced, after each cycle, and the share that is
+/// ended just before a dump, which then finds FINs and last bytes under way.
 const CHURN: f64 = 0.1;
+const ENDING: f64 = 0.05;
 
 /// The table of [`nft_drop`].
 const DROP_TABLE: &str = "soak_weather";
@@ -107,6 +109,7 @@ impl<'a> Stage<'a> {
         let task = self.task.take().context("the server runs")?;
         let pid = task.pid();
         let queues = Queues::of(pid)?;
+        self.fleet.retire(ENDING);
         let images = fresh_folder(&self.setting.out.join("images"))?;
 
         let (criu, side) = (self.setting.criu, self.setting.side);
@@ -171,8 +174,9 @@ fn network(setting: &Setting<'_>, places: &Places) -> Result<Relay> {
 /// The kernel loses a packet in a hundred as it comes in, before anything else sees it.
 fn nft_drop(ns: &NetNs) -> Result<()> {
     let rules = format!(
-        "table inet {DROP_TABLE} {{ chain in {{ type filter hook prerouting priority -400; \
-         numgen random mod 100 < 1 drop; }} }}"
+        "add table inet {DROP_TABLE}\n\
+         add chain inet {DROP_TABLE} in {{ type filter hook prerouting priority -400; }}\n\
+         add rule inet {DROP_TABLE} in numgen random mod 100 < 1 drop\n"
     );
     let mut nft =
         ns.command("nft").args(["-f", "-"]).stdin(Stdio::piped()).spawn().context("cannot run nft")?;
