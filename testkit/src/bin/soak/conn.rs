@@ -152,7 +152,8 @@ impl Conn {
         if self.open_upload {
             self.upload = self.upload.min(self.sent);
         }
-        self.pace = Pace { read: UNLIMITED, write: UNLIMITED };
+        // Until our end gets there the server goes on, some as fast as we read.
+        self.pace = Pace { read: 8 << 10, write: UNLIMITED };
     }
 
     /// What one tick allows.

@@ -6,15 +6,15 @@
 //! IPv4, of IPv6 and IPv4-mapped; some read slowly, some are half closed, some end and others begin.
 //!
 //! ```text
-//! soccr-soak [--seconds N] [--connections N] [--seed N] [--nft-drop] [--stock] [--lock NAME]
+//! soccr-soak [--seconds N] [--connections N] [--seed N] [--nft-drop] [--stock|--stock-iptables]
 //!            [--criu FILE] [--plugins DIR] [--out DIR] [--pcap FILE]
 //!
 //! --seconds N       600 unless told; the last cycle and the end of all streams come on top
 //! --connections N   48 unless told
 //! --seed N          of the network, the moments and the connections; printed if not given
 //! --nft-drop        a rule of the kernel's loses 1 % of what comes to the server, too
-//! --stock           CRIU alone carries the connections, to compare
-//! --lock NAME       nftables unless told, or iptables
+//! --stock           CRIU alone carries the connections, to compare, with --network-lock nftables
+//! --stock-iptables  the same with --network-lock iptables, which is CRIU's default
 //! --out DIR         for report.json, logs and the last images; target/soak unless told
 //! --pcap FILE       the first 128 bytes of every packet, for tcpdump
 //! ```
@@ -34,7 +34,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Result, ensure};
 use soccr_testkit::relay::Weather;
 use soccr_testkit::{Criu, Lock, NetNs, Side, interrupt, leftovers, task};
 
@@ -73,7 +73,7 @@ fn options() -> Result<Options> {
     let (mut bin, mut plugins) = (default.bin().to_owned(), default.plugin().with_file_name(""));
     let mut out = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/soak");
     let (mut pcap, mut seconds, mut connections, mut seed) = (None, 600, 48, fastrand::u64(..1_000_000));
-    let (mut nft_drop, mut stock, mut lock) = (false, false, Lock::Nftables);
+    let (mut nft_drop, mut side) = (false, Side::Plugin(Lock::Nftables));
     let mut parser = lexopt::Parser::from_env();
     while let Some(arg) = parser.next()? {
         match arg {
@@ -85,21 +85,14 @@ fn options() -> Result<Options> {
             Long("connections") => connections = parser.value()?.parse()?,
             Long("seed") => seed = parser.value()?.parse()?,
             Long("nft-drop") => nft_drop = true,
-            Long("stock") => stock = true,
-            Long("lock") => lock = lock_called(&parser.value()?.string()?)?,
+            Long("stock") => side = Side::Stock(Lock::Nftables),
+            Long("stock-iptables") => side = Side::Stock(Lock::Iptables),
             _ => return Err(arg.unexpected().into()),
         }
     }
     let criu = Criu::new(bin.canonicalize().unwrap_or(bin), plugins.canonicalize().unwrap_or(plugins));
-    let side = if stock { Side::Stock(lock) } else { Side::Plugin(lock) };
     let time = Duration::from_secs(seconds);
     Ok(Options { criu, out, pcap, time, connections, seed, nft_drop, side })
-}
-
-fn lock_called(name: &str) -> Result<Lock> {
-    let known = [Lock::Nftables, Lock::Iptables];
-    let Some(lock) = known.into_iter().find(|lock| lock.name() == name) else { bail!("no lock {name}") };
-    Ok(lock)
 }
 
 fn soak(options: &Options) -> Result<()> {

@@ -11,7 +11,7 @@ use soccr_testkit::relay::Passed;
 
 use crate::conn::PROGRESS;
 use crate::fleet::Totals;
-use crate::server::{DEAD, WRONG};
+use crate::server::WRONG;
 use crate::stage::Cycle;
 
 /// The sums over all cycles.
@@ -81,21 +81,15 @@ impl Report {
     pub fn is_good(&self) -> bool {
         self.failure.is_none()
             && self.cycles > 0
-            && self.dead() + self.wrong() == 0
+            && self.totals.dead.len() + self.wrong() == 0
             && self.complaints.is_empty()
             && self.passed.as_ref().is_some_and(|passed| passed.seen.resets.is_empty())
     }
 
-    fn dead(&self) -> usize {
-        self.totals.dead.len() + self.complaints_of(DEAD)
-    }
-
+    /// Also those bytes that only the server saw to be wrong.
     fn wrong(&self) -> usize {
-        self.totals.wrong.len() + self.complaints_of(WRONG)
-    }
-
-    fn complaints_of(&self, kind: &str) -> usize {
-        self.complaints.lines().filter(|line| line.starts_with(kind)).count()
+        let complaints = self.complaints.lines().filter(|line| line.starts_with(WRONG));
+        self.totals.wrong.len() + complaints.count()
     }
 
     pub fn print(&self) {
@@ -117,7 +111,7 @@ impl Report {
             totals.confirmed
         );
         println!("byte errors            {}", self.wrong());
-        println!("dead connections       {}", self.dead());
+        println!("dead connections       {}", totals.dead.len());
         if let Some(passed) = &self.passed {
             println!(
                 "resets                 {} (and {} after the end of both streams)",

@@ -1,9 +1,11 @@
-//! The server that is dumped: one thread, epoll, a listener of each family, orders from clients.
+//! The server that is dumped: a listener of each family, shared by two processes of one thread each
+//! with an epoll of its own; what each connection is to do is the client's order.
 //!
 //! It writes a line to standard error for each connection that does not end as it should, begun by
 //! [`WRONG`] or [`DEAD`], and goes on with the others.
 
 use std::collections::HashMap;
+use std::fs::File;
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::{AsFd, AsRawFd, RawFd};
@@ -13,6 +15,7 @@ use anyhow::{Context, Result};
 use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use nix::sys::socket::{setsockopt, sockopt};
+use nix::unistd::{ForkResult, dup2_stdout, fork};
 use soccr_testkit::Pattern;
 use soccr_testkit::server::say_ready;
 
@@ -38,7 +41,22 @@ const TURN: usize = 256 << 10;
 
 pub fn serve() -> Result<()> {
     nix::unistd::setsid().context("setsid")?;
-    Loop::new()?.run()
+    let listeners = listen()?;
+    // SAFETY: this process has one thread, so the child may do anything.
+    match unsafe { fork() }.context("fork")? {
+        ForkResult::Parent { .. } => say_ready(listeners[0].local_addr()?)?,
+        // The starter reads until nobody holds the other end of the pipe.
+        ForkResult::Child => dup2_stdout(File::options().write(true).open("/dev/null")?)?,
+    }
+    Loop::new(listeners)?.run()
+}
+
+fn listen() -> Result<[TcpListener; 2]> {
+    let addresses: [SocketAddr; 2] =
+        [(Ipv4Addr::UNSPECIFIED, PORT).into(), (Ipv6Addr::UNSPECIFIED, PORT_V6).into()];
+    let [v4, v6] = addresses
+        .map(|address| TcpListener::bind(address).with_context(|| format!("cannot listen on {address}")));
+    Ok([v4?, v6?])
 }
 
 struct Loop {
@@ -49,18 +67,12 @@ struct Loop {
 }
 
 impl Loop {
-    fn new() -> Result<Self> {
+    fn new(listeners: [TcpListener; 2]) -> Result<Self> {
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
-        let addresses: [SocketAddr; 2] =
-            [(Ipv4Addr::UNSPECIFIED, PORT).into(), (Ipv6Addr::UNSPECIFIED, PORT_V6).into()];
-        let [v4, v6] = addresses
-            .map(|address| TcpListener::bind(address).with_context(|| format!("listen on {address}")));
-        let listeners = [v4?, v6?];
         for listener in &listeners {
             listener.set_nonblocking(true)?;
             epoll.add(listener, EpollEvent::new(EpollFlags::EPOLLIN, key(listener)))?;
         }
-        say_ready(addresses[0])?;
         Ok(Self { epoll, listeners, sessions: HashMap::new(), next_tick: Instant::now() })
     }
 

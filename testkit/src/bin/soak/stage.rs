@@ -108,7 +108,7 @@ impl<'a> Stage<'a> {
         pause(RUN.mul_f64(self.rng.f64()))?;
         let task = self.task.take().context("the server runs")?;
         let pid = task.pid();
-        let queues = Queues::of(pid)?;
+        let queues = Queues::of(&task)?;
         self.fleet.retire(ENDING);
         let images = fresh_folder(&self.setting.out.join("images"))?;
 
@@ -121,7 +121,9 @@ impl<'a> Stage<'a> {
         self.task = Some(task);
 
         let progress = self.fleet.progress(restored, PATIENCE)?;
-        leftovers::no_repair(pid)?;
+        for process in self.task.iter().flat_map(Task::tree) {
+            leftovers::no_repair(process)?;
+        }
         self.no_rules()?;
         Ok(Cycle {
             carried: queues.connections,
@@ -147,9 +149,8 @@ impl<'a> Stage<'a> {
     pub fn finish(self) -> Result<(Totals, Passed)> {
         let totals = self.fleet.finish(PATIENCE * 2)?;
         let task = self.task.context("the server runs")?;
-        let pid = task.pid();
         // It complains, if at all, when a connection ends.
-        wait_until("the server has seen every end", PATIENCE, || Ok(Queues::of(pid)?.connections == 0))?;
+        wait_until("the server has seen every end", PATIENCE, || Ok(Queues::of(&task)?.connections == 0))?;
         drop(task);
         Ok((totals, self.relay.stop()?))
     }
@@ -185,7 +186,7 @@ fn nft_drop(ns: &NetNs) -> Result<()> {
     Ok(())
 }
 
-/// The connections of a process, and how many have something queued.
+/// The connections of a process tree, and how many have something queued.
 struct Queues {
     connections: usize,
     unread: usize,
@@ -193,17 +194,23 @@ struct Queues {
 }
 
 impl Queues {
-    fn of(pid: Pid) -> Result<Self> {
+    fn of(task: &Task) -> Result<Self> {
         let mut queues = Self { connections: 0, unread: 0, unacked: 0 };
-        for socket in tcp_sockets(pid)? {
-            if socket.state()? == state::LISTEN {
-                continue;
-            }
-            queues.connections += 1;
-            queues.unread += usize::from(socket.unread()? > 0);
-            queues.unacked += usize::from(socket.unacked()? > 0);
+        for process in task.tree() {
+            queues.add(process)?;
         }
         Ok(queues)
+    }
+
+    fn add(&mut self, process: Pid) -> Result<()> {
+        for socket in tcp_sockets(process)? {
+            if socket.state()? != state::LISTEN {
+                self.connections += 1;
+                self.unread += usize::from(socket.unread()? > 0);
+                self.unacked += usize::from(socket.unacked()? > 0);
+            }
+        }
+        Ok(())
     }
 }
 
