@@ -76,13 +76,14 @@ pub fn run(arguments: &Arguments) -> Result<bool> {
 }
 
 fn read(dir: &ImageDir) -> Result<Images> {
-    let external = ExternalImage::all(dir)?;
+    let mut external = Vec::new();
+    ExternalImage::for_each(dir, |image| external.push(connection(&image.tuple, &image.tcp)))?;
     if !dir.contains(inventory::NAME) && external.is_empty() {
         bail!("there are no images of CRIU or soccr");
     }
     let index = if dir.contains(inventory::NAME) { Index::read(dir)? } else { Index::empty() };
     let mut connections = from_index(dir, &index)?;
-    connections.extend(external.iter().map(|image| connection(&image.tuple, &image.tcp)));
+    connections.extend(external);
     connections.sort_by(|a, b| (&a.local, &a.remote).cmp(&(&b.local, &b.remote)));
     Ok(Images {
         network_lock: format!("{:?}", index.network_lock).to_lowercase(),

@@ -45,18 +45,22 @@ pub struct ExternalImage {
 }
 
 impl ExternalImage {
-    /// All images of this kind in the folder, without their queues' bytes.
+    /// Calls `visit` with all images of this kind in the folder, one after the other: options that are as short as can
+    /// be take many times their length, so whoever needs them all keeps what is needed.
     ///
     /// # Errors
     /// What is wrong with which file.
-    pub fn all(dir: &ImageDir) -> Result<Vec<Self>, ImageError> {
+    pub fn for_each(dir: &ImageDir, mut visit: impl FnMut(Self)) -> Result<(), ImageError> {
         let mut ids = Vec::new();
         dir.for_each_name(|name| {
             let id = name.strip_prefix("soccr-ext-").and_then(|name| name.strip_suffix(".img"));
             ids.extend(id.and_then(|id| u32::from_str_radix(id, 16).ok()));
         })?;
         let mut queues = Queues::default();
-        ids.into_iter().map(|id| Self::read(dir, id, &mut queues)).collect()
+        for id in ids {
+            visit(Self::read(dir, id, &mut queues)?);
+        }
+        Ok(())
     }
 
     /// The name of the image with CRIU's file id `id`.

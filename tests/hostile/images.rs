@@ -291,6 +291,14 @@ fn memory_is_bounded_by_the_file() {
         // Empty submessages, the largest that are decoded, and a longer one.
         ("sk-queues.img".into(), container(Magic::SkQueues, &[0x22, 0].repeat(128 << 10), 1)),
         ("sk-queues.img".into(), container(Magic::SkQueues, &[0x22, 0].repeat(MIB), 1)),
+        // As many short options as are decoded, of a connection that is good otherwise.
+        (ExternalImage::name(7), {
+            let good = &Victim::new().files[&ExternalImage::name(7)];
+            let length = usize::try_from(u32::from_le_bytes(good[8..12].try_into().unwrap())).unwrap();
+            let options = [0x32, 6, 0x08, 0, 0x10, 0, 0x1a, 0].repeat(30 << 10);
+            let message = [&good[12..12 + length], &options[..]].concat();
+            [&container(Magic::SoccrExternal, &message, 1)[..], &good[12 + length..]].concat()
+        }),
         // Many good entries.
         (name("fdinfo"), container(Magic::Fdinfo, &[0x08, 1, 0x10, 0, 0x18, 4, 0x20, 9], MIB)),
         (

@@ -104,8 +104,8 @@ struct Restore {
     images: ImageDir,
     criu: i32,
     index: Index,
-    /// Connections that CRIU gave to the plugin as external files, by their addresses.
-    external: HashMap<FourTuple, ExternalImage>,
+    /// Connections that CRIU gave to the plugin as external files, by their addresses, with their SO_REUSEADDR.
+    external: HashMap<FourTuple, bool>,
     home: NetNs,
     options: LockOptions,
     lock_name: LockName,
@@ -134,10 +134,11 @@ impl Restore {
         let awaited = index.tasks.iter().filter(|(_, task)| task.alive).map(|(pid, _)| *pid).collect();
         let mut dump_locks: Vec<LockName> = dump_lock(&index).into_iter().collect();
         let mut external = HashMap::new();
-        for image in ExternalImage::all(images)? {
-            dump_locks.extend(image.lock_id.as_deref().and_then(|id| LockName::criu(id).ok()));
-            external.insert(image.tuple, image);
-        }
+        ExternalImage::for_each(images, |image| {
+            let lock = image.lock_id.as_deref().and_then(|id| LockName::criu(id).ok());
+            dump_locks.extend(lock.filter(|name| !dump_locks.contains(name)));
+            external.insert(image.tuple, soccr::options::reuse_addr(&image.options));
+        })?;
         let lock_name = lock_name(&index)?;
         Ok(Self {
             recorder: recorder(&index, &lock_name, images, criu)?,
@@ -315,9 +316,9 @@ impl Restore {
             let socket = task.copy(fd).map_err(failed)?;
             let ours = sockopt::is_tcp(socket.as_fd()) && tcp::in_repair(socket.as_fd()).map_err(failed)?;
             let Some(tuple) = four_tuple(socket.as_fd()).ok().filter(|_| ours) else { continue };
-            if let Some(image) = self.external.remove(&tuple) {
+            if let Some(reuse_addr) = self.external.remove(&tuple) {
                 let mut paused = Paused::pause(socket)?;
-                paused.set_reuse_addr(soccr::options::reuse_addr(&image.options));
+                paused.set_reuse_addr(reuse_addr);
                 self.built.push(Built { paused, tuple, reuse_port: None });
             }
         }
