@@ -1,0 +1,338 @@
+//! The soccr command on leftovers of crashes that are made by hand, each in a network namespace of its own.
+
+#[path = "../../tests/support/mod.rs"]
+#[allow(dead_code)] // this test program uses its part
+mod support;
+
+use std::fs::{self, File};
+use std::io::Write;
+use std::net::TcpStream;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+
+use serde_json::{Value, json};
+use soccr::checkpoint::four_tuple;
+use soccr::kernel::netns::NetNs;
+use soccr::kernel::tcp::{self, Repair};
+use soccr::lock::{self, LockName, LockOptions, Method, NetworkLock};
+use soccr::record::{ConnectionRecord, LockRecord, NsId, Phase, Recorder};
+use soccr::tasks::{Finder, ProcessId, Task};
+use support::{connected, expect_bytes, in_own_network, pattern};
+
+const NFTABLES: LockOptions = LockOptions { method: Method::Nftables, lease: None };
+
+/// The folder of the records, and one for images.
+struct Host {
+    dir: tempfile::TempDir,
+}
+
+impl Host {
+    fn new() -> Self {
+        Self { dir: tempfile::tempdir().expect("a folder") }
+    }
+
+    fn run_dir(&self) -> PathBuf {
+        self.dir.path().join("run")
+    }
+
+    fn soccr(&self, arguments: &[&str]) -> Output {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_soccr"));
+        command.args(arguments).env("SOCCR_RUN_DIR", self.run_dir()).output().expect("soccr runs")
+    }
+
+    /// What it says when it succeeds.
+    fn done(&self, arguments: &[&str]) -> String {
+        let output = self.soccr(arguments);
+        assert!(output.status.success(), "{arguments:?}: {output:?}");
+        String::from_utf8(output.stdout).expect("text")
+    }
+
+    /// What it says when it refuses.
+    fn refused(&self, arguments: &[&str]) -> String {
+        let output = self.soccr(arguments);
+        assert_eq!(output.status.code(), Some(1), "{arguments:?}: {output:?}");
+        String::from_utf8(output.stderr).expect("text")
+    }
+
+    fn status(&self) -> Value {
+        serde_json::from_str(&self.done(&["status", "--json"])).expect("JSON")
+    }
+
+    fn record(&self, id: &str) -> PathBuf {
+        self.run_dir().join(id)
+    }
+
+    /// Makes the record one of a criu and an agent that are dead.
+    fn orphan(&self, id: &str) {
+        let mut child = Command::new("true").spawn().expect("a process");
+        let dead = ProcessId::of(child.id().cast_signed()).expect("its start");
+        child.wait().expect("its end");
+        self.edit(id, |head| {
+            head["criu"] = json!(dead);
+            head["agent"] = json!(dead);
+        });
+    }
+
+    fn edit(&self, id: &str, change: impl FnOnce(&mut Value)) {
+        let text = fs::read_to_string(self.record(id)).expect("the record");
+        let (head, connections) = text.split_once('\n').expect("a first line");
+        let mut head: Value = serde_json::from_str(head).expect("JSON");
+        change(&mut head);
+        fs::write(self.record(id), format!("{head}\n{connections}")).expect("the record");
+    }
+}
+
+/// A program with a connection that it echoes; its other end is ours.
+struct Echo {
+    child: Child,
+    socket: OwnedFd,
+    peer: TcpStream,
+}
+
+impl Echo {
+    fn start() -> Self {
+        let (theirs, peer) = connected("127.0.0.1:0");
+        theirs.set_read_timeout(None).expect("no timeout");
+        let socket = OwnedFd::from(theirs);
+        let copy = || Stdio::from(socket.try_clone().expect("a copy"));
+        let child = Command::new("cat").stdin(copy()).stdout(copy()).spawn().expect("cat runs");
+        Self { child, socket, peer }
+    }
+
+    fn lock(&self, name: &LockName) {
+        let tuple = four_tuple(self.socket.as_fd()).expect("a connection");
+        NetworkLock::lock(&here(), name, &[tuple], &NFTABLES).expect("a lock").keep();
+    }
+
+    /// What a dump writes down before it locks this.
+    fn record(&self, host: &Host, id: &str, phase: Phase) -> LockName {
+        let images = File::open(host.dir.path()).expect("the folder");
+        let store = soccr::record::Store::create_at(host.run_dir()).expect("the records");
+        let pid = self.child.id().cast_signed();
+        let recorder = Recorder::new(id, phase, images.as_fd(), std::process::id().cast_signed());
+        let mut recorder = recorder.expect("a record").keep_in(store);
+        let name = LockName::criu(id).expect("a name");
+        let lock = LockRecord { ns: NsId::from(&here()), name: name.clone(), method: Method::Nftables };
+        recorder.add_lock(lock);
+        recorder.add_task(pid);
+        let found = Finder::default().of_task(&Task::open(pid).expect("the task")).expect("its sockets");
+        recorder.add_connections(found.iter().map(ConnectionRecord::from));
+        recorder.save(phase).expect("written");
+        name
+    }
+
+    /// Sends and gets back the same.
+    fn echoes(&mut self) {
+        let bytes = pattern(7, 100_000);
+        let mut writer = self.peer.try_clone().expect("a copy");
+        let sent = bytes.clone();
+        let writing = std::thread::spawn(move || writer.write_all(&sent));
+        expect_bytes(&mut self.peer, &bytes);
+        writing.join().expect("no panic").expect("sent");
+    }
+}
+
+impl Drop for Echo {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn here() -> NetNs {
+    NetNs::current().expect("a namespace")
+}
+
+fn locks() -> Vec<String> {
+    lock::list(&here()).expect("locks").into_iter().map(|lock| lock.name.to_string()).collect()
+}
+
+fn in_repair(socket: BorrowedFd<'_>) -> bool {
+    tcp::in_repair(socket).expect("TCP_REPAIR")
+}
+
+#[test]
+fn what_a_killed_dump_left_is_shown_and_brought_back() {
+    in_own_network(|| {
+        let host = Host::new();
+        let mut echo = Echo::start();
+        echo.echoes();
+        let name = echo.record(&host, "crashed", Phase::Saving);
+        echo.lock(&name);
+        tcp::set_repair(echo.socket.as_fd(), Repair::On).expect("TCP_REPAIR");
+        host.orphan("crashed");
+
+        let status = host.status();
+        let record = &status["records"][0];
+        assert_eq!((&record["id"], &record["state"]), (&json!("crashed"), &json!("orphaned")));
+        assert_eq!(record["connections"], json!(1));
+        assert_eq!(record["tasks"][0]["pid"], json!(echo.child.id()));
+        assert_eq!(status["tables"], json!([]), "the lock is ours");
+        let shown = host.done(&["status"]);
+        assert!(shown.contains("crashed  orphaned"), "{shown}");
+
+        let would = host.done(&["clean", "--orphans", "--dry-run"]);
+        assert!(would.contains("would be brought back") && would.contains("would be removed"), "{would}");
+        assert!(
+            in_repair(echo.socket.as_fd()) && locks() == ["CRIU-crashed"] && host.record("crashed").exists()
+        );
+
+        let tuple = four_tuple(echo.socket.as_fd()).expect("a connection");
+        let told = host.done(&["clean", "--orphans"]);
+        assert!(told.contains(&format!("{tuple}: brought back from repair mode")), "{told}");
+        assert!(told.contains("lock CRIU-crashed (Nftables) removed"), "{told}");
+        assert!(!in_repair(echo.socket.as_fd()) && locks().is_empty());
+        echo.echoes();
+        assert_eq!(fs::read_dir(host.run_dir()).expect("the records").count(), 0);
+        assert_eq!(host.done(&["status"]), "");
+    });
+}
+
+#[test]
+fn a_dump_at_work_is_left_alone() {
+    in_own_network(|| {
+        let host = Host::new();
+        let mut echo = Echo::start();
+        let name = echo.record(&host, "busy", Phase::Saving);
+        echo.lock(&name);
+        for arguments in [["clean", "busy"], ["clean", "--all"]] {
+            let why = host.refused(&arguments);
+            assert!(why.contains("busy: left alone, it is frozen") && why.contains("--force"), "{why}");
+        }
+        assert!(host.refused(&["clean", "--table", "CRIU-busy"]).contains("belongs to busy"));
+        assert_eq!(host.done(&["clean", "--orphans"]), "");
+        assert_eq!(locks(), ["CRIU-busy"]);
+        host.done(&["clean", "busy", "--force"]);
+        assert!(locks().is_empty() && !host.record("busy").exists());
+        echo.echoes();
+    });
+}
+
+#[test]
+fn a_dump_that_waits_is_shown_until_its_lock_is_gone() {
+    in_own_network(|| {
+        let host = Host::new();
+        let echo = Echo::start();
+        let name = echo.record(&host, "waits", Phase::Dumped);
+        echo.lock(&name);
+        host.orphan("waits");
+        let record = &host.status()["records"][0];
+        assert_eq!((&record["state"], &record["images_there"]), (&json!("dumped"), &json!(true)));
+        assert_eq!(host.done(&["clean", "--orphans"]), "", "it is no orphan");
+        // As stock CRIU does when it restores these images.
+        assert!(lock::remove(&here(), Method::Nftables, &name).expect("removed"));
+        assert_eq!(host.status()["records"], json!([]));
+        assert!(!host.record("waits").exists());
+    });
+}
+
+#[test]
+fn a_killed_restore_waits_for_another_try() {
+    in_own_network(|| {
+        let host = Host::new();
+        let echo = Echo::start();
+        let name = echo.record(&host, "again", Phase::Restoring);
+        echo.lock(&name);
+        assert_eq!(host.status()["records"][0]["state"], json!("restoring"));
+        host.orphan("again");
+        assert_eq!(host.status()["records"][0]["state"], json!("dumped"));
+        host.done(&["clean", "--all"]);
+        assert!(locks().is_empty() && !host.record("again").exists());
+    });
+}
+
+#[test]
+fn a_record_from_before_a_reboot_is_only_a_file() {
+    in_own_network(|| {
+        let host = Host::new();
+        let echo = Echo::start();
+        let name = echo.record(&host, "old", Phase::Dumped);
+        echo.lock(&name);
+        host.edit("old", |head| head["boot"] = json!("another"));
+        assert_eq!(host.status()["records"][0]["state"], json!("orphaned"));
+        host.done(&["clean", "--orphans"]);
+        assert!(!host.record("old").exists());
+        assert_eq!(locks(), ["CRIU-old"], "a lock of this boot is not that of the last one");
+    });
+}
+
+#[test]
+fn locks_without_a_record_go_only_by_name() {
+    in_own_network(|| {
+        let host = Host::new();
+        let mut echo = Echo::start();
+        echo.lock(&LockName::criu("foreign").expect("a name"));
+        let status = host.status();
+        assert_eq!(status["tables"][0]["name"], json!("CRIU-foreign"));
+        let shown = host.done(&["status"]);
+        assert!(
+            shown.starts_with("Not ours") && shown.contains("soccr clean --table CRIU-foreign"),
+            "{shown}"
+        );
+        host.done(&["clean", "--all"]);
+        assert_eq!(locks(), ["CRIU-foreign"]);
+        assert!(host.refused(&["clean", "--table", "CRIU-other"]).contains("there is no lock CRIU-other"));
+        host.done(&["clean", "--table", "CRIU-foreign"]);
+        assert!(locks().is_empty());
+        echo.echoes();
+    });
+}
+
+#[test]
+fn a_record_that_cannot_be_read_is_shown_and_removed_by_force() {
+    in_own_network(|| {
+        let host = Host::new();
+        let echo = Echo::start();
+        echo.record(&host, "damaged", Phase::Dumped);
+        fs::write(host.record("damaged"), "{\"version\":1,").expect("written");
+        assert!(host.done(&["status"]).contains("damaged: unreadable: "), "shown");
+        assert!(host.refused(&["clean", "damaged"]).contains("line 1"));
+        host.done(&["clean", "damaged", "--force"]);
+        assert_eq!(host.done(&["status"]), "");
+        assert!(host.refused(&["clean", "damaged"]).contains("there is no such record"));
+    });
+}
+
+#[test]
+fn without_a_folder_there_is_nothing() {
+    in_own_network(|| {
+        let host = Host::new();
+        assert_eq!(host.done(&["status"]), "");
+        assert_eq!(host.done(&["clean", "--all"]), "");
+        assert!(!host.run_dir().exists());
+        assert!(!host.soccr(&["clean"]).status.success(), "what to clean is to be said");
+    });
+}
+
+#[test]
+fn this_kernel_has_what_it_takes() {
+    in_own_network(|| {
+        let host = Host::new();
+        let shown = host.done(&["check"]);
+        assert!(shown.contains("✓ TCP_REPAIR ") && shown.contains("✓ pidfd_getfd "), "{shown}");
+        let features: Value = serde_json::from_str(&host.done(&["check", "--json"])).expect("JSON");
+        let there = |feature: &Value| feature["need"] != json!("must") || feature["there"] == json!(true);
+        assert!(features.as_array().expect("a list").iter().all(there));
+        assert!(locks().is_empty(), "it checks elsewhere");
+    });
+}
+
+#[test]
+fn images_show_their_connections() {
+    let host = Host::new();
+    let images = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/data/stock-4.2.1/inside");
+    let images = images.to_str().expect("a plain path");
+    let shown: Value = serde_json::from_str(&host.done(&["show", images, "--json"])).expect("JSON");
+    let connections = shown["connections"].as_array().expect("a list");
+    assert_eq!(connections.len(), 6);
+    let owners = |connection: &Value| connection["owners"].as_array().map_or(0, Vec::len);
+    assert!(connections.iter().all(|connection| owners(connection) > 0));
+    let closing = connections.iter().find(|connection| connection["state"] == json!("CLOSE_WAIT"));
+    let closing = closing.expect("one in CLOSE_WAIT");
+    assert_eq!((&closing["receive_queue"], &closing["remote"]), (&json!(10), &json!("127.0.0.1:8002")));
+    let table = host.done(&["show", images]);
+    assert!(table.contains("(in flight)") && table.contains("ESTABLISHED"), "{table}");
+    let nothing = host.refused(&["show", host.dir.path().to_str().expect("a plain path")]);
+    assert!(nothing.contains("there are no images"), "{nothing}");
+}
