@@ -111,24 +111,30 @@ impl<F: AsFd> Paused<F> {
         four_tuple(self.socket())
     }
 
+    /// What SO_REUSEADDR will be after [`Paused::resume`].
+    #[must_use]
+    pub fn reuse_addr(&self) -> bool {
+        self.reuse_addr
+    }
+
     /// What SO_REUSEADDR will be after [`Paused::resume`]; a restored socket gets the saved value here.
     pub fn set_reuse_addr(&mut self, on: bool) {
         self.reuse_addr = on;
     }
 
-    /// Leaves repair mode; the program can use its socket again.
+    /// Leaves repair mode; the program can use its socket again. Returns the socket.
     ///
     /// # Errors
     /// The kernel's answer; the guard has no further effect then.
-    pub fn resume(mut self, probe: Probe) -> Result<(), PauseError> {
+    pub fn resume(mut self, probe: Probe) -> Result<Option<F>, PauseError> {
         let mode = match probe {
             Probe::Send => Repair::Off,
             Probe::None => Repair::OffNoProbe,
         };
         let result = leave(self.socket(), mode, self.reuse_addr);
         let result = result.map_err(|source| PauseError { who: Who::of(self.socket()), source });
-        self.fd = None;
-        result
+        let socket = self.fd.take();
+        result.map(|()| socket)
     }
 
     /// Forgets the guard and leaves the socket in repair mode, to be closed silently.
@@ -144,6 +150,15 @@ impl<F: AsFd> Paused<F> {
     pub fn socket(&self) -> BorrowedFd<'_> {
         self.fd.as_ref().expect("taken only with the guard itself").as_fd()
     }
+}
+
+/// Sends the window probe that the end of repair mode can send, from a socket that left it silently before: the call
+/// that ends repair mode sends one whether or not the mode is on. It clears SO_REUSEADDR too, so that is put back.
+///
+/// # Errors
+/// EPERM without CAP_NET_ADMIN in the user namespace of the socket's network namespace.
+pub fn probe(socket: BorrowedFd<'_>, reuse_addr: bool) -> Result<(), PauseError> {
+    leave(socket, Repair::Off, reuse_addr).map_err(|source| PauseError { who: Who::of(socket), source })
 }
 
 fn leave(socket: BorrowedFd<'_>, mode: Repair, reuse_addr: bool) -> Result<(), SysError> {

@@ -5,12 +5,16 @@
 
 use std::io::{self, IoSlice, IoSliceMut};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::time::Duration;
 
 use nix::cmsg_space;
 use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{
     AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, recvmsg, sendmsg, socketpair,
 };
+use nix::unistd::Pid;
+use soccr::tasks::Fate;
 
 use soccr::kernel::process::received_fds;
 
@@ -35,6 +39,8 @@ pub enum Request {
     Resume(i32),
     /// exit() of a restore, with CRIU's result.
     RestoreEnd(i32),
+    /// An agent died: undo what it has left.
+    Clean,
 }
 
 const PACKET: usize = 5;
@@ -50,6 +56,7 @@ impl Request {
             Self::Forked => (6, 0),
             Self::Resume(pid) => (7, pid),
             Self::RestoreEnd(ret) => (8, ret),
+            Self::Clean => (9, 0),
         };
         let [a, b, c, d] = argument.to_le_bytes();
         [kind, a, b, c, d]
@@ -67,6 +74,7 @@ impl Request {
             6 => Self::Forked,
             7 => Self::Resume(argument),
             8 => Self::RestoreEnd(argument),
+            9 => Self::Clean,
             _ => return None,
         })
     }
@@ -80,27 +88,58 @@ pub enum AskError {
     Refused,
     /// It is not there any more.
     #[error("the agent is gone")]
-    Gone,
+    Gone {
+        /// Whether it had said before that there is no way back.
+        committed: bool,
+    },
     /// It could not be asked.
     #[error("cannot talk to the agent: {0}")]
     Io(#[from] Errno),
 }
 
+/// How long an agent may be stopped.
+const PATIENCE: Duration = Duration::from_secs(3);
+
 /// The hooks' end.
 #[derive(Debug)]
-pub struct Client(OwnedFd);
+pub struct Client {
+    control: OwnedFd,
+    agent: Pid,
+}
 
 /// The agent's end.
 #[derive(Debug)]
 pub struct Server(OwnedFd);
 
+/// The hooks' end of a channel whose other end nobody serves yet.
+#[derive(Debug)]
+pub struct Unserved(OwnedFd);
+
 /// A connected client and server.
 ///
 /// # Errors
 /// The kernel's answer.
-pub fn pair() -> Result<(Client, Server), Errno> {
+pub fn pair() -> Result<(Unserved, Server), Errno> {
     let (ours, theirs) = socket_pair()?;
-    Ok((Client(ours), Server(theirs)))
+    Ok((Unserved(ours), Server(theirs)))
+}
+
+impl Unserved {
+    /// Waits for the agent's first word, which is its pid.
+    ///
+    /// # Errors
+    /// ECONNRESET when it died before.
+    pub fn served(self) -> Result<Client, Errno> {
+        let mut pid = [0; 4];
+        loop {
+            return match nix::unistd::read(&self.0, &mut pid) {
+                Ok(4) => Ok(Client { control: self.0, agent: Pid::from_raw(i32::from_ne_bytes(pid)) }),
+                Ok(_) => Err(Errno::ECONNRESET),
+                Err(Errno::EINTR) => continue,
+                Err(error) => Err(error),
+            };
+        }
+    }
 }
 
 fn socket_pair() -> Result<(OwnedFd, OwnedFd), Errno> {
@@ -110,6 +149,7 @@ fn socket_pair() -> Result<(OwnedFd, OwnedFd), Errno> {
 const LOG: u8 = 1;
 const DONE: u8 = 2;
 const REFUSED: u8 = 3;
+const COMMITTED: u8 = 4;
 /// Longer log lines are cut.
 const LONGEST: usize = 4096;
 
@@ -124,33 +164,57 @@ impl Client {
         passed.extend(file.map(|file| file.as_raw_fd()));
         let packet = request.encode();
         let sent = sendmsg::<()>(
-            self.0.as_raw_fd(),
+            self.control.as_raw_fd(),
             &[IoSlice::new(&packet)],
             &[ControlMessage::ScmRights(&passed)],
             MsgFlags::MSG_NOSIGNAL,
             None,
         );
         match sent {
-            Err(Errno::EPIPE | Errno::ECONNRESET) => return Err(AskError::Gone),
+            Err(Errno::EPIPE | Errno::ECONNRESET) => return Err(AskError::Gone { committed: false }),
             other => other?,
         };
         drop(theirs);
-        read_answer(&answer)
+        self.read_answer(&answer)
     }
-}
 
-fn read_answer(answer: &OwnedFd) -> Result<(), AskError> {
-    let mut buffer = [0; LONGEST];
-    loop {
-        let len = match nix::unistd::read(answer, &mut buffer) {
-            Err(Errno::EINTR) => continue,
-            other => other?,
-        };
-        match buffer.get(..len).unwrap_or_default() {
-            [LOG, level, text @ ..] => host::print(level_from(*level), &String::from_utf8_lossy(text)),
-            [DONE] => return Ok(()),
-            [REFUSED] => return Err(AskError::Refused),
-            _ => return Err(AskError::Gone),
+    fn read_answer(&self, answer: &OwnedFd) -> Result<(), AskError> {
+        let mut buffer = [0; LONGEST];
+        let mut committed = false;
+        loop {
+            self.wait_for(answer)?;
+            let len = match nix::unistd::read(answer, &mut buffer) {
+                Err(Errno::EINTR) => continue,
+                other => other?,
+            };
+            match buffer.get(..len).unwrap_or_default() {
+                [LOG, level, text @ ..] => host::print(level_from(*level), &String::from_utf8_lossy(text)),
+                [COMMITTED] => committed = true,
+                [DONE] => return Ok(()),
+                [REFUSED] => return Err(AskError::Refused),
+                _ => return Err(AskError::Gone { committed }),
+            }
+        }
+    }
+
+    /// Waits for the next part of the answer. An agent that somebody has stopped would hold up criu, and with it the
+    /// frozen tasks, for ever: it is killed after a while, which ends the answer.
+    fn wait_for(&self, answer: &OwnedFd) -> Result<(), Errno> {
+        let mut stopped = Duration::ZERO;
+        loop {
+            let mut ready = [PollFd::new(answer.as_fd(), PollFlags::POLLIN)];
+            match poll(&mut ready, PollTimeout::from(1000_u16)) {
+                Ok(0) => {}
+                Ok(_) => return Ok(()),
+                Err(Errno::EINTR) => continue,
+                Err(error) => return Err(error),
+            }
+            let is_stopped = soccr::tasks::look(self.agent.as_raw()) == Fate::Stopped;
+            stopped = if is_stopped { stopped + Duration::from_secs(1) } else { Duration::ZERO };
+            if stopped >= PATIENCE {
+                host::print(log::Level::Error, "the agent is stopped, and killed therefore");
+                let _ = nix::sys::signal::kill(self.agent, nix::sys::signal::Signal::SIGKILL);
+            }
         }
     }
 }
@@ -171,6 +235,12 @@ pub struct Asked {
 }
 
 impl Server {
+    /// Tells the hooks who serves them.
+    pub fn introduce(&self) {
+        let pid = nix::unistd::getpid().as_raw().to_ne_bytes();
+        let _ = nix::sys::socket::send(self.0.as_raw_fd(), &pid, MsgFlags::MSG_NOSIGNAL);
+    }
+
     /// The next request; `None` when every client is gone.
     ///
     /// # Errors
@@ -210,6 +280,11 @@ impl Answer {
         let mut packet = vec![LOG, level as u8];
         packet.extend(text.bytes().take(LONGEST - 2));
         self.send(&packet);
+    }
+
+    /// Says that from here on there is no way back: whatever happens to the agent, the tasks must live.
+    pub fn commit(&self) {
+        self.send(&[COMMITTED]);
     }
 
     /// Sends the result, which ends the answer.

@@ -6,7 +6,7 @@ use std::sync::Mutex;
 use nix::unistd::{Pid, getpid};
 
 use crate::abi::ENOTSUP;
-use crate::agent;
+use crate::agent::{self, Job};
 use crate::channel::{AskError, Client, Request};
 use crate::{host, mode, solo};
 
@@ -72,7 +72,8 @@ pub fn begin(stage: Stage) -> i32 {
 
 fn start(stage: Stage) -> Result<(), String> {
     let images = host::image_dir().ok_or("CRIU has no image folder")?;
-    let client = agent::spawn(stage, images).map_err(|error| error.to_string())?;
+    let job = if stage == Stage::Dump { Job::Dump } else { Job::Restore };
+    let client = agent::spawn(job, images).map_err(|error| error.to_string())?;
     if stage == Stage::Dump {
         host::pin()?;
     } else {
@@ -86,7 +87,30 @@ fn start(stage: Stage) -> Result<(), String> {
 
 /// CHECKPOINT_DEVICES.
 pub fn checkpoint(pid: i32) -> i32 {
-    with(|session| answered(session.client.ask(Request::Checkpoint(pid), None))).unwrap_or(ENOTSUP)
+    with(|session| answered(cleaned(session.client.ask(Request::Checkpoint(pid), None)))).unwrap_or(ENOTSUP)
+}
+
+/// Has a fresh agent undo what a dead one has left, while the tasks are still frozen.
+fn cleaned(result: Result<(), AskError>) -> Result<(), AskError> {
+    if let Err(AskError::Gone { .. }) = result {
+        successor(Job::Clean, Request::Clean);
+    }
+    result
+}
+
+/// Starts an agent after the first one's death and asks it this; `None` when that is not done.
+fn successor(job: Job, request: Request) -> Option<Client> {
+    let started = host::image_dir().map(|images| agent::spawn(job, images));
+    let asked = match started {
+        Some(Ok(client)) => client.ask(request, None).map(|()| client).map_err(|error| error.to_string()),
+        Some(Err(error)) => Err(error.to_string()),
+        None => Err("CRIU has no image folder".into()),
+    };
+    let report = |error: &String| {
+        let text = format!("the agent has died, and its work is not undone ({error}): see soccr status");
+        host::print(log::Level::Error, &text);
+    };
+    asked.inspect_err(report).ok()
 }
 
 /// POST_FORKING.
@@ -98,6 +122,12 @@ pub fn post_forking() -> i32 {
 /// makes the restore fail.
 pub fn resume(pid: i32) -> i32 {
     let result = with(|session| session.client.ask(Request::Resume(pid), None)).unwrap_or(Ok(()));
+    if let Err(AskError::Gone { committed: true }) = result {
+        // All connections were whole: what is left to do is to unlock and to wake them.
+        host::print(log::Level::Warn, "the agent has died while it woke the connections");
+        successor(Job::Clean, Request::Clean);
+        return ENOTSUP;
+    }
     if result.is_err() {
         host::print(log::Level::Error, &format!("kills task {pid}, whose connections cannot be restored"));
         let _ = nix::sys::signal::kill(Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL);
@@ -108,7 +138,7 @@ pub fn resume(pid: i32) -> i32 {
 /// DUMP_EXT_FILE.
 pub fn dump_file(fd: i32, id: i32) -> i32 {
     let Some(file) = solo::tcp_socket(fd) else { return ENOTSUP };
-    with(|session| match session.client.ask(Request::DumpFile(id), Some(file)) {
+    with(|session| match cleaned(session.client.ask(Request::DumpFile(id), Some(file))) {
         Ok(()) => 0,
         failed => answered(failed),
     })
@@ -129,25 +159,30 @@ pub fn restore_file(id: i32) -> i32 {
 
 /// exit().
 pub fn end(ret: i32) {
-    let restored = with(|session| {
-        let request = match session.stage {
-            Stage::Dump => Request::DumpEnd(ret),
-            Stage::Restore => Request::RestoreEnd(ret),
-        };
-        if let Err(error) = session.client.ask(request, None) {
-            host::print(log::Level::Error, &error.to_string());
+    let Ok(mut guard) = SESSION.lock() else { return };
+    let Some(session) = guard.as_mut().filter(|session| session.criu == getpid()) else { return };
+    let request = match session.stage {
+        Stage::Dump => Request::DumpEnd(ret),
+        Stage::Restore => Request::RestoreEnd(ret),
+    };
+    match (session.client.ask(request, None), session.stage) {
+        (Ok(()), _) => {}
+        // The tasks are still frozen, but nobody watches what becomes of them.
+        (Err(AskError::Gone { .. }), Stage::Dump) if ret == 0 => {
+            if let Some(client) = successor(Job::TakeOver, request) {
+                session.client = client;
+            }
         }
-        session.stage == Stage::Restore
-    });
-    if restored == Some(true)
-        && let Ok(mut session) = SESSION.lock()
-    {
-        *session = None;
+        (Err(AskError::Gone { .. }), _) => drop(successor(Job::Clean, Request::Clean)),
+        (Err(error), _) => host::print(log::Level::Error, &error.to_string()),
+    }
+    if session.stage == Stage::Restore {
+        *guard = None;
     }
 }
 
 /// The end of a criu process that dumped: it waits until the connections are closed silently or unlocked, so
 /// that whoever waits for criu finds them so.
 pub fn settle() {
-    let _ = with(|session| session.client.ask(Request::Settle, None));
+    let _ = with(|session| cleaned(session.client.ask(Request::Settle, None)));
 }

@@ -140,7 +140,7 @@ fn in_repair(record: &Record, report: &mut Report) -> Vec<OwnedFd> {
 
 fn revive(socket: OwnedFd, options: Options, report: &mut Report) {
     let who = Who::of(socket.as_fd());
-    let resumed = || Paused::pause(socket)?.resume(Probe::Send);
+    let resumed = || Paused::pause(socket)?.resume(Probe::Send).map(drop);
     match if options.dry_run { Ok(()) } else { resumed() } {
         Ok(()) => report.revived.push(who.to_string()),
         Err(error) => report.problems.push(error.to_string()),

@@ -3,6 +3,7 @@
 use std::fmt;
 
 use super::{Phase, Record, current_boot, own_pid_ns};
+use crate::tasks::ProcessId;
 
 /// What has become of a dump or restore.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -53,7 +54,18 @@ impl Record {
             // Who waits for a restore is nobody; everything else depends on who lives.
             return if self.phase == Phase::Dumped { State::Dumped } else { State::Elsewhere };
         }
-        judge(self.phase, self.criu.lives(), self.agent.lives())
+        let tasks_live = self.tasks.iter().any(ProcessId::lives);
+        match judge(self.phase, self.criu.lives(), self.agent.lives()) {
+            // The images are whole, the tasks dead, and the locks as they should be: only nobody has noted it.
+            State::Orphaned if self.phase != Phase::Saving && self.phase != Phase::Waking && !tasks_live => {
+                if self.kept_after_death {
+                    State::Dumped
+                } else {
+                    State::Orphaned
+                }
+            }
+            state => state,
+        }
     }
 }
 

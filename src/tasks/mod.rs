@@ -92,11 +92,17 @@ impl Task {
         if self.gone() {
             return Fate::Gone;
         }
-        look(self.pid).unwrap_or(Fate::Gone)
+        look(self.pid)
     }
 }
 
-fn look(pid: i32) -> ProcResult<Fate> {
+/// What has become of the task with this pid, as far as one look can tell.
+#[must_use]
+pub fn look(pid: i32) -> Fate {
+    try_look(pid).unwrap_or(Fate::Gone)
+}
+
+fn try_look(pid: i32) -> ProcResult<Fate> {
     const SIGKILL_BIT: u64 = 1 << (libc::SIGKILL - 1);
     const PF_EXITING: u32 = 0x4;
     let process = Process::new(pid)?;
@@ -114,6 +120,21 @@ fn look(pid: i32) -> ProcResult<Fate> {
 
 fn socket_inode(target: &str) -> Option<u64> {
     target.strip_prefix("socket:[")?.strip_suffix(']')?.parse().ok()
+}
+
+/// The task `root` and all its descendants, whoever traces them.
+#[must_use]
+pub fn tree(root: i32) -> Vec<i32> {
+    let mut tree = vec![root];
+    let mut next = 0;
+    while let Some(pid) = tree.get(next).copied() {
+        next += 1;
+        let threads = Process::new(pid).and_then(|process| process.tasks());
+        for thread in threads.into_iter().flatten().flatten() {
+            tree.extend(thread.children().unwrap_or_default().into_iter().map(u32::cast_signed));
+        }
+    }
+    tree
 }
 
 /// The task `root` and all its descendants that `tracer` holds still; zombies are left out.

@@ -18,14 +18,14 @@ use soccr::image::external::ExternalImage;
 use soccr::image::tcp_stream::TcpStreamImage;
 use soccr::kernel::netns::NetNs;
 use soccr::lock::{LockName, LockOptions, Method, NetworkLock};
-use soccr::record::{ConnectionRecord, LockRecord, NsId, Phase as Recorded, Recorder};
+use soccr::record::{ConnectionRecord, LockRecord, NsId, Phase as Recorded, Recorder, Store};
 use soccr::tasks::{self, FindError, Finder, Found, Place, Task};
 
 use super::error::chain;
 use super::logger::answering;
 use super::outcome::{Arrangement, Outcome};
 
-use super::{AgentError, outcome};
+use super::{AgentError, cleaner, outcome};
 use crate::channel::{Answer, Asked, Request, Server};
 use crate::fault;
 
@@ -56,6 +56,16 @@ pub(super) fn serve(images: ImageDir, criu: i32, server: &Server) {
     let Ok(criu) = Task::open(criu) else { return };
     fault::actors(Some(criu.pid), None);
     match Dump::new(images, criu) {
+        Ok(dump) => Serving { dump, phase: Phase::Saving, waiting: Vec::new(), criu_lives: true }.run(server),
+        Err(error) => refuse_all(server, &error),
+    }
+}
+
+/// Takes over a dump of which all is saved, from an agent that died: the tasks are still frozen, and the record tells
+/// which they are and what is locked.
+pub(super) fn take_over(images: ImageDir, criu: i32, server: &Server) {
+    let Ok(criu) = Task::open(criu) else { return };
+    match Dump::taken_over(images, criu) {
         Ok(dump) => Serving { dump, phase: Phase::Saving, waiting: Vec::new(), criu_lives: true }.run(server),
         Err(error) => refuse_all(server, &error),
     }
@@ -92,7 +102,8 @@ enum Event {
 
 impl Serving {
     fn run(mut self, server: &Server) {
-        while !matches!(self.phase, Phase::Over) {
+        // The agent stays as long as criu may ask: one that is gone before is one that was killed.
+        while !(matches!(self.phase, Phase::Over) && (!self.criu_lives || !self.waiting.is_empty())) {
             match self.wait(server) {
                 Event::Asked(asked) => self.serve(asked),
                 Event::CriuGone => {
@@ -210,6 +221,39 @@ impl Serving {
 }
 
 impl Dump {
+    fn taken_over(images: ImageDir, criu: Task) -> Result<Self, AgentError> {
+        let gone = || AgentError::Protocol("there is no record of what the dead agent has done");
+        let store = Store::open()?.ok_or_else(gone)?;
+        let record = cleaner::of(&store, criu.pid)?.into_iter().next().ok_or_else(gone)?;
+        let recorder = Recorder::take_over(&record.id, criu.pid)?.ok_or_else(gone)?;
+        let lock_name = LockName::criu(record.id.as_str())?;
+        let mut dump = Self {
+            images,
+            criu,
+            lock_name,
+            recorder,
+            options: LockOptions::from_env()?,
+            tasks: Vec::new(),
+            finder: Finder::default(),
+            held: Vec::new(),
+            locks: HashMap::new(),
+            queues: Queues::default(),
+        };
+        for task in record.tasks.iter().filter(|task| task.lives()) {
+            dump.tasks
+                .push(Task::open(task.pid).map_err(|source| AgentError::Task { pid: task.pid, source })?);
+        }
+        for task in &dump.tasks {
+            for Found { socket, tuple, ns, .. } in dump.finder.of_task(task)? {
+                let lock = || NetworkLock::adopt(&ns, &dump.lock_name, &dump.options);
+                dump.locks.entry(ns.clone()).or_insert_with(lock);
+                dump.held.push(Held { socket, tuple });
+            }
+        }
+        log::warn!("took over from an agent that died: {} connections", dump.held.len());
+        Ok(dump)
+    }
+
     fn new(images: ImageDir, criu: Task) -> Result<Self, AgentError> {
         fault::point("dump.init")?;
         let lock_name = LockName::criu(&format!("soccr-{}", super::random_id()?))?;

@@ -46,8 +46,6 @@ pub(super) enum AgentError {
     NotFound(String),
     #[error("a connection of this restore failed before")]
     FailedBefore,
-    #[error("{0} connections could not be woken up")]
-    Asleep(usize),
     #[error("no random id: {0}")]
     Random(std::io::Error),
     #[error(transparent)]

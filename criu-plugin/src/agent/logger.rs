@@ -47,6 +47,15 @@ pub fn answering<E: std::fmt::Display>(answer: Answer, work: impl FnOnce() -> Re
     result.is_ok()
 }
 
+/// Tells whoever waits for the answer that there is no way back from here on.
+pub fn commit() {
+    if let Ok(current) = CURRENT.lock()
+        && let Some(answer) = &*current
+    {
+        answer.commit();
+    }
+}
+
 fn set(answer: Option<Answer>) {
     if let Ok(mut current) = CURRENT.lock() {
         *current = answer;

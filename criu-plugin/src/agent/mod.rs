@@ -6,6 +6,7 @@
 
 #![allow(unsafe_code)]
 
+mod cleaner;
 mod dump;
 mod error;
 mod logger;
@@ -24,9 +25,21 @@ use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::{ForkResult, Pid, fork, setsid};
 use soccr::image::ImageDir;
 
-use crate::channel::{self, Client, Server};
-use crate::session::Stage;
+use crate::channel::{self, Client, Server, Unserved};
 use error::AgentError;
+
+/// What an agent is started for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Job {
+    /// A dump.
+    Dump,
+    /// The end of a dump whose agent died when all was saved.
+    TakeOver,
+    /// A restore.
+    Restore,
+    /// To undo what an agent has left that died.
+    Clean,
+}
 
 /// The agent could not be started.
 #[derive(Debug, thiserror::Error)]
@@ -46,7 +59,7 @@ pub enum SpawnError {
 ///
 /// # Errors
 /// [`SpawnError`].
-pub fn spawn(stage: Stage, images: BorrowedFd<'_>) -> Result<Client, SpawnError> {
+pub fn spawn(job: Job, images: BorrowedFd<'_>) -> Result<Client, SpawnError> {
     let images = ImageDir::duplicate(images)?;
     let criu = nix::unistd::getpid();
     let (client, server) = channel::pair()?;
@@ -56,12 +69,13 @@ pub fn spawn(stage: Stage, images: BorrowedFd<'_>) -> Result<Client, SpawnError>
     pthread_sigmask(SigmaskHow::SIG_BLOCK, Some(&sigchld), Some(&mut before))?;
     // SAFETY: criu is single-threaded when it loads plugins, so the child may do anything.
     let result = match unsafe { fork() } {
-        Ok(ForkResult::Child) => intermediate(client, stage, images, criu, server),
+        Ok(ForkResult::Child) => intermediate(client, job, images, criu, server),
         Ok(ForkResult::Parent { child }) => reap(child),
         Err(error) => Err(error.into()),
     };
     pthread_sigmask(SigmaskHow::SIG_SETMASK, Some(&before), None)?;
-    result.map(|()| client)
+    result?;
+    Ok(client.served()?)
 }
 
 fn reap(child: Pid) -> Result<(), SpawnError> {
@@ -75,12 +89,12 @@ fn reap(child: Pid) -> Result<(), SpawnError> {
     }
 }
 
-fn intermediate(client: Client, stage: Stage, images: ImageDir, criu: Pid, server: Server) -> ! {
+fn intermediate(client: Unserved, job: Job, images: ImageDir, criu: Pid, server: Server) -> ! {
     drop(client);
     // SAFETY: as in `spawn`.
     let code = match unsafe { fork() } {
         Ok(ForkResult::Child) => {
-            let ended = catch_unwind(AssertUnwindSafe(|| run(stage, images, criu, server)));
+            let ended = catch_unwind(AssertUnwindSafe(|| run(job, images, criu, server)));
             i32::from(ended.is_err())
         }
         Ok(ForkResult::Parent { .. }) => 0,
@@ -90,7 +104,7 @@ fn intermediate(client: Client, stage: Stage, images: ImageDir, criu: Pid, serve
     unsafe { libc::_exit(code) }
 }
 
-fn run(stage: Stage, images: ImageDir, criu: Pid, server: Server) {
+fn run(job: Job, images: ImageDir, criu: Pid, server: Server) {
     let _ = setsid();
     let _ = prctl::set_name(c"soccr-agent");
     let _ = nix::unistd::chdir("/");
@@ -100,9 +114,12 @@ fn run(stage: Stage, images: ImageDir, criu: Pid, server: Server) {
     if let Err(error) = privilege::drop_others() {
         log::warn!("the agent keeps all of criu's capabilities: {error}");
     }
-    match stage {
-        Stage::Dump => dump::serve(images, criu.as_raw(), &server),
-        Stage::Restore => restore::serve(images, criu.as_raw(), &server),
+    server.introduce();
+    match job {
+        Job::Dump => dump::serve(images, criu.as_raw(), &server),
+        Job::TakeOver => dump::take_over(images, criu.as_raw(), &server),
+        Job::Restore => restore::serve(images, criu.as_raw(), &server),
+        Job::Clean => cleaner::serve(criu.as_raw(), &server),
     }
 }
 

@@ -3,8 +3,9 @@
 //! CRIU has made the sockets, set their options and shut them down. What is missing is the connection. Between CRIU's own
 //! unlocking and its late hook peers' packets would meet a socket without a connection and be answered with RST, so our
 //! lock is there before: in criu's namespace from the start, in a namespace that the restore makes or enters as soon as
-//! it is there. Each connection is built, still locked and in repair mode, when the hook of its task comes; after the
-//! last task all are unlocked, and only then leave repair mode, with a probe that wakes the flow.
+//! it is there. Each connection is built, still locked and in repair mode, when the hook of its task comes. After the last
+//! task all leave repair mode, silently; then they are unlocked, from where there is no way back; and then a probe from
+//! each wakes its flow.
 //!
 //! When anything fails the sockets are closed in repair mode, silently, and the lock is what it was before, under the
 //! name that the images know: the restore can be tried again, by us or by stock CRIU.
@@ -14,7 +15,9 @@ use std::net::SocketAddr;
 use std::os::fd::{AsFd, OwnedFd};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use soccr::checkpoint::{Paused, Probe, four_tuple};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use soccr::checkpoint::{self, Paused, Probe, four_tuple};
 use soccr::connection::{FourTuple, Queues, State};
 use soccr::fin::Forge;
 use soccr::image::ImageDir;
@@ -34,7 +37,7 @@ use soccr::tasks::{self, Task, in_flight};
 use super::AgentError;
 use super::error::chain;
 
-use super::logger::answering;
+use super::logger::{self, answering};
 
 use crate::channel::{Asked, Request, Server};
 use crate::fault;
@@ -50,18 +53,24 @@ pub(super) fn serve(images: ImageDir, criu: i32, server: &Server) {
         if poll(&mut fds, PollTimeout::NONE).is_err() {
             continue;
         }
-        if fds[0].any() == Some(true)
-            && let Ok(Some(asked)) = server.next()
-        {
-            if handle(&images, criu, &mut restore, asked) {
-                return;
+        if fds[0].any() == Some(true) {
+            match server.next() {
+                Ok(Some(asked)) => {
+                    if handle(&images, criu, &mut restore, asked) {
+                        return;
+                    }
+                    continue;
+                }
+                Ok(None) => break,
+                Err(_) => {}
             }
-        } else if fds[1].any() == Some(true) {
+        }
+        if fds[1].any() == Some(true) {
             break;
         }
     }
     if let Some(restore) = restore {
-        restore.give_up();
+        restore.criu_died();
     }
 }
 
@@ -113,6 +122,8 @@ struct Restore {
     /// The tables that the dump left.
     dump_locks: Vec<LockName>,
     recorder: Recorder,
+    /// The root task, once it is there.
+    root: Option<Task>,
     /// Tasks whose hook has come.
     restored: Vec<i32>,
     /// Inner pids of the tasks whose hook is still to come.
@@ -151,6 +162,7 @@ impl Restore {
             home: NetNs::of_task(criu.cast_unsigned())?,
             options: LockOptions::from_env()?,
             locks: Vec::new(),
+            root: None,
             restored: Vec::new(),
             awaited,
             missing,
@@ -189,6 +201,7 @@ impl Restore {
             log::warn!("the root task is not found, so its network namespace is locked late");
             return Ok(());
         };
+        self.root = Task::open(pid).ok();
         let ns = NetNs::of_task(pid.cast_unsigned())?;
         let ns_id = self.index.tasks.get(&root).and_then(|task| task.net_ns_id);
         if ns == self.home || ns_id.is_none() || ns_id == self.index.root_net_ns_id {
@@ -228,6 +241,9 @@ impl Restore {
         fault::actors(None, Some(pid));
         fault::point("restore.asked")?;
         let inner = tasks::inner_pid(pid).map_err(AgentError::Tree)?;
+        if self.index.root == Some(inner) && self.root.is_none() {
+            self.root = Task::open(pid).ok();
+        }
         self.awaited.remove(&inner);
         self.restored.push(pid);
         if self.missing.is_empty() && self.external.is_empty() {
@@ -334,31 +350,32 @@ impl Restore {
         }
         fault::point("restore.all-built")?;
         std::mem::take(&mut self.forge).finish()?;
+        // Out of repair mode while still locked, and silently: should we die here, all of it can be done again.
+        let awake = self.built.drain(..).map(leave_repair).collect::<Result<Vec<_>, _>>()?;
         self.recorder.forget_tasks();
         self.restored.iter().for_each(|pid| self.recorder.add_task(*pid));
         self.recorder.enter(Phase::Waking)?;
         fault::point("restore.unlocking")?;
-        self.unlock()?;
+        // From here on packets pass: the tasks must live, and whatever fails is only told.
         self.finished = true;
-        fault::point("restore.unlocked")?;
-        let count = self.built.len();
-        let mut asleep = 0;
-        for built in self.built.drain(..) {
-            fault::point("restore.waking")?;
-            if let Err(error) = wake(built) {
-                log::error!("{error}");
-                asleep += 1;
+        logger::commit();
+        if let Err(error) = self.unlock() {
+            log::error!("the connections stay locked, see soccr status: {}", chain(&error));
+            return Ok(());
+        }
+        let _ = fault::point("restore.unlocked");
+        for connection in &awake {
+            let _ = fault::point("restore.waking");
+            if let Err(error) = checkpoint::probe(connection.socket.as_fd(), connection.reuse_addr) {
+                log::warn!("{error}: it waits for its peer to send");
             }
         }
-        if asleep > 0 {
-            return Err(AgentError::Asleep(asleep));
-        }
-        fault::point("restore.awake")?;
+        let _ = fault::point("restore.awake");
         if let Err(error) = self.recorder.remove() {
             log::error!("{}", chain(&error));
         }
-        if count > 0 {
-            log::info!("{count} TCP connections go on");
+        if !awake.is_empty() {
+            log::info!("{} TCP connections go on", awake.len());
         }
         Ok(())
     }
@@ -366,10 +383,16 @@ impl Restore {
     fn unlock(&mut self) -> Result<(), AgentError> {
         for (lock, tuples) in self.locks.drain(..) {
             let ns = lock.namespace().clone();
-            // What the dump left here: our table (which stock CRIU removes in its own namespace only), or the rules of a
-            // stock dump, which CRIU leaves alone with --tcp-close.
+            // What the dump left here: our lock (which stock CRIU removes in its own namespace only), maybe made by
+            // another method, or the rules of a stock dump, which CRIU leaves alone with --tcp-close.
             for name in &self.dump_locks {
                 lock::remove(&ns, self.options.method, name)?;
+            }
+            let recorded = self.recorder.record().locks.iter();
+            for left in
+                recorded.filter(|left| left.ns == NsId::from(&ns) && left.method != self.options.method)
+            {
+                lock::remove(&ns, left.method, &left.name)?;
             }
             if self.index.network_lock == ImageLock::Iptables && ns == self.home {
                 stock::remove_rules(&ns, &tuples)?;
@@ -399,6 +422,21 @@ impl Restore {
             self.adopt_external(&host)?;
         }
         self.finish()
+    }
+
+    /// criu was killed. The kernel lets the tasks run then, which are not complete: their connections are shut down, or in
+    /// repair mode. They are ended before they can do much, and the restore can be tried again.
+    fn criu_died(self) {
+        let tree = self.root.as_ref().filter(|_| !self.finished).map(|root| tasks::tree(root.pid));
+        let tree: Vec<Task> = tree.into_iter().flatten().filter_map(|pid| Task::open(pid).ok()).collect();
+        for task in &tree {
+            let _ = kill(Pid::from_raw(task.pid), Signal::SIGKILL);
+        }
+        for task in &tree {
+            let mut gone = [PollFd::new(task.pidfd(), PollFlags::POLLIN)];
+            let _ = poll(&mut gone, PollTimeout::from(5000_u16));
+        }
+        self.give_up();
     }
 
     /// Closes silently what was built, and leaves the locks as they were before the restore.
@@ -521,12 +559,20 @@ fn scoped(connection: &InetConnection, socket: &OwnedFd, pid: i32) -> Result<Fou
     Ok(tuple)
 }
 
-fn wake(built: Built) -> Result<(), AgentError> {
+/// A connection that is whole, out of repair mode, and waits to be unlocked.
+struct Awake {
+    socket: OwnedFd,
+    reuse_addr: bool,
+}
+
+fn leave_repair(built: Built) -> Result<Awake, AgentError> {
     let Built { paused, tuple, reuse_port } = built;
+    let failed = |source| AgentError::Socket { tuple, pid: 0, source };
     if let Some(on) = reuse_port {
-        let socket = paused.socket();
-        sockopt::set_reuse_port(socket, on).map_err(|source| AgentError::Socket { tuple, pid: 0, source })?;
+        sockopt::set_reuse_port(paused.socket(), on).map_err(failed)?;
     }
-    paused.resume(Probe::Send)?;
-    Ok(())
+    let reuse_addr = paused.reuse_addr();
+    let socket = paused.resume(Probe::None)?;
+    let socket = socket.ok_or(AgentError::Protocol("a guard without a socket"))?;
+    Ok(Awake { socket, reuse_addr })
 }
