@@ -122,6 +122,24 @@ fn socket_inode(target: &str) -> Option<u64> {
     target.strip_prefix("socket:[")?.strip_suffix(']')?.parse().ok()
 }
 
+/// The tasks that have this socket in their descriptor tables.
+///
+/// # Errors
+/// When `/proc` cannot be read.
+pub fn holders(inode: u64) -> ProcResult<Vec<i32>> {
+    let mut holders = Vec::new();
+    for process in procfs::process::all_processes()? {
+        let Ok(task) = process.map_err(drop).and_then(|process| Task::open(process.pid).map_err(drop)) else {
+            continue; // gone meanwhile
+        };
+        let sockets = task.sockets().unwrap_or_default();
+        if sockets.iter().any(|(_, found)| *found == inode) {
+            holders.push(task.pid);
+        }
+    }
+    Ok(holders)
+}
+
 /// The task `root` and all its descendants, whoever traces them.
 #[must_use]
 pub fn tree(root: i32) -> Vec<i32> {

@@ -51,6 +51,10 @@ pub(super) struct Dump {
     queues: Queues,
 }
 
+fn own_pid() -> i32 {
+    nix::unistd::getpid().as_raw()
+}
+
 /// Serves the hooks of one `criu dump` until its outcome is carried out.
 pub(super) fn serve(images: ImageDir, criu: i32, server: &Server) {
     let Ok(criu) = Task::open(criu) else { return };
@@ -394,6 +398,12 @@ impl Dump {
         let found = Finder::default().connection(socket, Place::Given)?;
         let found = found.ok_or(AgentError::Protocol("the descriptor is not a TCP connection"))?;
         let known = self.held.iter().any(|held| held.tuple == found.tuple);
+        if self.tasks.is_empty() {
+            // A host without CHECKPOINT_DEVICES: the fate of the socket is that of whoever has it.
+            let holders = tasks::holders(u64::from(found.inode)).map_err(AgentError::Tree)?;
+            let others = holders.into_iter().filter(|pid| ![self.criu.pid, own_pid()].contains(pid));
+            self.tasks.extend(others.filter_map(|pid| Task::open(pid).ok()));
+        }
         if !known {
             self.record(std::slice::from_ref(&found))?;
             self.lock(std::slice::from_ref(&found))?;
