@@ -40,8 +40,8 @@ pub(super) enum AgentError {
     NetNs(#[from] NetNsError),
     #[error("{tuple} (pid {pid}): {source}")]
     Socket { tuple: FourTuple, pid: i32, source: SysError },
-    #[error("{}", chain(.0))]
-    Restore(#[from] RestoreError),
+    #[error("image {file}: {}", chain(.source))]
+    Restore { file: String, source: RestoreError },
     #[error("these connections of the images are in no restored task: {0}")]
     NotFound(String),
     #[error("a connection of this restore failed before")]

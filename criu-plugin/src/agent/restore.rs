@@ -302,7 +302,9 @@ impl Restore {
         let mut paused = Paused::pause(socket)?;
         paused.set_reuse_addr(connection.reuseaddr);
         let room = RoomForQueues::make(paused.socket(), &image.tcp).map_err(failed)?;
-        paused.restore(&tuple, &image.tcp, &self.queues.recv, &self.queues.send, &mut self.forge)?;
+        paused
+            .restore(&tuple, &image.tcp, &self.queues.recv, &self.queues.send, &mut self.forge)
+            .map_err(|source| AgentError::Restore { file: TcpStreamImage::name(connection.ino), source })?;
         if let Some(room) = room {
             room.give_back().map_err(failed)?;
         }
