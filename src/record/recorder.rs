@@ -87,6 +87,23 @@ impl Recorder {
         Ok(Some(Self { store: Some(store), record, body, written: true }))
     }
 
+    /// The record of the last dump into this folder that waits for its restore, where the images do not name it: the
+    /// agent died, or the folder was full, before they could.
+    ///
+    /// # Errors
+    /// When the folder of the records cannot be read.
+    pub fn id_of_folder(images: BorrowedFd<'_>) -> Result<Option<RecordId>, RecordError> {
+        let Some(store) = Store::open()?.filter(|_| is_on().unwrap_or(false)) else { return Ok(None) };
+        let here = folder(images);
+        let records = store.list()?.into_iter().filter_map(|listed| listed.record.ok());
+        let waiting = records.filter(|record| {
+            (record.images.dev, record.images.ino) == (here.dev, here.ino)
+                && !record.state().at_work()
+                && !record.tasks.iter().any(ProcessId::lives)
+        });
+        Ok(waiting.max_by_key(|record| record.created).map(|record| record.id))
+    }
+
     /// The record as it will be at the next [`save`](Self::save).
     #[must_use]
     pub fn record(&self) -> &Record {

@@ -6,9 +6,11 @@ use soccr::tasks::ProcessId;
 use super::AgentError;
 use super::logger::answering;
 use crate::channel::{Request, Server};
+use crate::fault;
 
 /// Serves the one request of this kind.
 pub(super) fn serve(criu: i32, server: &Server) {
+    fault::disarm();
     if let Ok(Some(asked)) = server.next() {
         answering(asked.answer, || match asked.request {
             Request::Clean => clean(criu),

@@ -49,6 +49,8 @@ pub(super) struct Dump {
     pub(super) locks: HashMap<NetNs, NetworkLock>,
     pub(super) recorder: Recorder,
     queues: Queues,
+    /// Whether another agent had begun this dump.
+    inherited: bool,
 }
 
 fn own_pid() -> i32 {
@@ -68,6 +70,7 @@ pub(super) fn serve(images: ImageDir, criu: i32, server: &Server) {
 /// Takes over a dump of which all is saved, from an agent that died: the tasks are still frozen, and the record tells
 /// which they are and what is locked.
 pub(super) fn take_over(images: ImageDir, criu: i32, server: &Server) {
+    fault::disarm();
     let Ok(criu) = Task::open(criu) else { return };
     match Dump::taken_over(images, criu) {
         Ok(dump) => Serving { dump, phase: Phase::Saving, waiting: Vec::new(), criu_lives: true }.run(server),
@@ -179,8 +182,13 @@ impl Serving {
             self.end_alive(); // a failed dump lets the tasks run on
             return Ok(());
         }
-        let made =
-            fault::point("dump.end").map_err(AgentError::from).and_then(|()| Arrangement::make(&self.dump));
+        let made = fault::point("dump.end").map_err(AgentError::from).and_then(|()| {
+            if self.dump.inherited {
+                Arrangement::of_dead_agent(&self.dump).map(Some)
+            } else {
+                Arrangement::make(&self.dump)
+            }
+        });
         let (arrangement, result) = match made {
             Ok(Some(arrangement)) => (arrangement, Ok(())),
             Ok(None) => {
@@ -232,6 +240,7 @@ impl Dump {
         let recorder = Recorder::take_over(&record.id, criu.pid)?.ok_or_else(gone)?;
         let lock_name = LockName::criu(record.id.as_str())?;
         let mut dump = Self {
+            inherited: true,
             images,
             criu,
             lock_name,
@@ -263,6 +272,7 @@ impl Dump {
         let lock_name = LockName::criu(&format!("soccr-{}", super::random_id()?))?;
         let recorder = Recorder::new(lock_name.id(), Recorded::Saving, images.as_fd(), criu.pid)?;
         Ok(Self {
+            inherited: false,
             images,
             criu,
             lock_name,

@@ -35,6 +35,23 @@ impl Arrangement {
         self.ours_stays
     }
 
+    /// The arrangement of an agent that died, as far as its record and the images tell.
+    pub(super) fn of_dead_agent(dump: &Dump) -> Result<Self, AgentError> {
+        let record = dump.recorder.record();
+        if record.phase == Phase::Deciding {
+            return Ok(Self { ours_stays: record.kept_after_death, stray: None });
+        }
+        let there = dump.images.contains(inventory::NAME);
+        let arranged =
+            there && Inventory::read(&dump.images)?.dump_run_id.as_deref() == Some(dump.lock_name.id());
+        // Without --tcp-close there would have been nothing to take over.
+        Ok(if arranged {
+            Self::as_it_is()
+        } else {
+            Self::make(dump)?.unwrap_or(Self { ours_stays: false, stray: None })
+        })
+    }
+
     /// Makes the images ones that stock CRIU restores with `--tcp-established`: it must find no `tcp_close` in them, and
     /// a lock that it removes by itself. `None`: criu ran without `--tcp-close` and carried the connections itself.
     ///

@@ -390,10 +390,7 @@ impl Restore {
             for name in &self.dump_locks {
                 lock::remove(&ns, self.options.method, name)?;
             }
-            let recorded = self.recorder.record().locks.iter();
-            for left in
-                recorded.filter(|left| left.ns == NsId::from(&ns) && left.method != self.options.method)
-            {
+            for left in self.recorder.record().locks.iter().filter(|left| left.ns == NsId::from(&ns)) {
                 lock::remove(&ns, left.method, &left.name)?;
             }
             if self.index.network_lock == ImageLock::Iptables && ns == self.home {
@@ -501,7 +498,11 @@ impl Restore {
 
 /// The dump's record, or a new one where that was made by stock CRIU, on another host, or before a reboot.
 fn recorder(index: &Index, lock: &LockName, images: &ImageDir, criu: i32) -> Result<Recorder, AgentError> {
-    let id = index.dump_run_id.as_deref().and_then(|id| id.parse::<RecordId>().ok());
+    let named = index.dump_run_id.as_deref().filter(|_| !index.tcp_close);
+    let id = match named.and_then(|id| id.parse::<RecordId>().ok()) {
+        None => Recorder::id_of_folder(images.as_fd())?,
+        some => some,
+    };
     match id.map_or(Ok(None), |id| Recorder::take_over(&id, criu)) {
         Ok(Some(recorder)) => return Ok(recorder),
         // The images have all that a restore needs.
