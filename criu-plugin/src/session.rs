@@ -4,6 +4,8 @@ use std::os::fd::BorrowedFd;
 use std::sync::Mutex;
 
 use nix::unistd::{Pid, getpid};
+use soccr::record::{Phase, Store};
+use soccr::tasks::ProcessId;
 
 use crate::abi::ENOTSUP;
 use crate::agent::{self, Job};
@@ -122,7 +124,9 @@ pub fn post_forking() -> i32 {
 /// makes the restore fail.
 pub fn resume(pid: i32) -> i32 {
     let result = with(|session| session.client.ask(Request::Resume(pid), None)).unwrap_or(Ok(()));
-    if let Err(AskError::Gone { committed: true }) = result {
+    if let Err(AskError::Gone { committed }) = result
+        && (committed || is_waking())
+    {
         // All connections were whole: what is left to do is to unlock and to wake them.
         host::print(log::Level::Warn, "the agent has died while it woke the connections");
         successor(Job::Clean, Request::Clean);
@@ -133,6 +137,15 @@ pub fn resume(pid: i32) -> i32 {
         let _ = nix::sys::signal::kill(Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL);
     }
     answered(result)
+}
+
+/// Whether the record says that all connections of this restore were whole. From there on peers' packets may have
+/// passed, even if the agent died before it could tell us: a task that is killed then would lose its connections.
+fn is_waking() -> bool {
+    let Ok(criu) = ProcessId::this() else { return false };
+    let listed = Store::open().ok().flatten().and_then(|store| store.list().ok()).unwrap_or_default();
+    let mut records = listed.into_iter().filter_map(|listed| listed.record.ok());
+    records.any(|record| record.criu == criu && record.phase == Phase::Waking)
 }
 
 /// DUMP_EXT_FILE.
