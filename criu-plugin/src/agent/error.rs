@@ -50,6 +50,8 @@ pub(super) enum AgentError {
     Random(std::io::Error),
     #[error(transparent)]
     Injected(#[from] crate::fault::Injected),
+    #[error("pid {0} was killed before its connections were whole")]
+    Killed(i32),
     #[error("{0}")]
     Protocol(&'static str),
 }

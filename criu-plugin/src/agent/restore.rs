@@ -32,7 +32,7 @@ use soccr::kernel::{SysError, addr, sockopt, tcp};
 use soccr::lock::{self, LockError, LockName, LockOptions, Method, NetworkLock, stock};
 use soccr::record::{self, ConnectionRecord, LockRecord, NsId, Phase, RecordId, Recorder};
 use soccr::restore::RoomForQueues;
-use soccr::tasks::{self, Task, in_flight};
+use soccr::tasks::{self, Fate, Task, in_flight};
 
 use super::AgentError;
 use super::error::chain;
@@ -111,7 +111,7 @@ struct Built {
 #[derive(Debug)]
 struct Restore {
     images: ImageDir,
-    criu: i32,
+    criu: Task,
     index: Index,
     /// Connections that CRIU gave to the plugin as external files, by their addresses, with their SO_REUSEADDR.
     external: HashMap<FourTuple, bool>,
@@ -125,7 +125,7 @@ struct Restore {
     /// The root task, once it is there.
     root: Option<Task>,
     /// Tasks whose hook has come.
-    restored: Vec<i32>,
+    restored: Vec<Task>,
     /// Inner pids of the tasks whose hook is still to come.
     awaited: HashSet<u32>,
     /// File ids of the connections still to be brought back.
@@ -156,7 +156,7 @@ impl Restore {
             lock_name,
             dump_locks,
             images: ImageDir::duplicate(images.as_fd())?,
-            criu,
+            criu: Task::open(criu).map_err(|source| AgentError::Task { pid: criu, source })?,
             index,
             external,
             home: NetNs::of_task(criu.cast_unsigned())?,
@@ -197,7 +197,7 @@ impl Restore {
             return Ok(());
         }
         let Some(root) = self.index.root else { return Ok(()) };
-        let Some(pid) = tasks::restored_child(self.criu, root).map_err(AgentError::Tree)? else {
+        let Some(pid) = tasks::restored_child(self.criu.pid, root).map_err(AgentError::Tree)? else {
             log::warn!("the root task is not found, so its network namespace is locked late");
             return Ok(());
         };
@@ -245,10 +245,6 @@ impl Restore {
             self.root = Task::open(pid).ok();
         }
         self.awaited.remove(&inner);
-        self.restored.push(pid);
-        if self.missing.is_empty() && self.external.is_empty() {
-            return Ok(());
-        }
         let task = Task::open(pid).map_err(|source| AgentError::Task { pid, source })?;
         let fds = self.index.tasks.get(&inner).map(|task| task.fds.clone()).unwrap_or_default();
         for fd in fds.iter() {
@@ -261,7 +257,9 @@ impl Restore {
                 self.in_flight(fd.file_id, &unix, pid)?;
             }
         }
-        self.adopt_external(&task)
+        self.adopt_external(&task)?;
+        self.restored.push(task);
+        Ok(())
     }
 
     /// Connections inside a unix socket's queue, which holds the same packets as at the dump.
@@ -297,6 +295,7 @@ impl Restore {
         let image = TcpStreamImage::read(&self.images, connection.ino, connection.state, &mut self.queues)?;
         // CRIU has shut the socket down, which this forgets.
         fault::point("restore.copied")?;
+        self.criu_lives()?;
         tcp::disconnect(socket.as_fd()).map_err(failed)?;
         fault::point("restore.disconnected")?;
         let mut paused = Paused::pause(socket)?;
@@ -321,6 +320,20 @@ impl Restore {
         self.built.push(Built { paused, tuple, reuse_port: connection.reuseport.or(Some(false)) });
         fault::point("restore.built")?;
         Ok(())
+    }
+
+    /// A task that was killed meanwhile makes criu fail, and the restore shall be one that can be tried again.
+    fn tasks_live(&self) -> Result<(), AgentError> {
+        let dead = |task: &&Task| matches!(task.fate(), Fate::Ending | Fate::Gone);
+        match self.restored.iter().find(dead) {
+            Some(task) => Err(AgentError::Killed(task.pid)),
+            None => Ok(()),
+        }
+    }
+
+    /// The kernel lets the tasks run as soon as criu is dead, whole or not.
+    fn criu_lives(&self) -> Result<(), AgentError> {
+        if self.criu.gone() { Err(AgentError::Protocol("criu is gone")) } else { Ok(()) }
     }
 
     /// Connections that RESTORE_EXT_FILE has built in the task, and left in repair mode.
@@ -354,10 +367,12 @@ impl Restore {
         std::mem::take(&mut self.forge).finish()?;
         // Out of repair mode while still locked, and silently: should we die here, all of it can be done again.
         let awake = self.built.drain(..).map(leave_repair).collect::<Result<Vec<_>, _>>()?;
-        self.recorder.forget_tasks();
-        self.restored.iter().for_each(|pid| self.recorder.add_task(*pid));
-        self.recorder.enter(Phase::Waking)?;
         fault::point("restore.unlocking")?;
+        self.criu_lives()?;
+        self.tasks_live()?;
+        self.recorder.forget_tasks();
+        self.restored.iter().for_each(|task| self.recorder.add_task(task.pid));
+        self.recorder.enter(Phase::Waking)?;
         // From here on packets pass: the tasks must live, and whatever fails is only told.
         self.finished = true;
         logger::commit();
@@ -417,7 +432,8 @@ impl Restore {
             return Ok(());
         }
         if self.index.tasks.is_empty() && !self.external.is_empty() {
-            let host = Task::open(self.criu).map_err(|source| AgentError::Task { pid: self.criu, source })?;
+            let host = Task::open(self.criu.pid)
+                .map_err(|source| AgentError::Task { pid: self.criu.pid, source })?;
             self.adopt_external(&host)?;
         }
         self.finish()
