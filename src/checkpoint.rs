@@ -23,6 +23,7 @@
 //! Nothing may reach the socket or leave it between the first read and the end of the old socket:
 //! that is the network lock's task (the `lock` module), before [`Paused::pause`].
 
+use std::cell::Cell;
 use std::fmt;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -40,6 +41,8 @@ pub struct Paused<F: AsFd> {
     /// Present until `resume` or `release` take it.
     fd: Option<F>,
     reuse_addr: bool,
+    /// Bytes by which a save has moved the program's SO_PEEK_OFF, if it has one.
+    peeked: Cell<usize>,
 }
 
 /// Whether the end of repair mode tells the peer that we are here.
@@ -75,24 +78,33 @@ impl<F: AsFd> Paused<F> {
     pub fn pause_only(fd: F) -> Result<Self, PauseError> {
         let socket = fd.as_fd();
         tcp::set_repair(socket, Repair::On).map_err(|source| PauseError { who: Who::of(socket), source })?;
-        Ok(Self { fd: Some(fd), reuse_addr: false })
+        Ok(Self { fd: Some(fd), reuse_addr: false, peeked: Cell::new(0) })
     }
 
     /// Reads the whole state of the connection; `queues` is cleared and gets the bytes of both queues.
     ///
     /// # Errors
-    /// A [`SaveError`] that names the connection. The socket stays in repair mode and nothing is taken from it.
+    /// A [`SaveError`] that names the connection. The socket stays in repair mode and nothing is taken from it; a
+    /// program's SO_PEEK_OFF is as before once the guard ends in any way but [`Paused::release`].
     pub fn save(&self, queues: &mut Queues) -> Result<TcpState, SaveError> {
         queues.recv.clear();
         queues.send.clear();
-        self.save_with(|queue| match queue.which() {
+        let tcp = self.save_with(|queue| match queue.which() {
             Queue::Send => queue.copy_to_vec(&mut queues.send),
             Queue::Receive | Queue::None => queue.copy_to_vec(&mut queues.recv),
-        })
+        })?;
+        // With SO_OOBINLINE a mark that comes first hides no byte, and only asking for it shows it.
+        let socket = self.socket();
+        let marked = |source| SaveError::Sizes { who: Who::of(socket), source };
+        if tcp.recv_len > 0 && tcp::at_mark(socket).map_err(marked)? {
+            return Err(SaveError::Urgent { who: Who::of(socket), unread: tcp.recv_len });
+        }
+        Ok(tcp)
     }
 
     /// As [`Paused::save`], for a caller who has memory of its own for the queues' bytes: `copy` is called for each
-    /// queue that is not empty.
+    /// queue that is not empty. An urgent mark that hides no byte (the next to read, with SO_OOBINLINE) passes
+    /// unnoticed.
     ///
     /// # Errors
     /// As [`Paused::save`]; an error of `copy` is that queue's.
@@ -100,7 +112,7 @@ impl<F: AsFd> Paused<F> {
         &self,
         copy: impl FnMut(&SavedQueue<'_>) -> Result<(), QueueError>,
     ) -> Result<TcpState, SaveError> {
-        save(self.socket(), copy)
+        save(self.socket(), &self.peeked, copy)
     }
 
     /// Both ends' addresses.
@@ -131,7 +143,7 @@ impl<F: AsFd> Paused<F> {
             Probe::Send => Repair::Off,
             Probe::None => Repair::OffNoProbe,
         };
-        let result = leave(self.socket(), mode, self.reuse_addr);
+        let result = self.leave(mode);
         let result = result.map_err(|source| PauseError { who: Who::of(self.socket()), source });
         let socket = self.fd.take();
         result.map(|()| socket)
@@ -150,6 +162,13 @@ impl<F: AsFd> Paused<F> {
     pub fn socket(&self) -> BorrowedFd<'_> {
         self.fd.as_ref().expect("taken only with the guard itself").as_fd()
     }
+
+    fn leave(&self, mode: Repair) -> Result<(), SysError> {
+        let socket = self.socket();
+        let peek_offset = peek_back(socket, self.peeked.take());
+        leave(socket, mode, self.reuse_addr)?;
+        peek_offset
+    }
 }
 
 /// Sends the window probe that the end of repair mode can send, from a socket that left it silently before: the call
@@ -166,11 +185,30 @@ fn leave(socket: BorrowedFd<'_>, mode: Repair, reuse_addr: bool) -> Result<(), S
     if reuse_addr { sockopt::set_reuse_addr(socket, true) } else { Ok(()) }
 }
 
+/// Takes back by how much a peek of ours has moved the program's SO_PEEK_OFF.
+fn peek_back(socket: BorrowedFd<'_>, bytes: usize) -> Result<(), SysError> {
+    if bytes == 0 {
+        return Ok(());
+    }
+    let moved = i32::try_from(bytes).unwrap_or(i32::MAX);
+    match peek_offset(socket) {
+        Some(offset) => sockopt::set_peek_offset(socket, offset.saturating_sub(moved).max(0)),
+        None => Ok(()),
+    }
+}
+
+/// The program's own SO_PEEK_OFF, if it has one; TCP knows it since Linux 6.9.
+fn peek_offset(socket: BorrowedFd<'_>) -> Option<i32> {
+    sockopt::peek_offset(socket).ok().filter(|offset| *offset >= 0)
+}
+
 impl<F: AsFd> Drop for Paused<F> {
     fn drop(&mut self) {
-        let Some(fd) = &self.fd else { return };
-        if let Err(error) = leave(fd.as_fd(), Repair::OffNoProbe, self.reuse_addr) {
-            log::error!("{}: {error}", Who::of(fd.as_fd()));
+        if self.fd.is_none() {
+            return;
+        }
+        if let Err(error) = self.leave(Repair::OffNoProbe) {
+            log::error!("{}: {error}", Who::of(self.socket()));
         }
     }
 }
@@ -317,6 +355,7 @@ pub struct SavedQueue<'a> {
     fd: BorrowedFd<'a>,
     which: Queue,
     length: usize,
+    peeked: &'a Cell<usize>,
 }
 
 impl SavedQueue<'_> {
@@ -343,32 +382,46 @@ impl SavedQueue<'_> {
 
     fn copy_to_vec(&self, bytes: &mut Vec<u8>) -> Result<(), QueueError> {
         bytes.try_reserve(self.length + 1).map_err(|_| QueueError::Memory(self.length))?;
-        self.copied(|| tcp::peek_append(self.fd, bytes, self.length + 1))
+        self.copied(|| {
+            bytes.clear();
+            tcp::peek_append(self.fd, bytes, self.length + 1)
+        })
     }
 
-    fn copied(&self, peek: impl FnOnce() -> Result<usize, SysError>) -> Result<(), QueueError> {
-        // A program's own SO_PEEK_OFF (TCP has it since Linux 6.9) would shift what we see. Only the receive queue
-        // heeds it.
-        let offset = match self.which {
-            Queue::Receive => sockopt::peek_offset(self.fd).ok().filter(|offset| *offset >= 0),
-            Queue::Send | Queue::None => None,
-        };
-        if offset.is_some() {
-            sockopt::set_peek_offset(self.fd, -1)?;
-        }
-        let got = peek();
-        if let Some(offset) = offset {
-            sockopt::set_peek_offset(self.fd, offset)?;
+    fn copied(&self, mut peek: impl FnMut() -> Result<usize, SysError>) -> Result<(), QueueError> {
+        let mut got = peek();
+        if self.which == Queue::Receive {
+            if got == Ok(self.length) {
+                // A program's SO_PEEK_OFF was 0, if any, and has moved; whether it has one is asked for when it matters.
+                self.peeked.set(self.length);
+            } else if let Some(offset) = peek_offset(self.fd) {
+                got = self.peek_from_start(offset, got.unwrap_or(0), &mut peek)?;
+            }
         }
         match got? {
             got if got == self.length => Ok(()),
             got => Err(QueueError::Length { got, want: self.length }),
         }
     }
+
+    /// Again, without the program's SO_PEEK_OFF, which is `offset` after it has shifted a peek that `got` so many bytes.
+    fn peek_from_start(
+        &self,
+        offset: i32,
+        got: usize,
+        peek: &mut impl FnMut() -> Result<usize, SysError>,
+    ) -> Result<Result<usize, SysError>, SysError> {
+        let before = offset.saturating_sub(i32::try_from(got).unwrap_or(i32::MAX)).max(0);
+        sockopt::set_peek_offset(self.fd, -1)?;
+        let got = peek();
+        sockopt::set_peek_offset(self.fd, before)?;
+        Ok(got)
+    }
 }
 
 fn save(
     fd: BorrowedFd<'_>,
+    peeked: &Cell<usize>,
     mut copy: impl FnMut(&SavedQueue<'_>) -> Result<(), QueueError>,
 ) -> Result<TcpState, SaveError> {
     let who = || Who::of(fd);
@@ -379,45 +432,47 @@ fn save(
     let (send_len, unsent_len) = send_len(fd, &info, state)?;
     let options = options(fd, &info).map_err(|source| SaveError::Options { who: who(), source })?;
     let window = tcp::window(fd).map_err(|source| SaveError::Window { who: who(), source })?;
-    let rcv_nxt = queue(fd, Queue::Receive, recv_len, &mut copy).map_err(|error| receive_error(fd, error))?;
-    let write_seq = queue(fd, Queue::Send, send_len, &mut copy)
+    let queue = |which, length, copy: &mut _| queue(fd, peeked, which, length, copy);
+    let rcv_nxt = queue(Queue::Receive, recv_len, &mut copy).map_err(|error| receive_error(fd, error))?;
+    let write_seq = queue(Queue::Send, send_len, &mut copy)
         .map_err(|source| SaveError::SendQueue { who: who(), source })?;
     Ok(TcpState { state, recv_len, rcv_nxt, send_len, write_seq, unsent_len, options, window })
 }
 
 /// All bytes to read. SIOCINQ counts up to an urgent mark only, unless SO_OOBINLINE is on, and what follows would be
-/// lost without a word. MSG_PEEK always stops there, which then shows as a queue too short; but where the mark comes
-/// first it goes on, and with SO_OOBINLINE leaves no byte out.
+/// lost without a word. MSG_PEEK always stops there, or leaves the marked byte out where it comes first and
+/// SO_OOBINLINE is off: the queue then shows as too short.
 fn receive_len(fd: BorrowedFd<'_>, state: State) -> Result<u32, SaveError> {
     let sizes = |source| SaveError::Sizes { who: Who::of(fd), source };
-    let (unread, may_be_inline) = match tcp::unread(fd).map_err(sizes)? {
+    let unread = if state.fin_received() {
         // The FIN counts until the program has read the end of the stream.
-        Some(unread) => (unread.all - u32::from(state.fin_received() && unread.all > unread.to_mark), true),
-        None => unread_inline(fd, true).map_err(sizes)?,
+        tcp::unread(fd).map(|unread| unread.map(|u| u.all - u32::from(u.all > u.to_mark)))
+    } else {
+        tcp::unread_without_fin(fd)
     };
-    if unread > 0 && may_be_inline && tcp::at_mark(fd).map_err(sizes)? {
-        return Err(SaveError::Urgent { who: Who::of(fd), unread });
+    match unread.map_err(sizes)? {
+        Some(unread) => Ok(unread),
+        None => Ok(unread_inline(fd, true).map_err(sizes)?),
     }
-    Ok(unread)
 }
 
-/// What SIOCINQ counts with SO_OOBINLINE so, and whether it was on.
-fn unread_inline(fd: BorrowedFd<'_>, inline: bool) -> Result<(u32, bool), SysError> {
+/// What SIOCINQ counts with SO_OOBINLINE so.
+fn unread_inline(fd: BorrowedFd<'_>, inline: bool) -> Result<u32, SysError> {
     let before = sockopt::oob_inline(fd)?;
     if before == inline {
-        return Ok((tcp::receive_queue_len(fd)?, before));
+        return tcp::receive_queue_len(fd);
     }
     sockopt::set_oob_inline(fd, inline)?;
     let len = tcp::receive_queue_len(fd);
     sockopt::set_oob_inline(fd, before)?;
-    Ok((len?, before))
+    len
 }
 
-/// A receive queue that is too short ends at an urgent mark, or the connection is not locked.
+/// A receive queue that is too short, or seems empty, ends at an urgent mark, or the connection is not locked.
 fn receive_error(fd: BorrowedFd<'_>, source: QueueError) -> SaveError {
     let who = Who::of(fd);
     match (&source, unread_inline(fd, false), unread_inline(fd, true)) {
-        (QueueError::Length { .. }, Ok((to_mark, _)), Ok((unread, _))) if to_mark < unread => {
+        (QueueError::Length { .. } | QueueError::Sys(_), Ok(to_mark), Ok(unread)) if to_mark < unread => {
             SaveError::Urgent { who, unread }
         }
         _ => SaveError::ReceiveQueue { who, source },
@@ -456,6 +511,7 @@ fn options(fd: BorrowedFd<'_>, info: &Info) -> Result<Options, SysError> {
 /// The queue's sequence; its bytes go to `copy`.
 fn queue(
     fd: BorrowedFd<'_>,
+    peeked: &Cell<usize>,
     which: Queue,
     len: u32,
     copy: &mut impl FnMut(&SavedQueue<'_>) -> Result<(), QueueError>,
@@ -463,7 +519,7 @@ fn queue(
     tcp::select_queue(fd, which)?;
     let seq = tcp::queue_seq(fd)?;
     if len > 0 {
-        copy(&SavedQueue { fd, which, length: len as usize })?;
+        copy(&SavedQueue { fd, which, length: len as usize, peeked })?;
     }
     Ok(seq)
 }

@@ -228,18 +228,15 @@ impl Restoring<'_> {
     fn options(&self) -> Result<(), SysError> {
         if self.tcp.state != State::SynSent {
             let options = &self.tcp.options;
-            let mut repair = Vec::with_capacity(4);
-            if options.mask & OPT_SACK != 0 {
-                repair.push(RepairOption::SackPermitted);
-            }
-            if let Some(scale) = options.wscale {
-                repair.push(RepairOption::WindowScale { snd: scale.snd, rcv: scale.rcv });
-            }
-            if options.timestamp.is_some() {
-                repair.push(RepairOption::Timestamps);
-            }
-            repair.push(RepairOption::MaxSegment(options.mss_clamp));
-            tcp::set_options(self.fd, &repair)?;
+            tcp::set_options(
+                self.fd,
+                [
+                    (options.mask & OPT_SACK != 0).then_some(RepairOption::SackPermitted),
+                    options.wscale.map(|scale| RepairOption::WindowScale { snd: scale.snd, rcv: scale.rcv }),
+                    options.timestamp.map(|_| RepairOption::Timestamps),
+                    Some(RepairOption::MaxSegment(options.mss_clamp)),
+                ],
+            )?;
         }
         self.timestamp()
     }

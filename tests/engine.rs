@@ -319,6 +319,45 @@ fn refuses_urgent_data(inline: bool, before: usize, read: bool) {
 }
 
 #[test]
+fn an_urgent_byte_alone_is_refused_by_name() {
+    in_own_network(|| {
+        let (ours, theirs) = connected("127.0.0.1:0");
+        nix::sys::socket::send(theirs.as_raw_fd(), b"!", MsgFlags::MSG_OOB).expect("send urgent data");
+        let paused = Paused::pause(ours.as_fd()).expect("pause");
+        let error = paused.save(&mut Queues::default()).expect_err("urgent data");
+        assert!(matches!(error, SaveError::Urgent { unread: 1, .. }), "{error}");
+    });
+}
+
+#[test]
+fn a_programs_peek_offset_neither_shifts_a_save_nor_moves() {
+    in_own_network(|| {
+        for unread in [100, 9000] {
+            for offset in [-1, 0, 1, 40, 20_000] {
+                keeps_peek_offset(unread, offset);
+            }
+        }
+    });
+}
+
+fn keeps_peek_offset(unread: usize, offset: i32) {
+    let (ours, mut theirs) = connected("127.0.0.1:0");
+    let bytes = pattern(3, unread);
+    theirs.write_all(&bytes).expect("write");
+    if sockopt::set_peek_offset(ours.as_fd(), offset).is_err() {
+        return eprintln!("TCP has no SO_PEEK_OFF before Linux 6.9");
+    }
+    let paused = Paused::pause(ours.as_fd()).expect("pause");
+    for _ in 0..2 {
+        let mut queues = Queues::default();
+        paused.save(&mut queues).expect("save");
+        assert!(queues.recv == bytes, "{unread} bytes, offset {offset}");
+    }
+    paused.resume(Probe::None).expect("resume");
+    assert_eq!(sockopt::peek_offset(ours.as_fd()), Ok(offset), "{unread} bytes");
+}
+
+#[test]
 fn a_listener_is_refused() {
     in_own_network(|| {
         let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("bind");

@@ -8,6 +8,7 @@ pub mod addr;
 pub mod diag;
 pub mod netlink;
 pub mod netns;
+mod page;
 pub mod process;
 pub mod raw;
 pub mod sockopt;

@@ -7,7 +7,7 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 use nix::errno::Errno;
 
 use super::sockopt::{Plain, get, set, set_slice};
-use super::{SysError, SysResult, addr, check};
+use super::{SysError, SysResult, addr, check, page};
 use crate::connection::Window;
 
 const TCP_REPAIR: i32 = 19;
@@ -179,19 +179,18 @@ impl From<RepairOption> for RepairOpt {
     }
 }
 
-/// Sets what the ends agreed on in their SYN segments; at most four options.
+/// Sets what the ends agreed on in their SYN segments.
 ///
 /// # Errors
 /// EPERM unless the socket is ESTABLISHED, in repair mode, and has sent nothing yet.
-pub fn set_options(fd: BorrowedFd<'_>, options: &[RepairOption]) -> SysResult<()> {
-    const MOST: usize = 4;
-    const CALL: &str = "set TCP_REPAIR_OPTIONS";
-    let mut values = [RepairOpt::default(); MOST];
-    let used = values.get_mut(..options.len()).ok_or(SysError { call: CALL, errno: Errno::E2BIG })?;
-    for (slot, option) in used.iter_mut().zip(options) {
-        *slot = (*option).into();
+pub fn set_options<const N: usize>(fd: BorrowedFd<'_>, options: [Option<RepairOption>; N]) -> SysResult<()> {
+    let mut values = [RepairOpt::default(); N];
+    let mut used = 0;
+    for (slot, option) in values.iter_mut().zip(options.into_iter().flatten()) {
+        *slot = option.into();
+        used += 1;
     }
-    set_slice(fd, libc::SOL_TCP, TCP_REPAIR_OPTIONS, used, CALL)
+    set_slice(fd, libc::SOL_TCP, TCP_REPAIR_OPTIONS, &values[..used], "set TCP_REPAIR_OPTIONS")
 }
 
 /// The TSval that a segment sent now would carry. Bit 0 tells the clock's unit since Linux 6.7.
@@ -356,6 +355,24 @@ pub struct Unread {
 /// # Errors
 /// The kernel's answer.
 pub fn unread(fd: BorrowedFd<'_>) -> SysResult<Option<Unread>> {
+    zerocopy_counts(fd, 0)
+}
+
+/// [`Unread::all`] of a connection without a FIN from its peer, however many bytes they are; `None` when the kernel
+/// does not tell.
+///
+/// # Errors
+/// The kernel's answer.
+pub fn unread_without_fin(fd: BorrowedFd<'_>) -> SysResult<Option<u32>> {
+    let mut counts = zerocopy_counts(fd, page::known())?;
+    if counts.is_none() && page::known() == 0 && page::made() {
+        counts = zerocopy_counts(fd, page::known())?;
+    }
+    Ok(counts.map(|unread| unread.all))
+}
+
+/// At `address` there is a [`page`], or nothing: it is 0. No byte is asked for, so none is mapped there.
+fn zerocopy_counts(fd: BorrowedFd<'_>, address: u64) -> SysResult<Option<Unread>> {
     /// `struct tcp_zerocopy_receive` of linux/tcp.h as far as `inq`. With the next field, `err`, the call would take
     /// a pending error off the socket.
     #[derive(Clone, Copy, Default)]
@@ -368,7 +385,7 @@ pub fn unread(fd: BorrowedFd<'_>) -> SysResult<Option<Unread>> {
     }
     const TCP_ZEROCOPY_RECEIVE: i32 = 35;
     const CALL: &str = "get TCP_ZEROCOPY_RECEIVE";
-    let mut value = ZerocopyReceive::default();
+    let mut value = ZerocopyReceive { address, ..ZerocopyReceive::default() };
     #[allow(clippy::cast_possible_truncation)] // 20
     let mut len = size_of::<ZerocopyReceive>() as libc::socklen_t;
     let into = (&raw mut value).cast();
