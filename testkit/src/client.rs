@@ -254,8 +254,21 @@ fn poll_all(clients: &[Client], stopped: &UnixStream, stopping: bool) -> Result<
     Ok(fds.iter().map(|fd| fd.any() == Some(true)).collect())
 }
 
+/// For who polls: after [`Client::set_nonblocking`] nothing here waits.
 impl Client {
-    fn write_some(&mut self) -> Result<()> {
+    /// Whether calls wait, which they do unless told.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn set_nonblocking(&self, on: bool) -> Result<()> {
+        Ok(self.stream.set_nonblocking(on)?)
+    }
+
+    /// Sends up to 1 KiB of this client's stream, as much as there is room for.
+    ///
+    /// # Errors
+    /// When the connection is dead.
+    pub fn write_some(&mut self) -> Result<()> {
         let bytes = Pattern::to_server(self.port).bytes(self.sent, 1 << 10);
         match self.stream.write(&bytes) {
             Ok(len) => self.sent += len as u64,
@@ -265,7 +278,11 @@ impl Client {
         Ok(())
     }
 
-    fn read_some(&mut self) -> Result<bool> {
+    /// Receives and checks what an echo server has sent back by now; whether that was anything.
+    ///
+    /// # Errors
+    /// When the connection is dead or a byte is wrong.
+    pub fn read_some(&mut self) -> Result<bool> {
         let mut buf = [0; 16 << 10];
         match self.stream.read(&mut buf) {
             Ok(0) => bail!(self.at("the server's stream ends")),

@@ -262,6 +262,14 @@ impl<'a> Call<'a> {
         Ok((self.into_command()?.spawn().with_context(|| format!("cannot run {bin}"))?, log))
     }
 
+    /// The command, for who wants to change more about it. What this call refers to must live until it is spawned.
+    ///
+    /// # Errors
+    /// None yet.
+    pub fn command(self) -> Result<Command> {
+        self.into_command()
+    }
+
     fn log(&self) -> PathBuf {
         self.images.join(format!("{}.log", self.action))
     }

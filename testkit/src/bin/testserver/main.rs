@@ -3,6 +3,7 @@
 //! `soccr-testserver --listen ADDR [OPTIONS]` prints `ready ADDR` once it listens.
 //!
 //! ```text
+//! --also ADDR          listen there too
 //! --mode echo          send everything back (the default)
 //! --mode counter       answer each line `INCR KEY` with `:N`, as redis does
 //! --mode stream        send a pattern, check the client's pattern
@@ -44,6 +45,7 @@ use conn::{Conn, Parked};
 #[derive(Clone, Debug, Default)]
 struct Options {
     listen: Option<SocketAddr>,
+    also: Option<SocketAddr>,
     connect: Option<SocketAddr>,
     mode: Mode,
     conns: Option<usize>,
@@ -90,6 +92,7 @@ fn parse() -> Result<Options> {
     while let Some(arg) = parser.next()? {
         match arg {
             Long("listen") => options.listen = Some(parser.value()?.parse()?),
+            Long("also") => options.also = Some(parser.value()?.parse()?),
             Long("connect") => options.connect = Some(parser.value()?.parse()?),
             Long("mode") => options.mode = mode(&parser.value()?.string()?)?,
             Long("conns") => options.conns = Some(parser.value()?.parse()?),
@@ -141,7 +144,7 @@ struct Loop {
     options: Options,
     epoll: Epoll,
     released: SignalFd,
-    listener: Option<TcpListener>,
+    listeners: Vec<TcpListener>,
     conns: HashMap<RawFd, Conn>,
     /// Finished connections that `--keep` keeps open.
     kept: Vec<Conn>,
@@ -162,7 +165,7 @@ impl Loop {
         let mut server = Self {
             epoll: Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?,
             released: SignalFd::with_flags(&signals, flags)?,
-            listener: None,
+            listeners: Vec::new(),
             conns: HashMap::new(),
             kept: Vec::new(),
             parked: Vec::new(),
@@ -181,7 +184,19 @@ impl Loop {
         if let Some(peer) = self.options.connect {
             return self.join(peer);
         }
-        let address = self.options.listen.context("--listen ADDR is missing")?;
+        let address = self.listen(self.options.listen.context("--listen ADDR is missing")?)?;
+        if let Some(also) = self.options.also {
+            self.listen(also)?;
+        }
+        match self.options.join {
+            Some(Join::Itself) => self.join(address)?,
+            Some(Join::Child) => self.child = Some(self.spawn_client(address)?),
+            None => {}
+        }
+        say_ready(address)
+    }
+
+    fn listen(&mut self, address: SocketAddr) -> Result<SocketAddr> {
         let listener = TcpListener::bind(address).with_context(|| format!("cannot listen on {address}"))?;
         listener.set_nonblocking(true)?;
         // The standard library's backlog is short, and a SYN that finds it full waits for a second.
@@ -195,13 +210,8 @@ impl Loop {
         }
         self.watch(&listener, EpollFlags::EPOLLIN)?;
         let address = listener.local_addr()?;
-        self.listener = Some(listener);
-        match self.options.join {
-            Some(Join::Itself) => self.join(address)?,
-            Some(Join::Child) => self.child = Some(self.spawn_client(address)?),
-            None => {}
-        }
-        say_ready(address)
+        self.listeners.push(listener);
+        Ok(address)
     }
 
     /// Becomes the client of a server.
@@ -243,8 +253,8 @@ impl Loop {
     }
 
     fn handle(&mut self, fd: RawFd) -> Result<()> {
-        if self.listener.as_ref().is_some_and(|listener| listener.as_raw_fd() == fd) {
-            return self.accept();
+        if let Some(nth) = self.listeners.iter().position(|listener| listener.as_raw_fd() == fd) {
+            return self.accept(nth);
         }
         if fd == self.released.as_raw_fd() {
             return self.release();
@@ -252,10 +262,9 @@ impl Loop {
         self.step(fd)
     }
 
-    fn accept(&mut self) -> Result<()> {
+    fn accept(&mut self, nth: usize) -> Result<()> {
         loop {
-            let listener = self.listener.as_ref().context("only a listener accepts")?;
-            let (stream, peer) = match listener.accept() {
+            let (stream, peer) = match self.listeners[nth].accept() {
                 Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(()),
                 accepted => accepted.context("accept")?,
             };
