@@ -3,6 +3,8 @@
 //!
 //! `SOCCR_FAULT=POINT:ACTION[:N]` does ACTION when POINT is passed for the N-th time (1 unless told).
 //!
+//! Before that it writes `POINT:ACTION` into the file that `SOCCR_FAULT_TOLD` names.
+//!
 //! | action | what happens |
 //! |---|---|
 //! | `kill-criu`, `stop-criu` | SIGKILL or SIGSTOP to criu |
@@ -80,6 +82,9 @@ mod points {
         let nth = words.next().and_then(|word| word.parse().ok()).unwrap_or(1);
         if PASSED.fetch_add(1, Ordering::Relaxed) + 1 != nth {
             return Ok(());
+        }
+        if let Some(file) = std::env::var_os("SOCCR_FAULT_TOLD") {
+            let _ = std::fs::write(file, format!("{name}:{action}"));
         }
         let to = |actor: &AtomicI32, signal| {
             let pid = actor.load(Ordering::Relaxed);

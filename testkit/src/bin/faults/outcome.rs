@@ -1,0 +1,146 @@
+//! What a user finds after a fault, and what he does then.
+
+use std::net::SocketAddr;
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail, ensure};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use soccr_testkit::criu::last_errors;
+use soccr_testkit::task::{Task, wait_until};
+use soccr_testkit::{Client, Server};
+
+use crate::fleet::{Fleet, Seen};
+use crate::stage::{PATIENCE, Stage};
+use crate::tools::name_and_state;
+
+/// How a case ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// The server runs on with all connections.
+    Lives,
+    /// A restore brought all connections back.
+    Restored,
+    /// The case killed the server itself, while its connections were nowhere else.
+    EndedWithTask,
+    /// CRIU died while the server ran code of CRIU's own, whose breakpoint killed it (SIGTRAP).
+    Breakpoint,
+}
+
+pub struct Verdict {
+    pub kind: Kind,
+    /// The server and its clients, for the next case.
+    pub living: Option<(Server, Vec<Client>)>,
+    pub connections: usize,
+    pub lost: Vec<String>,
+    /// Whether `soccr clean --orphans` was needed first.
+    pub cleaned: bool,
+}
+
+/// After a dump, whatever became of it. `killed`: the case killed the server before the images were complete.
+pub fn of_dump(stage: &Stage, server: Server, fleet: Fleet, images: &Path, killed: bool) -> Result<Verdict> {
+    stage.wait_until_quiet()?;
+    wait_until("the server is traced no more", PATIENCE, || Ok(!server.task.is_traced()))?;
+    let cleaned = stage.clean_orphans()?;
+    let connections = fleet.size();
+    if server.task.is_alive()? {
+        go_on(server.pid());
+        let Seen { alive, lost } = fleet.stop(PATIENCE);
+        if lost.is_empty() || server.task.is_alive()? {
+            stage.check_spotless(Some(&server))?;
+            return Ok(Verdict {
+                kind: Kind::Lives,
+                living: Some((server, alive)),
+                connections,
+                lost,
+                cleaned,
+            });
+        }
+        // It was about to die when we looked.
+        return match server.task.end()? {
+            Some(Signal::SIGTRAP) => over(stage, server, Kind::Breakpoint, connections, cleaned),
+            end => bail!("the server died ({end:?}) after it had been let go:\n{}", lost.join("\n")),
+        };
+    }
+    if server.task.end()? == Some(Signal::SIGTRAP) {
+        drop(fleet.stop(Duration::ZERO));
+        return over(stage, server, Kind::Breakpoint, connections, cleaned);
+    }
+    if killed {
+        drop(fleet.stop(Duration::ZERO));
+        return over(stage, server, Kind::EndedWithTask, connections, cleaned);
+    }
+    let address = server.address;
+    server.task.wait(PATIENCE)?;
+    restored(stage, address, fleet, images, cleaned)
+}
+
+/// After a restore, whatever became of it. `killed`: the case killed the restored server after it was complete.
+pub fn of_restore(
+    stage: &Stage,
+    pid: Pid,
+    address: SocketAddr,
+    fleet: Fleet,
+    images: &Path,
+    killed: bool,
+) -> Result<Verdict> {
+    stage.wait_until_quiet()?;
+    let cleaned = stage.clean_orphans()?;
+    let status = stage.status()?;
+    let connections = fleet.size();
+    if status.has("dumped") {
+        // What there is of the server is not whole.
+        if kill(pid, None).is_ok() {
+            drop(Task::adopt(pid));
+        }
+        return restored(stage, address, fleet, images, cleaned);
+    }
+    ensure!(status.states().is_empty(), "soccr status: {status}");
+    let alive = name_and_state(pid).is_some_and(|(_, state)| state != 'Z');
+    if !alive {
+        drop(fleet.stop(Duration::ZERO));
+        ensure!(killed, "the server is gone, and no record says that the dump waits for its restore");
+        drop(Task::adopt(pid));
+        stage.check_spotless(None)?;
+        let kind = Kind::EndedWithTask;
+        return Ok(Verdict { kind, living: None, connections, lost: Vec::new(), cleaned });
+    }
+    let server = Server::restored(address, Task::adopt(pid), stage.dir());
+    wait_until("the server is traced no more", PATIENCE, || Ok(!server.task.is_traced()))?;
+    go_on(pid);
+    let Seen { alive, lost } = fleet.stop(PATIENCE);
+    stage.check_spotless(Some(&server))?;
+    Ok(Verdict { kind: Kind::Lives, living: Some((server, alive)), connections, lost, cleaned })
+}
+
+fn restored(
+    stage: &Stage,
+    address: SocketAddr,
+    fleet: Fleet,
+    images: &Path,
+    cleaned: bool,
+) -> Result<Verdict> {
+    let connections = fleet.size();
+    let server = stage.restore_all(images, address).with_context(|| {
+        let log = last_errors(&images.join("dump.log"));
+        format!("all {connections} connections are lost; of the dump:\n{log}")
+    })?;
+    let Seen { alive, lost } = fleet.stop(PATIENCE);
+    stage.wait_until_quiet()?;
+    stage.check_spotless(Some(&server))?;
+    Ok(Verdict { kind: Kind::Restored, living: Some((server, alive)), connections, lost, cleaned })
+}
+
+fn over(stage: &Stage, server: Server, kind: Kind, connections: usize, cleaned: bool) -> Result<Verdict> {
+    server.task.wait(PATIENCE)?;
+    stage.check_spotless(None)?;
+    Ok(Verdict { kind, living: None, connections, lost: Vec::new(), cleaned })
+}
+
+/// A task that somebody left stopped goes on.
+fn go_on(pid: Pid) {
+    if name_and_state(pid).is_some_and(|(_, state)| state == 'T') {
+        let _ = kill(pid, Signal::SIGCONT);
+    }
+}

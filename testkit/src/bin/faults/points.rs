@@ -1,0 +1,236 @@
+//! Every named point of dump and restore, with everybody who can die there.
+
+use std::fs;
+use std::path::Path;
+use std::process::Child;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use soccr_testkit::criu::{Call, last_errors};
+use soccr_testkit::task::wait_until;
+use soccr_testkit::{Client, Server};
+
+use crate::fleet::Fleet;
+use crate::outcome::{self, Verdict};
+use crate::report::Report;
+use crate::stage::{PATIENCE, Stage};
+use crate::tools::{Tools, name_and_state};
+
+const DUMP: [&str; 16] = [
+    "dump.init",
+    "dump.asked",
+    "dump.tree",
+    "dump.found",
+    "dump.recorded",
+    "dump.locked",
+    "dump.paused",
+    "dump.read",
+    "dump.resumed",
+    "dump.written",
+    "dump.saved",
+    "dump.end",
+    "dump.arranged",
+    "dump.dead",
+    "dump.closing",
+    "dump.closed",
+];
+/// From here on the images are complete.
+const COMPLETE: &str = "dump.end";
+
+const RESTORE: [&str; 14] = [
+    "restore.init",
+    "restore.prepared",
+    "restore.locked",
+    "restore.forked",
+    "restore.asked",
+    "restore.copied",
+    "restore.disconnected",
+    "restore.built",
+    "restore.all-built",
+    "restore.unlocking",
+    "restore.unlocked",
+    "restore.waking",
+    "restore.awake",
+    "restore.end",
+];
+/// From here on the restored server has its connections.
+const GIVEN_BACK: &str = "restore.unlocking";
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Action {
+    KillCriu,
+    /// Stopped, then continued.
+    StopCriu,
+    /// Stopped, then killed.
+    EndStoppedCriu,
+    KillAgent,
+    StopAgent,
+    KillTask,
+    Error,
+}
+
+const ACTIONS: [Action; 7] = [
+    Action::KillCriu,
+    Action::StopCriu,
+    Action::EndStoppedCriu,
+    Action::KillAgent,
+    Action::StopAgent,
+    Action::KillTask,
+    Action::Error,
+];
+
+impl Action {
+    /// What the plugin is told.
+    fn word(self) -> &'static str {
+        match self {
+            Self::KillCriu => "kill-criu",
+            Self::StopCriu | Self::EndStoppedCriu => "stop-criu",
+            Self::KillAgent => "kill-agent",
+            Self::StopAgent => "stop-agent",
+            Self::KillTask => "kill-task",
+            Self::Error => "error",
+        }
+    }
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::EndStoppedCriu => "stop-and-kill-criu",
+            _ => self.word(),
+        }
+    }
+
+    /// Before the first hook no task is known; after the last there is none, and nobody hears of an error.
+    fn suits(self, point: &str) -> bool {
+        match self {
+            Self::KillTask => !matches!(
+                point,
+                "dump.init"
+                    | "dump.dead"
+                    | "dump.closing"
+                    | "dump.closed"
+                    | "restore.init"
+                    | "restore.prepared"
+                    | "restore.locked"
+                    | "restore.forked"
+            ),
+            Self::Error => !matches!(point, "dump.dead" | "dump.closing" | "dump.closed"),
+            _ => true,
+        }
+    }
+}
+
+const CONNECTIONS: usize = 8;
+/// Of these the first have full queues, the others talk.
+const FULL: usize = 4;
+const PERIOD: Duration = Duration::from_millis(40);
+
+pub fn run(tools: &Tools, report: &mut Report, only: Option<&str>) -> Result<()> {
+    let mut stage = Stage::new(tools)?;
+    let mut living = None;
+    for point in DUMP.into_iter().chain(RESTORE) {
+        let mut line = Vec::new();
+        for action in ACTIONS.into_iter().filter(|action| action.suits(point)) {
+            let name = format!("{point}:{}", action.name());
+            if only.is_some_and(|only| !name.contains(only)) {
+                continue;
+            }
+            let (server, clients) = match living.take() {
+                Some(living) => living,
+                None => fresh(&stage)?,
+            };
+            let fleet = stage.busy(&server, clients, FULL, PERIOD)?;
+            let start = Instant::now();
+            let verdict = if DUMP.contains(&point) {
+                in_dump(&mut stage, server, fleet, point, action)
+            } else {
+                in_restore(&mut stage, server, fleet, point, action)
+            };
+            let ended = report.fault(action.name(), &name, &verdict);
+            line.push(format!("{ended} {:.1} s", start.elapsed().as_secs_f64()));
+            match verdict {
+                Ok(verdict) if verdict.lost.is_empty() => living = verdict.living,
+                _ => stage.sweep()?,
+            }
+            stage.reap(living.as_ref().map(|(server, _)| server.pid()))?;
+        }
+        if !line.is_empty() {
+            println!("{point:21} {}", line.join(", "));
+        }
+    }
+    Ok(())
+}
+
+fn fresh(stage: &Stage) -> Result<(Server, Vec<Client>)> {
+    let server = stage.serve(7000)?;
+    let clients = stage.connect(&server, CONNECTIONS)?;
+    Ok((server, clients))
+}
+
+fn in_dump(stage: &mut Stage, server: Server, fleet: Fleet, point: &str, action: Action) -> Result<Verdict> {
+    let images = stage.images()?;
+    let stage = &*stage;
+    let call = stage.dump(&stage.tools.faulty, server.pid(), &images);
+    run_with_fault(stage, call, point, action, &images.join("dump.log"))?;
+    let complete = DUMP.iter().position(|it| *it == point) >= DUMP.iter().position(|it| *it == COMPLETE);
+    let killed = action == Action::KillTask && !complete;
+    outcome::of_dump(stage, server, fleet, &images, killed).with_context(|| log_of(&images, "dump.log"))
+}
+
+fn in_restore(
+    stage: &mut Stage,
+    server: Server,
+    fleet: Fleet,
+    point: &str,
+    action: Action,
+) -> Result<Verdict> {
+    let images = stage.images()?;
+    let stage = &*stage;
+    let (pid, address) = (server.pid(), server.address);
+    stage.dump(&stage.tools.criu, pid, &images).dump_and_wait(server.task)?;
+    let call = stage.restore(&stage.tools.faulty, &images);
+    run_with_fault(stage, call, point, action, &images.join("restore.log"))?;
+    let position = |wanted| RESTORE.iter().position(|it| *it == wanted);
+    let killed = action == Action::KillTask && position(point) >= position(GIVEN_BACK);
+    outcome::of_restore(stage, pid, address, fleet, &images, killed)
+        .with_context(|| log_of(&images, "restore.log"))
+}
+
+fn log_of(images: &Path, name: &str) -> String {
+    format!("{name}:\n{}", last_errors(&images.join(name)))
+}
+
+/// Runs criu with a fault in it to its end, whatever that is.
+fn run_with_fault(stage: &Stage, call: Call, point: &str, action: Action, log: &Path) -> Result<()> {
+    let told = stage.dir().join("told");
+    let _ = fs::remove_file(&told);
+    let fault = format!("{point}:{}", action.word());
+    let call = call.env("SOCCR_FAULT", &fault).env("SOCCR_FAULT_TOLD", &told);
+    let (mut criu, _) = call.env("SOCCR_AGENT_PATIENCE", "1").spawn()?;
+    end_of(&mut criu, action).with_context(|| last_errors(log))?;
+    let said = fs::read_to_string(&told).unwrap_or_default();
+    ensure!(said == fault, "the point was not passed ({said:?}):\n{}", last_errors(log));
+    Ok(())
+}
+
+fn end_of(criu: &mut Child, action: Action) -> Result<()> {
+    let pid = Pid::from_raw(i32::try_from(criu.id())?);
+    let mut stops = 0;
+    let waited = wait_until("criu ends", PATIENCE, || {
+        if criu.try_wait()?.is_some() {
+            return Ok(true);
+        }
+        if name_and_state(pid).is_some_and(|(_, state)| state == 'T') {
+            stops += 1;
+            let signal = if action == Action::EndStoppedCriu { Signal::SIGKILL } else { Signal::SIGCONT };
+            kill(pid, signal)?;
+        }
+        Ok(false)
+    });
+    if waited.is_err() {
+        let _ = criu.kill();
+        criu.wait()?;
+    }
+    waited
+}

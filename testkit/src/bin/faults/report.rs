@@ -1,0 +1,97 @@
+//! What is counted, and what is printed at the end.
+
+use anyhow::Result;
+
+use crate::outcome::{Kind, Verdict};
+
+#[derive(Default)]
+pub struct Report {
+    faults: usize,
+    checked: usize,
+    lost: usize,
+    lived: usize,
+    restored: usize,
+    ended_with_task: usize,
+    breakpoints: usize,
+    cleaned: usize,
+    passed: usize,
+    failed: usize,
+}
+
+impl Report {
+    /// Counts the outcome of a fault and says it in a word or two.
+    pub fn fault(&mut self, short: &str, name: &str, verdict: &Result<Verdict>) -> String {
+        self.faults += 1;
+        let verdict = match verdict {
+            Ok(verdict) => verdict,
+            Err(error) => {
+                self.failed += 1;
+                println!("FAILED {name}: {error:#}\n");
+                return format!("{short} FAILED");
+            }
+        };
+        if verdict.lost.is_empty() {
+            self.passed += 1;
+        } else {
+            self.failed += 1;
+            self.lost += verdict.lost.len();
+            println!("FAILED {name}: of {} lost:\n  {}\n", verdict.connections, verdict.lost.join("\n  "));
+        }
+        let checked = verdict.connections;
+        let word = match verdict.kind {
+            Kind::Lives => {
+                self.lived += 1;
+                self.checked += checked;
+                "lives"
+            }
+            Kind::Restored => {
+                self.restored += 1;
+                self.checked += checked;
+                "restored"
+            }
+            Kind::EndedWithTask => {
+                self.ended_with_task += 1;
+                "ended"
+            }
+            Kind::Breakpoint => {
+                self.breakpoints += 1;
+                "CRIU's breakpoint"
+            }
+        };
+        self.cleaned += usize::from(verdict.cleaned);
+        format!("{short} {word}{}", if verdict.cleaned { " (cleaned)" } else { "" })
+    }
+
+    /// A case that counts for itself: how many connections it checked.
+    pub fn case(&mut self, name: &str, result: &Result<(usize, String)>) {
+        self.faults += 1;
+        match result {
+            Ok((checked, said)) => {
+                self.passed += 1;
+                self.checked += checked;
+                println!("{name:34} ok, {checked} connections; {said}");
+            }
+            Err(error) => {
+                self.failed += 1;
+                println!("FAILED {name}: {error:#}\n");
+            }
+        }
+    }
+
+    pub fn print(&self) {
+        println!();
+        println!("faults injected        {}", self.faults);
+        println!("  the server lived on  {}", self.lived);
+        println!("  it was restored      {}", self.restored);
+        println!("  it was the victim    {} (its connections ended with it)", self.ended_with_task);
+        println!("  CRIU's own breakpoint {} (the server died of SIGTRAP)", self.breakpoints);
+        println!("soccr clean was needed {}", self.cleaned);
+        println!("connections checked    {}", self.checked);
+        println!("connections lost       {}", self.lost);
+        println!("{} passed, {} failed", self.passed, self.failed);
+    }
+
+    pub fn is_good(&self) -> bool {
+        self.failed == 0
+    }
+}
