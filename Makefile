@@ -2,7 +2,7 @@
 # The work is done by the scripts in scripts/, each of which can be run by hand.
 
 .DEFAULT_GOAL := all
-.PHONY: all criu demo test bench soak fuzz lint zdtm criu-with-libsoccr install clean distclean help
+.PHONY: all criu demo test bench soak faults fuzz lint zdtm criu-with-libsoccr install clean distclean help
 
 # One place for what is built, whatever the shell says: scripts and tests look for it there.
 export CARGO_TARGET_DIR := $(CURDIR)/target
@@ -36,6 +36,10 @@ soak: all criu ## dump and restore under load, loss and reordering for ten minut
 
 fuzz: ## the fuzz targets with libFuzzer (SECONDS=60 each, T="names": only these)
 	@scripts/fuzz $(SECONDS) $(T)
+
+faults: criu ## kill and stop everybody at every point of dump and restore (ARGS=…: see soccr-faults)
+	@scripts/build --with-faults
+	@target/release/soccr-faults $(ARGS)
 
 lint: ## formatting, clippy, the C header, the shell scripts
 	@scripts/lint

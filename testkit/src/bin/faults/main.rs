@@ -14,6 +14,7 @@
 //! Without options: points, matrix, and 200 instants. Exits with 1 when a connection was lost or anything was left.
 
 mod fleet;
+mod instants;
 mod outcome;
 mod points;
 mod report;
@@ -84,6 +85,13 @@ fn run(options: &Options) -> Result<bool> {
     if options.points {
         println!("=== at every named point, 8 busy connections each");
         points::run(&tools, &mut report, only)?;
+    }
+    if options.instants > 0 {
+        println!(
+            "=== at {} random instants of a dump of 1000 busy connections, seed {}",
+            options.instants, options.seed
+        );
+        instants::run(&tools, &mut report, options.instants, options.seed)?;
     }
     report.print();
     println!("took {:.0} s", start.elapsed().as_secs_f64());

@@ -207,7 +207,7 @@ fn run_with_fault(stage: &Stage, call: Call, point: &str, action: Action, log: &
     let _ = fs::remove_file(&told);
     let fault = format!("{point}:{}", action.word());
     let call = call.env("SOCCR_FAULT", &fault).env("SOCCR_FAULT_TOLD", &told);
-    let (mut criu, _) = call.env("SOCCR_AGENT_PATIENCE", "1").spawn()?;
+    let (mut criu, _) = call.spawn()?;
     end_of(&mut criu, action).with_context(|| last_errors(log))?;
     let said = fs::read_to_string(&told).unwrap_or_default();
     ensure!(said == fault, "the point was not passed ({said:?}):\n{}", last_errors(log));

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::{WaitPidFlag, waitpid};
 use nix::unistd::Pid;
@@ -63,6 +64,25 @@ impl<'a> Stage<'a> {
         let small = SMALL.to_string();
         let args = ["--also", &also, "--rcvbuf", &small, "--sndbuf", &small];
         Server::start(&self.host, SocketAddr::new(V4.parse()?, port), self.dir(), args)
+    }
+
+    /// An echo server with buffers of the usual size.
+    pub fn serve_plain(&self, port: u16) -> Result<Server> {
+        let also = SocketAddr::new(V6.parse()?, port).to_string();
+        Server::start(&self.host, SocketAddr::new(V4.parse()?, port), self.dir(), ["--also", &also])
+    }
+
+    /// Connections with buffers of the usual size to both addresses of the server in turn.
+    pub fn connect_plain(&self, server: &Server, count: usize) -> Result<Vec<Client>> {
+        let v4 = server.address;
+        let v6 = SocketAddr::new(V6.parse()?, v4.port());
+        self.peer.run(|| (0..count).map(|nth| Client::connect([v4, v6][nth % 2])).collect::<Result<_>>())
+    }
+
+    /// Puts the folder of the images into memory, so that a disk's moods are not measured.
+    pub fn keep_in_memory(&self) -> Result<()> {
+        let options = Some("mode=0700,size=1g");
+        mount(Some("none"), self.dir(), Some("tmpfs"), MsFlags::empty(), options).context("tmpfs")
     }
 
     /// Connections to both addresses of the server in turn.
@@ -215,5 +235,7 @@ impl<'a> Stage<'a> {
 impl Drop for Stage<'_> {
     fn drop(&mut self) {
         let _ = self.sweep();
+        // Fails where nothing is mounted.
+        let _ = umount2(self.dir(), MntFlags::MNT_DETACH);
     }
 }
