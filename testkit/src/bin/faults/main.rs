@@ -1,17 +1,15 @@
 //! `make faults`: whatever dies, whenever, every connection lives on in the running server or in a complete image.
 //!
 //! ```text
-//! soccr-faults [--points] [--instants N] [--matrix] [--stock] [--seed N] [--only TEXT]
+//! soccr-faults [--points] [--instants N] [--seed N] [--only TEXT]
 //!
 //! --points      SIGKILL and SIGSTOP of criu, of the agent and of the server, and errors, at every named point
 //! --instants N  SIGKILL of criu and of the agent at N random instants of a dump of 1000 busy connections
-//! --matrix      everything else: full and read-only disks, kernels without nf_tables, reboots, …
-//! --stock       the same random instants for stock CRIU with 100 connections, to compare
 //! --seed N      of the random instants; printed
-//! --only TEXT   of points and matrix, only those whose name has TEXT in it
+//! --only TEXT   of the points, only those whose name has TEXT in it
 //! ```
 //!
-//! Without options: points, matrix, and 200 instants. Exits with 1 when a connection was lost or anything was left.
+//! Without options: points and 200 instants. Exits with 1 when a connection was lost or anything was left.
 
 mod fleet;
 mod instants;
@@ -37,8 +35,6 @@ use tools::Tools;
 struct Options {
     points: bool,
     instants: usize,
-    matrix: bool,
-    stock: bool,
     seed: u64,
     only: Option<String>,
 }
@@ -62,15 +58,13 @@ fn options() -> Result<Options> {
         match arg {
             Long("points") => options.points = true,
             Long("instants") => options.instants = parser.value()?.parse()?,
-            Long("matrix") => options.matrix = true,
-            Long("stock") => options.stock = true,
             Long("seed") => options.seed = parser.value()?.parse()?,
             Long("only") => options.only = Some(parser.value()?.string()?),
             _ => return Err(arg.unexpected().into()),
         }
     }
-    if !(options.points || options.instants > 0 || options.matrix || options.stock) {
-        (options.points, options.matrix, options.instants) = (true, true, 200);
+    if !(options.points || options.instants > 0) {
+        (options.points, options.instants) = (true, 200);
     }
     Ok(options)
 }

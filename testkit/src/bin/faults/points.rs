@@ -56,7 +56,7 @@ const RESTORE: [&str; 14] = [
     "restore.end",
 ];
 /// From here on the restored server has its connections.
-const GIVEN_BACK: &str = "restore.unlocking";
+const GIVEN_BACK: &str = "restore.unlocked";
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Action {
