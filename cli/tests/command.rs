@@ -14,6 +14,7 @@ use std::process::{Child, Command, Output, Stdio};
 use serde_json::{Value, json};
 use soccr::checkpoint::four_tuple;
 use soccr::kernel::netns::NetNs;
+use soccr::kernel::sockopt;
 use soccr::kernel::tcp::{self, Repair};
 use soccr::lock::{self, LockName, LockOptions, Method, NetworkLock};
 use soccr::record::{ConnectionRecord, LockRecord, NsId, Phase, Recorder};
@@ -158,6 +159,7 @@ fn what_a_killed_dump_left_is_shown_and_brought_back() {
         let host = Host::new();
         let mut echo = Echo::start();
         echo.echoes();
+        sockopt::set_reuse_addr(echo.socket.as_fd(), true).expect("SO_REUSEADDR");
         let name = echo.record(&host, "crashed", Phase::Saving);
         echo.lock(&name);
         tcp::set_repair(echo.socket.as_fd(), Repair::On).expect("TCP_REPAIR");
@@ -183,6 +185,7 @@ fn what_a_killed_dump_left_is_shown_and_brought_back() {
         assert!(told.contains(&format!("{tuple}: brought back from repair mode")), "{told}");
         assert!(told.contains("lock CRIU-crashed (Nftables) removed"), "{told}");
         assert!(!in_repair(echo.socket.as_fd()) && locks().is_empty());
+        assert_eq!(sockopt::reuse_addr(echo.socket.as_fd()), Ok(1));
         echo.echoes();
         assert_eq!(fs::read_dir(host.run_dir()).expect("the records").count(), 0);
         assert_eq!(host.done(&["status"]), "");

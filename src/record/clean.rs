@@ -1,5 +1,6 @@
 //! Undoing what a record tells.
 
+use std::collections::HashSet;
 use std::os::fd::{AsFd, OwnedFd};
 
 use super::namespaces::{Namespaces, find};
@@ -38,7 +39,7 @@ pub struct Report {
 /// that were left in repair mode, and removes rules for forged segments.
 ///
 /// Each connection goes on as soon as it is unlocked: what was lost meanwhile is sent again, and a window probe makes
-/// the peer speak. SO_REUSEADDR of a socket found in repair mode is off afterwards: the kernel forgets it.
+/// the peer speak.
 ///
 /// That the record is not [at work](State::at_work) is for the caller to check. Of a dump that waits for its restore
 /// this ends the connections, as soon as their peers send.
@@ -48,8 +49,10 @@ pub fn clean(store: &Store, record: &Record, options: Options) -> Report {
     if record.boot == current_boot() {
         let sockets = in_repair(record, &mut report);
         unlock(store, record, options, &mut report);
+        let reusing = if sockets.is_empty() { HashSet::new() } else { reusing(store, record) };
         for socket in sockets {
-            revive(socket, options, &mut report);
+            let reuse = sockopt::cookie(socket.as_fd()).is_ok_and(|cookie| reusing.contains(&cookie));
+            revive(socket, reuse, options, &mut report);
         }
     }
     if report.problems.is_empty()
@@ -138,9 +141,20 @@ fn in_repair(record: &Record, report: &mut Report) -> Vec<OwnedFd> {
     found
 }
 
-fn revive(socket: OwnedFd, options: Options, report: &mut Report) {
+/// The cookies of the sockets that had SO_REUSEADDR on.
+fn reusing(store: &Store, record: &Record) -> HashSet<u64> {
+    let connections = store.read(&record.id).ok().flatten().map(|(_, connections)| connections);
+    let reusing = connections.into_iter().flatten().filter(|connection| connection.reuse_addr);
+    reusing.map(|connection| connection.cookie).collect()
+}
+
+fn revive(socket: OwnedFd, reuse_addr: bool, options: Options, report: &mut Report) {
     let who = Who::of(socket.as_fd());
-    let resumed = || Paused::pause(socket)?.resume(Probe::Send).map(drop);
+    let resumed = || {
+        let mut paused = Paused::pause(socket)?;
+        paused.set_reuse_addr(reuse_addr);
+        paused.resume(Probe::Send).map(drop)
+    };
     match if options.dry_run { Ok(()) } else { resumed() } {
         Ok(()) => report.revived.push(who.to_string()),
         Err(error) => report.problems.push(error.to_string()),

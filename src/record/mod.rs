@@ -20,6 +20,7 @@ mod state;
 mod store;
 
 use std::net::SocketAddr;
+use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
 use std::str::FromStr;
 
@@ -28,6 +29,7 @@ use serde::{Deserialize, Serialize};
 use crate::connection::FourTuple;
 use crate::kernel::netns::NetNs;
 use crate::kernel::process::RemoteFd;
+use crate::kernel::sockopt;
 use crate::lock::{LockName, Method};
 use crate::tasks::{Found, Place, ProcessId};
 
@@ -155,6 +157,9 @@ pub struct ConnectionRecord {
     pub pid: Option<i32>,
     /// See `pid`.
     pub fd: Option<u32>,
+    /// SO_REUSEADDR, which the kernel forgets when repair mode ends.
+    #[serde(default)]
+    pub reuse_addr: bool,
 }
 
 impl ConnectionRecord {
@@ -178,6 +183,7 @@ impl From<&Found> for ConnectionRecord {
             cookie: found.cookie,
             pid: owner.map(|(pid, _)| pid),
             fd: owner.map(|(_, RemoteFd(fd))| fd),
+            reuse_addr: sockopt::reuse_addr(found.socket.as_fd()) == Ok(1),
         }
     }
 }

@@ -274,6 +274,7 @@ mod tests {
             cookie: u64::MAX,
             pid: Some(1),
             fd: None,
+            reuse_addr: true,
         }
     }
 

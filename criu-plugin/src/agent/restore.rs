@@ -534,6 +534,7 @@ fn recorder(index: &Index, lock: &LockName, images: &ImageDir, criu: i32) -> Res
         cookie: 0,
         pid: None,
         fd: None,
+        reuse_addr: connection.reuseaddr,
     }));
     Ok(recorder)
 }
