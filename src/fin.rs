@@ -6,8 +6,6 @@
 //! lock lets pass; other people's firewall rules may not, and then a passage is opened through them for the
 //! moment ([`crate::lock::passage`]).
 
-use std::collections::HashMap;
-use std::collections::hash_map::Entry;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
@@ -66,11 +64,19 @@ impl From<LockError> for ForgeError {
 }
 
 /// Forges segments; keeps its raw sockets, one per network namespace and IP version, and any passage that it
-/// had to open, until it is dropped.
+/// had to open, until it is dropped. Connections are restored from few namespaces at a time, and most need no forge at
+/// all: lists cost nothing then.
 #[derive(Debug, Default)]
 pub struct Forge {
-    sockets: HashMap<(NetNs, bool), OwnedFd>,
-    passages: HashMap<NetNs, Passage>,
+    sockets: Vec<RawSocket>,
+    passages: Vec<(NetNs, Passage)>,
+}
+
+#[derive(Debug)]
+struct RawSocket {
+    ns: NetNs,
+    ipv6: bool,
+    fd: OwnedFd,
 }
 
 impl Forge {
@@ -91,8 +97,8 @@ impl Forge {
         if self.send_and_see(&ns, socket, segment, reaches)? {
             return Ok(());
         }
-        if let Entry::Vacant(vacant) = self.passages.entry(ns.clone()) {
-            vacant.insert(Passage::open(&ns)?);
+        if self.passages.iter().all(|(open, _)| *open != ns) {
+            self.passages.push((ns.clone(), Passage::open(&ns)?));
             if self.send_and_see(&ns, socket, segment, reaches)? {
                 return Ok(());
             }
@@ -107,7 +113,7 @@ impl Forge {
     /// The first rule that cannot be removed.
     pub fn finish(mut self) -> Result<(), LockError> {
         let mut result = Ok(());
-        for (_, passage) in self.passages.drain() {
+        for (_, passage) in self.passages.drain(..) {
             result = result.and(passage.close());
         }
         result
@@ -122,16 +128,21 @@ impl Forge {
     ) -> Result<bool, ForgeError> {
         let wire = Segment { tuple: segment.tuple.on_wire(), ..*segment };
         let ipv6 = wire.tuple.local.is_ipv6();
-        let raw = match self.sockets.entry((ns.clone(), ipv6)) {
-            Entry::Occupied(entry) => entry.into_mut(),
-            Entry::Vacant(entry) => entry.insert(open(ns, ipv6)?),
-        };
-        match raw::send(raw.as_fd(), &wire.packet(), wire.tuple.local) {
+        match raw::send(self.raw_socket(ns, ipv6)?, &wire.packet(), wire.tuple.local) {
             // EPERM: a rule drops it on its way out already.
             Ok(()) | Err(SysError { errno: Errno::EPERM, .. }) => {}
             Err(error) => return Err(error.into()),
         }
         arrived(socket, reaches)
+    }
+
+    fn raw_socket(&mut self, ns: &NetNs, ipv6: bool) -> Result<BorrowedFd<'_>, ForgeError> {
+        let known = self.sockets.iter().position(|socket| socket.ipv6 == ipv6 && socket.ns == *ns);
+        let index = known.unwrap_or(self.sockets.len());
+        if known.is_none() {
+            self.sockets.push(RawSocket { ns: ns.clone(), ipv6, fd: open(ns, ipv6)? });
+        }
+        Ok(self.sockets[index].fd.as_fd())
     }
 }
 

@@ -92,14 +92,17 @@ fn small(len: usize) -> Option<NonNull<libc::c_void>> {
     NonNull::new(unsafe { libc::malloc(len) })
 }
 
-/// Filling large memory costs most of its time in page faults, one for each 4 KiB: huge pages are asked for.
+/// Filling large memory costs most of its time in page faults, one for each 4 KiB: huge pages are asked for, and what is
+/// to be filled is mapped by one call.
 fn large(len: usize) -> Option<NonNull<libc::c_void>> {
     let mut ptr = null_mut();
     // SAFETY: `ptr` is written to; the alignment is a power of two and a multiple of a pointer's size.
     if unsafe { libc::posix_memalign(&raw mut ptr, HUGE_PAGE, len) } != 0 {
         return None;
     }
-    // SAFETY: the memory is ours and page-aligned. A refusal changes nothing but the speed.
-    unsafe { libc::madvise(ptr, len, libc::MADV_HUGEPAGE) };
+    for advice in [libc::MADV_HUGEPAGE, libc::MADV_POPULATE_WRITE] {
+        // SAFETY: the memory is ours and page-aligned. A refusal changes nothing but the speed.
+        unsafe { libc::madvise(ptr, len, advice) };
+    }
     NonNull::new(ptr)
 }
