@@ -33,24 +33,55 @@ const COOKIE: std::ops::Range<usize> = SOCK_ID - 8..SOCK_ID;
 /// EPERM without CAP_NET_ADMIN, EOPNOTSUPP on a kernel without CONFIG_INET_DIAG_DESTROY.
 pub fn destroy_orphan(tuple: &FourTuple) -> SysResult<bool> {
     let socket = NetlinkSocket::sock_diag()?;
+    let Some(found) = find(&socket, tuple)?.filter(|found| !found.owned) else { return Ok(false) };
     let mut id = sock_id(tuple);
-    let found = match ask(&socket, SOCK_DIAG_BY_FAMILY, NLM_F_REQUEST, tuple, &id) {
-        Err(SysError { errno: Errno::ENOENT, .. }) => return Ok(false),
-        other => other?,
-    };
-    let Some(reply) = found.get(HEADER..HEADER + REPLY) else { return Ok(false) };
-    let found_id = &reply[4..4 + SOCK_ID];
-    let inode = &reply[REPLY - 4..];
-    // Without an exact match the kernel answers with a listener, whose remote port is 0.
-    if found_id[PORTS] != id[PORTS] || inode != [0; 4] {
-        return Ok(false);
-    }
-    id[COOKIE].copy_from_slice(&found_id[COOKIE]);
+    id[COOKIE].copy_from_slice(&found.cookie);
     match ask(&socket, SOCK_DESTROY, NLM_F_REQUEST | NLM_F_ACK, tuple, &id) {
         Ok(_) => Ok(true),
         Err(SysError { errno: Errno::ENOENT, .. }) => Ok(true), // it is gone by itself
         Err(error) => Err(error),
     }
+}
+
+/// The first of these connections whose socket in the current network namespace belongs to a process. `None` also on a
+/// kernel that cannot tell.
+///
+/// # Errors
+/// EMFILE, ENOBUFS.
+pub fn find_owned(tuples: &[FourTuple]) -> SysResult<Option<FourTuple>> {
+    let socket = match NetlinkSocket::sock_diag() {
+        Err(SysError { errno: Errno::EPROTONOSUPPORT, .. }) => return Ok(None),
+        other => other?,
+    };
+    for tuple in tuples {
+        if find(&socket, &tuple.on_wire())?.is_some_and(|found| found.owned) {
+            return Ok(Some(*tuple));
+        }
+    }
+    Ok(None)
+}
+
+struct FoundSocket {
+    owned: bool,
+    cookie: [u8; 8],
+}
+
+/// The socket with exactly these addresses, listeners left out.
+fn find(socket: &NetlinkSocket, tuple: &FourTuple) -> SysResult<Option<FoundSocket>> {
+    let id = sock_id(tuple);
+    let found = match ask(socket, SOCK_DIAG_BY_FAMILY, NLM_F_REQUEST, tuple, &id) {
+        Err(SysError { errno: Errno::ENOENT, .. }) => return Ok(None),
+        other => other?,
+    };
+    let Some(reply) = found.get(HEADER..HEADER + REPLY) else { return Ok(None) };
+    let found_id = &reply[4..4 + SOCK_ID];
+    // Without an exact match the kernel answers with a listener, whose remote port is 0.
+    if found_id[PORTS] != id[PORTS] {
+        return Ok(None);
+    }
+    let mut cookie = [0; 8];
+    cookie.copy_from_slice(&found_id[COOKIE]);
+    Ok(Some(FoundSocket { owned: reply[REPLY - 4..] != [0; 4], cookie }))
 }
 
 /// Addresses and ports in network order, any interface, any cookie.

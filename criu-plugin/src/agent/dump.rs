@@ -11,6 +11,7 @@ use std::fmt::Display;
 use std::os::fd::{AsFd, OwnedFd};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::unistd::getppid;
 use soccr::checkpoint::{Paused, Probe};
 use soccr::connection::{FourTuple, Queues, TcpState};
 use soccr::image::ImageDir;
@@ -109,8 +110,7 @@ enum Event {
 
 impl Serving {
     fn run(mut self, server: &Server) {
-        // The agent stays as long as criu may ask: one that is gone before is one that was killed.
-        while !(matches!(self.phase, Phase::Over) && (!self.criu_lives || !self.waiting.is_empty())) {
+        while !self.may_leave() {
             match self.wait(server) {
                 Event::Asked(asked) => self.serve(asked),
                 Event::CriuGone => {
@@ -126,6 +126,13 @@ impl Serving {
         for answer in self.waiting {
             answer.finish(true);
         }
+    }
+
+    /// The agent stays as long as criu may ask: one that is gone before is one that was killed. But a criu whose child
+    /// it is (the first process of a PID namespace) waits for all its children before it asks.
+    fn may_leave(&self) -> bool {
+        let awaited = || self.dump.tasks_gone() && getppid().as_raw() == self.dump.criu.pid;
+        matches!(self.phase, Phase::Over) && (!self.criu_lives || !self.waiting.is_empty() || awaited())
     }
 
     /// The next thing to look at. While the outcome is open the tasks are looked at again and again, since no event
@@ -434,6 +441,10 @@ impl Dump {
             self.held.push(Held { socket: found.socket, tuple: found.tuple });
         }
         Ok(())
+    }
+
+    fn tasks_gone(&self) -> bool {
+        self.tasks.iter().all(Task::gone)
     }
 
     /// The tasks run on: nothing was changed in them, so the lock is all there is to undo.

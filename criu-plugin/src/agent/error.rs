@@ -42,6 +42,8 @@ pub(super) enum AgentError {
     Socket { tuple: FourTuple, pid: i32, source: SysError },
     #[error("image {file}: {}", chain(.source))]
     Restore { file: String, source: RestoreError },
+    #[error("{0} is alive in this network namespace: were these images restored already?")]
+    Alive(FourTuple),
     #[error("these connections of the images are in no restored task: {0}")]
     NotFound(String),
     #[error("a connection of this restore failed before")]

@@ -65,6 +65,11 @@ pub fn spawn(job: Job, images: BorrowedFd<'_>) -> Result<Client, SpawnError> {
     let (client, server) = channel::pair()?;
     // criu's handler of SIGCHLD must not see the process in between.
     let sigchld = SigSet::from(Signal::SIGCHLD);
+    // An orphan goes to the next subreaper, which must not be criu.
+    let subreaper = prctl::get_child_subreaper()?;
+    if subreaper {
+        prctl::set_child_subreaper(false)?;
+    }
     let mut before = SigSet::empty();
     pthread_sigmask(SigmaskHow::SIG_BLOCK, Some(&sigchld), Some(&mut before))?;
     // SAFETY: criu is single-threaded when it loads plugins, so the child may do anything.
@@ -74,8 +79,21 @@ pub fn spawn(job: Job, images: BorrowedFd<'_>) -> Result<Client, SpawnError> {
         Err(error) => Err(error.into()),
     };
     pthread_sigmask(SigmaskHow::SIG_SETMASK, Some(&before), None)?;
+    if subreaper {
+        prctl::set_child_subreaper(true)?;
+    }
     result?;
     Ok(client.served()?)
+}
+
+/// For a criu that is the first process of a PID namespace, whose child every orphan is, the agent too: once criu has
+/// killed the tasks it waits until no child is left, and takes one that has ended for an error. From here on children
+/// vanish when they end; tasks that criu traces still report to it.
+pub fn reap_itself() {
+    use nix::sys::signal::{SaFlags, SigAction, SigHandler, sigaction};
+    let action = SigAction::new(SigHandler::SigDfl, SaFlags::SA_NOCLDWAIT, SigSet::empty());
+    // SAFETY: the default action needs no handler.
+    let _ = unsafe { sigaction(Signal::SIGCHLD, &action) };
 }
 
 fn reap(child: Pid) -> Result<(), SpawnError> {

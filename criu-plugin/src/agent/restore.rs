@@ -28,7 +28,7 @@ use soccr::image::tcp_stream::TcpStreamImage;
 use soccr::kernel::netns::NetNs;
 use soccr::kernel::process::{self, RemoteFd};
 use soccr::kernel::tcp::Direction;
-use soccr::kernel::{SysError, addr, sockopt, tcp};
+use soccr::kernel::{SysError, addr, diag, sockopt, tcp};
 use soccr::lock::{self, LockError, LockName, LockOptions, Method, NetworkLock, stock};
 use soccr::record::{self, ConnectionRecord, LockRecord, NsId, Phase, RecordId, Recorder};
 use soccr::restore::RoomForQueues;
@@ -188,7 +188,24 @@ impl Restore {
     fn lock_at_home(&mut self) -> Result<(), AgentError> {
         let mut tuples = self.tuples(|connection| self.at_home(connection));
         tuples.extend(self.external.keys().copied());
+        self.refuse_living(&tuples)?;
         self.lock(&self.home.clone(), tuples)
+    }
+
+    /// A dump that was restored already has no record. Its connections are alive then, and a lock would harm them.
+    fn refuse_living(&self, tuples: &[FourTuple]) -> Result<(), AgentError> {
+        let waits = !self.recorder.record().locks.is_empty();
+        if waits || tuples.is_empty() {
+            return Ok(());
+        }
+        match self.home.run(|| diag::find_owned(tuples))? {
+            Ok(Some(tuple)) => Err(AgentError::Alive(tuple)),
+            Ok(None) => Ok(()),
+            Err(error) => {
+                log::warn!("cannot tell whether the connections are alive already: {error}");
+                Ok(())
+            }
+        }
     }
 
     /// Locks in the namespace of the root task, where that is not criu's.

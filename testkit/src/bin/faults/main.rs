@@ -1,18 +1,21 @@
 //! `make faults`: whatever dies, whenever, every connection lives on in the running server or in a complete image.
 //!
 //! ```text
-//! soccr-faults [--points] [--instants N] [--seed N] [--only TEXT]
+//! soccr-faults [--points] [--instants N] [--seed N] [--matrix] [--only TEXT]
 //!
 //! --points      SIGKILL and SIGSTOP of criu, of the agent and of the server, and errors, at every named point
 //! --instants N  SIGKILL of criu and of the agent at N random instants of a dump of 1000 busy connections
+//! --matrix      everything else: full and read-only disks, kernels without nf_tables, reboots, …
 //! --seed N      of the random instants; printed
-//! --only TEXT   of the points, only those whose name has TEXT in it
+//! --only TEXT   of points and matrix, only those whose name has TEXT in it
 //! ```
 //!
-//! Without options: points and 200 instants. Exits with 1 when a connection was lost or anything was left.
+//! Without options: points, matrix and 200 instants. Exits with 1 when a connection was lost or anything was left.
 
 mod fleet;
 mod instants;
+mod kernel;
+mod matrix;
 mod outcome;
 mod points;
 mod report;
@@ -34,6 +37,7 @@ use tools::Tools;
 #[derive(Default)]
 struct Options {
     points: bool,
+    matrix: bool,
     instants: usize,
     seed: u64,
     only: Option<String>,
@@ -58,13 +62,14 @@ fn options() -> Result<Options> {
         match arg {
             Long("points") => options.points = true,
             Long("instants") => options.instants = parser.value()?.parse()?,
+            Long("matrix") => options.matrix = true,
             Long("seed") => options.seed = parser.value()?.parse()?,
             Long("only") => options.only = Some(parser.value()?.string()?),
             _ => return Err(arg.unexpected().into()),
         }
     }
-    if !(options.points || options.instants > 0) {
-        (options.points, options.instants) = (true, 200);
+    if !(options.points || options.instants > 0 || options.matrix) {
+        (options.points, options.matrix, options.instants) = (true, true, 200);
     }
     Ok(options)
 }
@@ -87,6 +92,10 @@ fn run(options: &Options) -> Result<bool> {
         );
         instants::run(&tools, &mut report, options.instants, options.seed)?;
     }
+    if options.matrix {
+        println!("=== the rest of the matrix");
+        matrix::run(&tools, &mut report, only)?;
+    }
     report.print();
     println!("took {:.0} s", start.elapsed().as_secs_f64());
     task::no_children(Duration::from_secs(5))?;
@@ -99,6 +108,8 @@ fn prepare() -> Result<()> {
     keep_descriptors_here();
     unshare(CloneFlags::CLONE_NEWNS)?;
     mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>)?;
+    // CRIU remembers in /run what the kernel can do, if that is in memory, and does not ask again.
+    mount(Some("none"), "/run", Some("tmpfs"), MsFlags::empty(), Some("size=16m"))?;
     let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
     setrlimit(Resource::RLIMIT_NOFILE, hard, hard)?;
     Ok(())

@@ -62,6 +62,22 @@ impl Report {
         format!("{short} {word}{}", if verdict.cleaned { " (cleaned)" } else { "" })
     }
 
+    /// A case that counts for itself: how many connections it checked.
+    pub fn case(&mut self, name: &str, result: &Result<(usize, String)>) {
+        self.faults += 1;
+        match result {
+            Ok((checked, said)) => {
+                self.passed += 1;
+                self.checked += checked;
+                println!("{name:34} ok, {checked} connections; {said}");
+            }
+            Err(error) => {
+                self.failed += 1;
+                println!("FAILED {name}: {error:#}\n");
+            }
+        }
+    }
+
     pub fn print(&self) {
         println!();
         println!("faults injected        {}", self.faults);
