@@ -17,6 +17,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use nix::unistd::getppid;
 use soccr::checkpoint::{self, Paused, Probe, four_tuple};
 use soccr::connection::{FourTuple, Queues, State};
 use soccr::fin::Forge;
@@ -43,13 +44,25 @@ use crate::channel::{Asked, Request, Server};
 use crate::fault;
 
 /// Serves the hooks of one `criu restore`.
+///
+/// A criu whose child the agent is (the first process of a PID namespace), and that was not told to detach, waits for
+/// all its children before its last hook: then the agent leaves when the restored tasks have ended.
 pub(super) fn serve(images: ImageDir, criu: i32, server: &Server) {
     let Ok(criu_fd) = process::pidfd_open(criu) else { return };
     fault::actors(Some(criu), None);
     let mut restore = None;
     loop {
-        let mut fds =
-            [PollFd::new(server.as_fd(), PollFlags::POLLIN), PollFd::new(criu_fd.as_fd(), PollFlags::POLLIN)];
+        let waits_for_us = getppid().as_raw() == criu;
+        let done = restore.as_ref().filter(|restore: &&Restore| restore.finished && waits_for_us);
+        let running = done.map(|restore| restore.restored.iter().find(|task| !task.gone()));
+        if matches!(running, Some(None)) {
+            return;
+        }
+        let mut fds = vec![
+            PollFd::new(server.as_fd(), PollFlags::POLLIN),
+            PollFd::new(criu_fd.as_fd(), PollFlags::POLLIN),
+        ];
+        fds.extend(running.flatten().map(|task| PollFd::new(task.pidfd(), PollFlags::POLLIN)));
         if poll(&mut fds, PollTimeout::NONE).is_err() {
             continue;
         }

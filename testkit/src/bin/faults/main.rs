@@ -1,11 +1,12 @@
 //! `make faults`: whatever dies, whenever, every connection lives on in the running server or in a complete image.
 //!
 //! ```text
-//! soccr-faults [--points] [--instants N] [--seed N] [--matrix] [--only TEXT]
+//! soccr-faults [--points] [--instants N] [--seed N] [--matrix] [--stock] [--only TEXT]
 //!
 //! --points      SIGKILL and SIGSTOP of criu, of the agent and of the server, and errors, at every named point
 //! --instants N  SIGKILL of criu and of the agent at N random instants of a dump of 1000 busy connections
 //! --matrix      everything else: full and read-only disks, kernels without nf_tables, reboots, …
+//! --stock       20 random instants for stock CRIU with 100 connections, to compare
 //! --seed N      of the random instants; printed
 //! --only TEXT   of points and matrix, only those whose name has TEXT in it
 //! ```
@@ -20,6 +21,7 @@ mod outcome;
 mod points;
 mod report;
 mod stage;
+mod stock;
 mod tools;
 
 use std::process::ExitCode;
@@ -38,6 +40,7 @@ use tools::Tools;
 struct Options {
     points: bool,
     matrix: bool,
+    stock: bool,
     instants: usize,
     seed: u64,
     only: Option<String>,
@@ -63,12 +66,13 @@ fn options() -> Result<Options> {
             Long("points") => options.points = true,
             Long("instants") => options.instants = parser.value()?.parse()?,
             Long("matrix") => options.matrix = true,
+            Long("stock") => options.stock = true,
             Long("seed") => options.seed = parser.value()?.parse()?,
             Long("only") => options.only = Some(parser.value()?.string()?),
             _ => return Err(arg.unexpected().into()),
         }
     }
-    if !(options.points || options.instants > 0 || options.matrix) {
+    if !(options.points || options.instants > 0 || options.matrix || options.stock) {
         (options.points, options.matrix, options.instants) = (true, true, 200);
     }
     Ok(options)
@@ -95,6 +99,10 @@ fn run(options: &Options) -> Result<bool> {
     if options.matrix {
         println!("=== the rest of the matrix");
         matrix::run(&tools, &mut report, only)?;
+    }
+    if options.stock {
+        println!("=== stock CRIU, seed {}", options.seed);
+        return stock::run(&tools, options.seed).map(|()| true);
     }
     report.print();
     println!("took {:.0} s", start.elapsed().as_secs_f64());

@@ -11,7 +11,8 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::resource::{Resource, setrlimit};
-use nix::sys::signal::Signal;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use soccr_testkit::criu::{Call, last_errors};
 use soccr_testkit::netns::{End, veth};
 use soccr_testkit::server::sibling_binary;
@@ -22,7 +23,7 @@ use crate::fleet::Fleet;
 use crate::outcome::{self, Kind};
 use crate::report::Report;
 use crate::stage::{PATIENCE, Stage};
-use crate::tools::{RUN_DIR, Tools};
+use crate::tools::{RUN_DIR, Tools, name_and_state};
 use crate::{kernel, stage};
 
 /// How many connections were checked, and what is worth telling.
@@ -374,11 +375,11 @@ fn first_process(stage: &mut Stage) -> Told {
         seen.lost.join("\n"),
         last_errors(&images.join("restore.log"))
     );
-    wait_until("the agent is gone", PATIENCE, || Ok(stage.agents()?.is_empty()))?;
     let status = stage.status()?;
     ensure!(status.is_empty(), "soccr status: {status}");
     soccr_testkit::leftovers::no_rules(&stage.host)?;
-    drop(criu);
+    criu.end_server()?;
+    stage.wait_until_quiet()?;
     Ok((seen.alive.len(), "dump and restore".into()))
 }
 
@@ -417,6 +418,20 @@ impl Guard {
         let status = self.0.wait()?;
         ensure!(status.success(), "criu: {status}");
         Ok(())
+    }
+}
+
+impl Guard {
+    /// A criu that was not told to detach ends with its tasks.
+    fn end_server(mut self) -> Result<()> {
+        let tree = soccr_testkit::Task::adopt(Pid::from_raw(i32::try_from(self.0.id())?));
+        let is_server =
+            |pid: &&Pid| name_and_state(**pid).is_some_and(|(name, _)| name.starts_with("soccr-testserve"));
+        let pids = tree.tree();
+        kill(*pids.iter().find(is_server).context("the server is in the tree")?, Signal::SIGKILL)?;
+        let ended = wait_until("criu ends with its server", LIMIT, || Ok(self.0.try_wait()?.is_some()));
+        drop(tree);
+        ended
     }
 }
 
