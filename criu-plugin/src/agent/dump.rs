@@ -26,7 +26,7 @@ use super::error::chain;
 use super::logger::answering;
 use super::outcome::{Arrangement, Outcome};
 
-use super::{AgentError, cleaner, outcome};
+use super::{AgentError, cleaner, outcome, privilege};
 use crate::channel::{Answer, Asked, Request, Server};
 use crate::fault;
 
@@ -170,6 +170,7 @@ impl Serving {
         match request {
             Request::Checkpoint(pid) => {
                 answering(answer, || self.dump.checkpoint(pid));
+                privilege::be_prompt(false);
             }
             Request::DumpFile(id) => {
                 answering(answer, || self.dump.external(id, file));

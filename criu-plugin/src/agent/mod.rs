@@ -129,6 +129,9 @@ fn run(job: Job, images: ImageDir, criu: Pid, server: Server) {
     keep_only(&[images.as_fd().as_raw_fd(), server.as_fd().as_raw_fd()]);
     default_signals();
     logger::install();
+    if job == Job::Dump {
+        privilege::be_prompt(true);
+    }
     if let Err(error) = privilege::drop_others() {
         log::warn!("the agent keeps all of criu's capabilities: {error}");
     }

@@ -1,5 +1,7 @@
 //! What the agent may do: only what its work needs, whatever criu may.
 
+#![allow(unsafe_code)]
+
 use caps::errors::CapsError;
 use caps::{CapSet, Capability, CapsHashSet};
 
@@ -33,4 +35,14 @@ pub fn drop_others() -> Result<(), CapsError> {
     caps::clear(None, CapSet::Inheritable)?;
     caps::set(None, CapSet::Effective, &kept)?;
     caps::set(None, CapSet::Permitted, &kept)
+}
+
+/// While connections are read, no program may take the agent's processor: should criu die then, the tasks run at once, and a
+/// socket that is in repair mode just then must be out of it before its task comes to it. Where that is not allowed
+/// the agent is as prompt as any other process.
+pub fn be_prompt(prompt: bool) {
+    let policy = if prompt { libc::SCHED_FIFO | libc::SCHED_RESET_ON_FORK } else { libc::SCHED_OTHER };
+    let parameters = libc::sched_param { sched_priority: i32::from(prompt) };
+    // SAFETY: reads the live structure.
+    unsafe { libc::sched_setscheduler(0, policy, &raw const parameters) };
 }

@@ -11,6 +11,7 @@ use nix::errno::Errno;
 use nix::sys::socket::{
     AddressFamily, SockFlag, SockType, SockaddrStorage, connect, setsockopt, socket, sockopt,
 };
+use nix::sys::time::{TimeVal, TimeValLike};
 use soccr_testkit::Pattern;
 
 use crate::fault::Fault;
@@ -96,6 +97,8 @@ impl Conn {
         if kind == Kind::SlowClient {
             setsockopt(&fd, sockopt::RcvBuf, &(8 << 10)).context("SO_RCVBUF")?;
         }
+        // connect() gives up after this time, too.
+        setsockopt(&fd, sockopt::SendTimeout, &TimeVal::seconds(20)).context("SO_SNDTIMEO")?;
         connect(fd.as_raw_fd(), &SockaddrStorage::from(server))
             .with_context(|| format!("cannot connect to {server}"))?;
         let stream = TcpStream::from(fd);
@@ -299,7 +302,8 @@ fn plan(kind: Kind, rng: &mut Rng) -> (Order, u64, Pace) {
             let order = Order { read: 4 << 10, write: 0, buffers: 64 << 10, ..open };
             (order, OPEN, Pace { read: 2 << 10, write: 16 << 10 })
         }
-        Kind::Paced => (Order { read: 1024, ..open }, OPEN, pace),
+        // The server reads at its ticks, not as bytes come, but catches up after a freeze.
+        Kind::Paced => (Order { read: 2048, ..open }, OPEN, pace),
         Kind::SlowClient => {
             let order = Order { write: 0, buffers: 32 << 10, ..open };
             (order, OPEN, Pace { read: 512, ..pace })

@@ -27,6 +27,7 @@ pub struct Report {
     down: Vec<Duration>,
     up: Vec<Duration>,
     all: Vec<Duration>,
+    churns: Vec<Duration>,
     /// What became of the connections.
     pub totals: Totals,
     /// What became of the packets; missing if the soak did not come to its end.
@@ -53,6 +54,7 @@ impl Report {
             down: Vec::new(),
             up: Vec::new(),
             all: Vec::new(),
+            churns: Vec::new(),
             totals: Totals::default(),
             passed: None,
             complaints: String::new(),
@@ -71,6 +73,11 @@ impl Report {
         self.down.append(&mut cycle.progress.down);
         self.up.append(&mut cycle.progress.up);
         self.all.push(cycle.progress.all);
+    }
+
+    /// How long it took to connect what was missing after a cycle.
+    pub fn add_churn(&mut self, took: Duration) {
+        self.churns.push(took);
     }
 
     pub fn cycles(&self) -> usize {
@@ -123,11 +130,9 @@ impl Report {
                 passed.seen.segments, passed.lost, passed.reordered, passed.overflowed
             );
         }
-        println!(
-            "criu                   {} dump, {} restore (p50)",
-            ms(&self.dumps, 50),
-            ms(&self.restores, 50)
-        );
+        println!("criu dump              {} (p50, p99, longest)", spread(&self.dumps));
+        println!("criu restore           {}", spread(&self.restores));
+        println!("new connections up     {}", spread(&self.churns));
         println!("after each restore     (p50, p99, longest)");
         println!("  first byte down      {}", spread(&self.down));
         println!("  first byte up        {}", spread(&self.up));
@@ -166,10 +171,8 @@ impl Report {
             "bytes_checked": { "by_clients": totals.received, "by_the_server": totals.confirmed },
             "byte_errors": self.wrong(),
             "network": passed,
-            "criu_ms": {
-                "dump_p50": millis(percentile(&self.dumps, 50)),
-                "restore_p50": millis(percentile(&self.restores, 50)),
-            },
+            "criu_ms": { "dump": spread_json(&self.dumps), "restore": spread_json(&self.restores) },
+            "new_connections_ms": spread_json(&self.churns),
             "after_restore_ms": {
                 "first_byte_down": spread_json(&self.down),
                 "first_byte_up": spread_json(&self.up),

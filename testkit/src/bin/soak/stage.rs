@@ -35,6 +35,9 @@ const RUN: Duration = Duration::from_millis(1500);
 const CHURN: f64 = 0.1;
 const ENDING: f64 = 0.05;
 
+/// Where the plugin keeps its records of dumps.
+const RUN_DIR: &str = "SOCCR_RUN_DIR";
+
 /// The table of [`nft_drop`].
 const DROP_TABLE: &str = "soak_weather";
 
@@ -112,11 +115,14 @@ impl<'a> Stage<'a> {
         self.fleet.retire(ENDING);
         let images = fresh_folder(&self.setting.out.join("images"))?;
 
-        let (criu, side) = (self.setting.criu, self.setting.side);
-        let dump = criu.dump(side, pid, &images).inside(&self.places.server).dump_and_wait(task)?;
+        let (criu, side, ns) = (self.setting.criu, self.setting.side, &self.places.server);
+        // Records of our own: whoever cleans up those of this host shall not end these connections.
+        let records = self.setting.out.join("records");
+        let dump = criu.dump(side, pid, &images).env(RUN_DIR, &records).inside(ns).dump_and_wait(task)?;
         pause(FREEZE.mul_f64(self.rng.f64()))?;
+        ensure!(!self.rules()?.is_empty(), "the lock of the dump is gone before the restore");
         self.fleet.mark();
-        let (task, restore) = criu.restore(side, &images).inside(&self.places.server).restore()?;
+        let (task, restore) = criu.restore(side, &images).env(RUN_DIR, &records).inside(ns).restore()?;
         let restored = Instant::now();
         self.task = Some(task);
 
@@ -156,12 +162,17 @@ impl<'a> Stage<'a> {
     }
 
     fn no_rules(&self) -> Result<()> {
-        for ns in [&self.places.server, &self.places.clients] {
-            let mut rules = leftovers::rules(ns)?;
-            rules.retain(|rule| !rule.contains(DROP_TABLE));
-            ensure!(rules.is_empty(), "firewall rules were left behind:\n{}", rules.join("\n"));
-        }
+        let rules = self.rules()?;
+        ensure!(rules.is_empty(), "firewall rules were left behind:\n{}", rules.join("\n"));
         Ok(())
+    }
+
+    /// The rules of both namespaces, but for that of [`nft_drop`].
+    fn rules(&self) -> Result<Vec<String>> {
+        let mut rules = leftovers::rules(&self.places.server)?;
+        rules.append(&mut leftovers::rules(&self.places.clients)?);
+        rules.retain(|rule| !rule.contains(DROP_TABLE));
+        Ok(rules)
     }
 }
 
