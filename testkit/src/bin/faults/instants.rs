@@ -52,7 +52,8 @@ pub fn run(tools: &Tools, report: &mut Report, count: usize, seed: u64) -> Resul
                 None => fresh(&stage)?,
             };
             let fleet = Fleet::start(clients, 0, PERIOD)?;
-            let instant = whole.mul_f64(rng.f64());
+            // A bit longer, since a dump takes longer now and then: those that come too late do not count.
+            let instant = whole.mul_f64(1.25 * rng.f64());
             let name = format!("{victim:?} killed after {instant:?}");
             let (hit, verdict) = match once(&mut stage, server, fleet, victim, instant) {
                 Ok((hit, verdict)) => (hit, Ok(verdict)),
@@ -106,7 +107,7 @@ fn fresh(stage: &Stage) -> Result<(Server, Vec<Client>)> {
     Ok((server, clients))
 }
 
-/// The median of three whole dumps.
+/// The longest of three whole dumps.
 fn duration(stage: &mut Stage, living: &mut Option<(Server, Vec<Client>)>) -> Result<Duration> {
     let mut took = Vec::new();
     for _ in 0..3 {
@@ -121,8 +122,7 @@ fn duration(stage: &mut Stage, living: &mut Option<(Server, Vec<Client>)>) -> Re
         anyhow::ensure!(seen.lost.is_empty(), "without a fault: {}", seen.lost.join("\n"));
         *living = Some((server, seen.alive));
     }
-    took.sort();
-    Ok(took[1])
+    took.into_iter().max().context("three dumps")
 }
 
 /// One dump and one death in it, and whether that came in time.

@@ -30,7 +30,9 @@ impl Report {
                 return format!("{short} FAILED");
             }
         };
-        if verdict.lost.is_empty() {
+        if verdict.kind == Kind::Breakpoint {
+            // Neither a success of ours nor a failure.
+        } else if verdict.lost.is_empty() {
             self.passed += 1;
         } else {
             self.failed += 1;

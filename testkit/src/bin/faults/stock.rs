@@ -109,9 +109,11 @@ fn settle(
     totals: &mut Totals,
 ) -> Result<()> {
     if server.task.is_alive()? {
+        // A server that is about to die has no table of descriptors any more.
+        let sockets = tcp_sockets(server.pid()).unwrap_or_default();
         let lost = fleet.stop(SILENCE).lost.len();
         if server.task.is_alive()? {
-            for socket in tcp_sockets(server.pid())? {
+            for socket in sockets {
                 totals.in_repair += usize::from(socket.in_repair()?);
             }
             totals.lost += lost;
