@@ -435,7 +435,9 @@ impl Restore {
             for name in &self.dump_locks {
                 lock::remove(&ns, self.options.method, name)?;
             }
-            for left in self.recorder.record().locks.iter().filter(|left| left.ns == NsId::from(&ns)) {
+            // Not ours, which goes last: after a deletion the kernel lets the next transaction wait.
+            let others = |left: &&LockRecord| left.ns == NsId::from(&ns) && left.name != *lock.name();
+            for left in self.recorder.record().locks.iter().filter(others) {
                 lock::remove(&ns, left.method, &left.name)?;
             }
             if self.index.network_lock == ImageLock::Iptables && ns == self.home {
