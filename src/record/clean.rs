@@ -67,6 +67,9 @@ pub fn clean(store: &Store, record: &Record, options: Options) -> Report {
 /// Removes the locks that `record` tells of, where their namespaces can be found; says what could not be removed.
 #[must_use]
 pub fn remove_locks(record: &Record) -> Vec<String> {
+    if record.locks.is_empty() {
+        return Vec::new(); // looking for namespaces takes long
+    }
     let namespaces = namespaces_of(record);
     let present = record.locks.iter().filter_map(|lock| Some((lock, namespaces.get(lock.ns)?)));
     let removed = present.map(|(lock, ns)| lock::remove(ns, lock.method, &lock.name));
