@@ -2,7 +2,7 @@
 
 #![allow(unsafe_code)]
 
-use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
+use std::ffi::{c_char, c_int, c_uint, c_void};
 use std::mem::{offset_of, size_of};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
@@ -126,10 +126,4 @@ pub extern "C" fn at_exit() {
         session::settle();
         0
     });
-}
-
-/// The name that CRIU shows.
-#[must_use]
-pub fn name() -> &'static CStr {
-    c"soccr"
 }

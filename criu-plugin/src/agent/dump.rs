@@ -247,19 +247,8 @@ impl Dump {
         let record = cleaner::of(&store, criu.pid)?.into_iter().next().ok_or_else(gone)?;
         let recorder = Recorder::take_over(&record.id, criu.pid)?.ok_or_else(gone)?;
         let lock_name = LockName::criu(record.id.as_str())?;
-        let mut dump = Self {
-            inherited: true,
-            images,
-            criu,
-            lock_name,
-            recorder,
-            options: LockOptions::from_env()?,
-            tasks: Vec::new(),
-            finder: Finder::default(),
-            held: Vec::new(),
-            locks: HashMap::new(),
-            queues: Queues::default(),
-        };
+        let mut dump = Self::begun(images, criu, lock_name, recorder)?;
+        dump.inherited = true;
         for task in record.tasks.iter().filter(|task| task.lives()) {
             dump.tasks
                 .push(Task::open(task.pid).map_err(|source| AgentError::Task { pid: task.pid, source })?);
@@ -279,6 +268,15 @@ impl Dump {
         fault::point("dump.init")?;
         let lock_name = LockName::criu(&format!("soccr-{}", super::random_id()?))?;
         let recorder = Recorder::new(lock_name.id(), Recorded::Saving, images.as_fd(), criu.pid)?;
+        Self::begun(images, criu, lock_name, recorder)
+    }
+
+    fn begun(
+        images: ImageDir,
+        criu: Task,
+        lock_name: LockName,
+        recorder: Recorder,
+    ) -> Result<Self, AgentError> {
         Ok(Self {
             inherited: false,
             images,
