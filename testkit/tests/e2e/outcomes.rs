@@ -1,14 +1,17 @@
 //! However a dump ends, the connections of a server that runs on are alive, and nothing is left.
 
-use std::ffi::OsString;
 use std::fs;
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
+use nix::fcntl::AT_FDCWD;
+use nix::sys::fanotify::{
+    EventFFlags, Fanotify, FanotifyResponse, InitFlags, MarkFlags, MaskFlags, Response,
+};
 use nix::sys::signal::Signal;
 use nix::sys::wait::WaitStatus;
 use soccr_testkit::criu::last_errors;
@@ -177,19 +180,31 @@ fn criu_is_killed_in_the_hook() -> Result<()> {
     idle.iter_mut().try_for_each(|client| client.ping(100))
 }
 
+/// Holds the agent in its creation of the first tcp-stream image until criu is dead.
 fn kill_at_first_tcp_image(world: &World, server: &Server, images: &Path) -> Result<()> {
-    let watch = Inotify::init(InitFlags::IN_CLOEXEC)?;
-    watch.add_watch(images, AddWatchFlags::IN_CREATE)?;
+    let opens = Fanotify::init(InitFlags::FAN_CLASS_CONTENT | InitFlags::FAN_CLOEXEC, EventFFlags::O_RDONLY)?;
+    let (mark, opened) = (MarkFlags::FAN_MARK_ADD, MaskFlags::FAN_OPEN_PERM | MaskFlags::FAN_EVENT_ON_CHILD);
+    opens.mark(mark, opened, AT_FDCWD, Some(images))?;
     let (mut criu, _) = world.criu.dump(PLUGIN, server.pid(), images).inside(world.host()).spawn()?;
-    let is_tcp = |name: &OsString| name.to_string_lossy().starts_with("tcp-stream-");
-    let mut seen = false;
-    while !seen && task::wait_readable(&watch, PATIENCE)? {
-        seen = watch.read_events()?.iter().any(|event| event.name.as_ref().is_some_and(is_tcp));
+    let mut killed = false;
+    while !killed && task::wait_readable(&opens, PATIENCE)? {
+        for event in opens.read_events()? {
+            let file = event.fd().context("more opened files than the queue holds")?;
+            if !killed && name_of(file)?.starts_with("tcp-stream-") {
+                criu.kill()?;
+                criu.wait()?;
+                killed = true;
+            }
+            opens.write_response(FanotifyResponse::new(file, Response::FAN_ALLOW))?;
+        }
     }
-    criu.kill()?;
-    criu.wait()?;
-    ensure!(seen, "no connection was saved:\n{}", last_errors(&images.join("dump.log")));
+    ensure!(killed, "no connection was saved:\n{}", last_errors(&images.join("dump.log")));
     Ok(())
+}
+
+fn name_of(file: BorrowedFd<'_>) -> Result<String> {
+    let path = fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd()))?;
+    Ok(path.file_name().unwrap_or_default().to_string_lossy().into_owned())
 }
 
 fn tcp_images(images: &Path) -> Result<usize> {
