@@ -74,13 +74,21 @@ pub(super) fn rename(
 
 /// See [`super::remove`].
 pub(super) fn remove(ns: &NetNs, name: &LockName) -> Result<bool, LockError> {
-    let mut transaction = Transaction::new();
-    table::delete(&mut transaction, name.as_str());
-    match commit(ns, transaction) {
-        Ok(()) => Ok(true),
-        Err(e) if e.is(Errno::ENOENT) => Ok(false),
-        Err(e) => Err(failed("remove", name, ns, e)),
-    }
+    let delete = || {
+        let client = Client::open(ns)?;
+        // To refuse takes the kernel an RCU grace period, so it is not asked to delete what is not there.
+        if lock_names(&client).is_ok_and(|names| !names.contains(name)) {
+            return Ok(false);
+        }
+        let mut transaction = Transaction::new();
+        table::delete(&mut transaction, name.as_str());
+        match client.commit(transaction) {
+            Ok(()) => Ok(true),
+            Err(e) if e.is(Errno::ENOENT) => Ok(false),
+            Err(e) => Err(e),
+        }
+    };
+    delete().map_err(|e| failed("remove", name, ns, e))
 }
 
 /// See [`super::list`].
@@ -97,8 +105,7 @@ pub(super) fn list(ns: &NetNs) -> Result<Vec<LockInfo>, LockError> {
 
 fn list_tables(ns: &NetNs) -> Result<Vec<LockInfo>, NftError> {
     let client = Client::open(ns)?;
-    let names = client.dump("list tables", libc::NFT_MSG_GETTABLE, table::FAMILY, |_| (), lock_name);
-    let names = match names {
+    let names = match lock_names(&client) {
         Err(e) if e.is(Errno::EINVAL) => return Err(NftError::Missing), // no such subsystem of nfnetlink
         other => other?,
     };
@@ -110,6 +117,10 @@ fn list_tables(ns: &NetNs) -> Result<Vec<LockInfo>, NftError> {
         Ok(LockInfo { method: Method::Nftables, name, entries })
     };
     names.into_iter().map(info).collect()
+}
+
+fn lock_names(client: &Client) -> Result<Vec<LockName>, NftError> {
+    client.dump("list tables", libc::NFT_MSG_GETTABLE, table::FAMILY, |_| (), lock_name)
 }
 
 fn lock_name(_: u8, table: Attributes<'_>) -> Result<Option<LockName>, Malformed> {
