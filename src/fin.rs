@@ -8,6 +8,7 @@
 
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -65,9 +66,12 @@ impl From<LockError> for ForgeError {
 
 /// Forges segments; keeps its raw sockets, one per network namespace and IP version, and any passage that it
 /// had to open, until it is dropped. Connections are restored from few namespaces at a time, and most need no forge at
-/// all: lists cost nothing then.
+/// all: lists cost nothing then. Threads that restore at the same time share one, and take turns.
 #[derive(Debug, Default)]
-pub struct Forge {
+pub struct Forge(Mutex<Tools>);
+
+#[derive(Debug, Default)]
+struct Tools {
     sockets: Vec<RawSocket>,
     passages: Vec<(NetNs, Passage)>,
 }
@@ -88,6 +92,29 @@ impl Forge {
 
     /// Sends the segment to `socket` until its state is `reaches`.
     pub(crate) fn deliver(
+        &self,
+        socket: BorrowedFd<'_>,
+        segment: &Segment,
+        reaches: State,
+    ) -> Result<(), ForgeError> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).deliver(socket, segment, reaches)
+    }
+
+    /// Closes the passages, if any, and reports what goes wrong with it.
+    ///
+    /// # Errors
+    /// The first rule that cannot be removed.
+    pub fn finish(self) -> Result<(), LockError> {
+        let mut result = Ok(());
+        for (_, passage) in self.0.into_inner().unwrap_or_else(PoisonError::into_inner).passages {
+            result = result.and(passage.close());
+        }
+        result
+    }
+}
+
+impl Tools {
+    fn deliver(
         &mut self,
         socket: BorrowedFd<'_>,
         segment: &Segment,
@@ -105,18 +132,6 @@ impl Forge {
         }
         let state = tcp::info(socket)?.state;
         Err(ForgeError::Lost { segment: if segment.fin { "FIN" } else { "ACK" }, state })
-    }
-
-    /// Closes the passages, if any, and reports what goes wrong with it.
-    ///
-    /// # Errors
-    /// The first rule that cannot be removed.
-    pub fn finish(mut self) -> Result<(), LockError> {
-        let mut result = Ok(());
-        for (_, passage) in self.passages.drain(..) {
-            result = result.and(passage.close());
-        }
-        result
     }
 
     fn send_and_see(

@@ -87,7 +87,7 @@ impl<F: AsFd> Paused<F> {
         tcp: &TcpState,
         recv: &[u8],
         send: &[u8],
-        forge: &mut Forge,
+        forge: &Forge,
     ) -> Result<(), RestoreError> {
         consistent(tuple, tcp, recv, send)
             .map_err(|what| RestoreError::Inconsistent { tuple: *tuple, what })?;
@@ -134,11 +134,11 @@ struct Restoring<'a> {
     fd: BorrowedFd<'a>,
     tuple: &'a FourTuple,
     tcp: &'a TcpState,
-    forge: &'a mut Forge,
+    forge: &'a Forge,
 }
 
 impl Restoring<'_> {
-    fn run(&mut self, recv: &[u8], send: &[u8]) -> Result<(), RestoreError> {
+    fn run(&self, recv: &[u8], send: &[u8]) -> Result<(), RestoreError> {
         self.sys(self.sequences())?;
         self.sys(self.connect())?;
         self.local_address()?;
@@ -312,7 +312,7 @@ impl Restoring<'_> {
         tcp::set_window(self.fd, &before)
     }
 
-    fn fins(&mut self) -> Result<(), RestoreError> {
+    fn fins(&self) -> Result<(), RestoreError> {
         match self.tcp.state {
             State::Established | State::SynSent => return Ok(()),
             State::FinWait1 => self.our_fin()?,
@@ -351,18 +351,18 @@ impl Restoring<'_> {
     }
 
     /// The segment that the peer closed its direction with.
-    fn peer_fin(&mut self, reaches: State) -> Result<(), RestoreError> {
+    fn peer_fin(&self, reaches: State) -> Result<(), RestoreError> {
         let unacked = self.tcp.send_len.wrapping_add(u32::from(self.tcp.state.fin_sent()));
         let seq = self.tcp.rcv_nxt.wrapping_sub(1);
         self.deliver(true, seq, self.tcp.write_seq.wrapping_sub(unacked), reaches)
     }
 
     /// The segment by which the peer acknowledged our FIN, and with it all that we sent.
-    fn acknowledge(&mut self, reaches: State) -> Result<(), RestoreError> {
+    fn acknowledge(&self, reaches: State) -> Result<(), RestoreError> {
         self.deliver(false, self.tcp.rcv_nxt, self.tcp.write_seq, reaches)
     }
 
-    fn deliver(&mut self, fin: bool, seq: u32, ack: u32, reaches: State) -> Result<(), RestoreError> {
+    fn deliver(&self, fin: bool, seq: u32, ack: u32, reaches: State) -> Result<(), RestoreError> {
         let port = self.sys(addr::local(self.fd))?.port();
         let scale = self.tcp.options.wscale.map_or(0, |scale| scale.snd);
         let segment = Segment {

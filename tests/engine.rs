@@ -54,9 +54,9 @@ fn build_and(saved: &Saved, compare: Compare) -> TcpStream {
         sockopt::socket(saved.domain, libc::SOCK_STREAM, libc::IPPROTO_TCP).expect("socket");
     let room = RoomForQueues::make(socket.as_fd(), &saved.tcp).expect("room");
     let paused = Paused::pause(socket.as_fd()).expect("pause");
-    let mut forge = Forge::new();
+    let forge = Forge::new();
     paused
-        .restore(&saved.tuple, &saved.tcp, &saved.queues.recv, &saved.queues.send, &mut forge)
+        .restore(&saved.tuple, &saved.tcp, &saved.queues.recv, &saved.queues.send, &forge)
         .unwrap_or_else(|error| panic!("restore: {error}"));
     forge.finish().expect("no rule left");
     if compare == Compare::All {
@@ -402,8 +402,7 @@ fn a_connection_with_an_owner_is_left_alone() {
         paused.resume(Probe::None).expect("resume");
         let again = sockopt::socket(libc::AF_INET, libc::SOCK_STREAM, libc::IPPROTO_TCP).expect("socket");
         let paused = Paused::pause(again).expect("pause");
-        let error =
-            paused.restore(&tuple, &tcp, &[], &[], &mut Forge::new()).expect_err("it is there already");
+        let error = paused.restore(&tuple, &tcp, &[], &[], &Forge::new()).expect_err("it is there already");
         assert!(error.to_string().contains("EADDRNOTAVAIL"), "{error}");
         drop(paused.release());
         ours.write_all(b"alive").expect("write");

@@ -44,8 +44,8 @@ fn build(image: &ExternalImage, queues: &Queues) -> Result<i32, Box<dyn std::err
     soccr::options::write(socket.as_fd(), &image.options)?;
     let paused = Paused::pause(socket)?;
     let room = RoomForQueues::make(paused.socket(), &image.tcp)?;
-    let mut forge = Forge::new();
-    let restored = paused.restore(&image.tuple, &image.tcp, &queues.recv, &queues.send, &mut forge);
+    let forge = Forge::new();
+    let restored = paused.restore(&image.tuple, &image.tcp, &queues.recv, &queues.send, &forge);
     if restored.is_err() {
         drop(paused.release()); // closed silently
         return Err(Box::new(restored.err().ok_or("restored")?));

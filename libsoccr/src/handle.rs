@@ -170,8 +170,8 @@ impl libsoccr_sk {
             )
         };
         log::debug!("restoring {tuple} in {}", tcp.state);
-        let mut forge = Forge::new();
-        let restored = self.paused.restore(&tuple, &tcp, recv, send, &mut forge);
+        let forge = Forge::new();
+        let restored = self.paused.restore(&tuple, &tcp, recv, send, &forge);
         // Also after a failure: nothing of ours may stay in the firewall.
         let finished = forge.finish();
         restored?;

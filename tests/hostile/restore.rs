@@ -85,8 +85,8 @@ impl Victim {
         let socket = sockopt::socket(self.domain, libc::SOCK_STREAM, libc::IPPROTO_TCP).unwrap();
         let paused = Paused::pause(socket).unwrap();
         let room = RoomForQueues::make(paused.socket(), tcp).unwrap();
-        let mut forge = Forge::new();
-        let result = paused.restore(tuple, tcp, &queues.recv, &queues.send, &mut forge);
+        let forge = Forge::new();
+        let result = paused.restore(tuple, tcp, &queues.recv, &queues.send, &forge);
         forge.finish().unwrap();
         if let Some(room) = room {
             room.give_back().unwrap();

@@ -121,9 +121,9 @@ fn queues_are_never_logged() {
 
         let socket = sockopt::socket(domain, libc::SOCK_STREAM, libc::IPPROTO_TCP).unwrap();
         let paused = Paused::pause(socket).unwrap();
-        let mut forge = Forge::new();
-        tell(paused.restore(&tuple, &tcp, &queues.recv, b"short", &mut forge).unwrap_err());
-        paused.restore(&tuple, &tcp, &queues.recv, &queues.send, &mut forge).unwrap();
+        let forge = Forge::new();
+        tell(paused.restore(&tuple, &tcp, &queues.recv, b"short", &forge).unwrap_err());
+        paused.restore(&tuple, &tcp, &queues.recv, &queues.send, &forge).unwrap();
         tell((&paused, &forge));
         drop(paused.release());
         assert!(lock.unlock().unwrap());
