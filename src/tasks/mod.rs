@@ -147,10 +147,7 @@ pub fn tree(root: i32) -> Vec<i32> {
     let mut next = 0;
     while let Some(pid) = tree.get(next).copied() {
         next += 1;
-        let threads = Process::new(pid).and_then(|process| process.tasks());
-        for thread in threads.into_iter().flatten().flatten() {
-            tree.extend(thread.children().unwrap_or_default().into_iter().map(u32::cast_signed));
-        }
+        tree.extend(Process::new(pid).and_then(|process| children(&process)).unwrap_or_default());
     }
     tree
 }
@@ -173,9 +170,7 @@ pub fn frozen_tree(root: i32, tracer: i32) -> ProcResult<Vec<i32>> {
         } else if process.stat()?.state()? != ProcState::Zombie {
             continue;
         }
-        for thread in process.tasks()? {
-            queue.extend(thread?.children()?.into_iter().map(u32::cast_signed));
-        }
+        queue.extend(children(&process)?);
     }
     Ok(tree)
 }
@@ -195,17 +190,24 @@ pub fn inner_pid(pid: i32) -> ProcResult<u32> {
 /// # Errors
 /// When `/proc` cannot be read.
 pub fn restored_child(parent: i32, inner: u32) -> ProcResult<Option<i32>> {
-    let grandparent = Process::new(parent)?.status()?.ppid;
-    for process in procfs::process::all_processes()? {
-        let Ok(status) = process.and_then(|process| process.status()) else { continue };
-        let inner_pid = status.nspid.as_ref().and_then(|pids| pids.last()).copied();
-        if [parent, grandparent].contains(&status.ppid)
-            && inner_pid.and_then(|pid| u32::try_from(pid).ok()) == Some(inner)
-        {
-            return Ok(Some(status.pid));
+    let parent = Process::new(parent)?;
+    let mut candidates = children(&parent)?;
+    // It may be beyond our PID namespace, or another user's.
+    let grandparent = Process::new(parent.status()?.ppid).and_then(|process| children(&process));
+    candidates.extend(grandparent.unwrap_or_default());
+    Ok(candidates.into_iter().find(|child| inner_pid(*child).is_ok_and(|pid| pid == inner)))
+}
+
+/// The children of all threads. A thread that ends meanwhile leaves its own to another.
+fn children(process: &Process) -> ProcResult<Vec<i32>> {
+    let mut children = Vec::new();
+    for thread in process.tasks()? {
+        match thread.and_then(|thread| thread.children()) {
+            Err(ProcError::NotFound(_)) => {}
+            found => children.extend(found?.into_iter().map(u32::cast_signed)),
         }
     }
-    Ok(None)
+    Ok(children)
 }
 
 /// The user and group, as we see them, that are root in the task's user namespace; `None` in our own.
