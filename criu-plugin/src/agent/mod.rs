@@ -6,11 +6,13 @@
 
 #![allow(unsafe_code)]
 
+mod build;
 mod cleaner;
 mod dump;
 mod error;
 mod logger;
 mod outcome;
+mod parallel;
 mod privilege;
 mod restore;
 

@@ -11,7 +11,7 @@
 //! name that the images know: the restore can be tried again, by us or by stock CRIU.
 
 use std::collections::{HashMap, HashSet};
-use std::net::SocketAddr;
+use std::convert::Infallible;
 use std::os::fd::{AsFd, OwnedFd};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -19,26 +19,25 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use nix::unistd::getppid;
 use soccr::checkpoint::{self, Paused, Probe, four_tuple};
-use soccr::connection::{FourTuple, Queues, State};
+use soccr::connection::{FourTuple, Queues};
 use soccr::fin::Forge;
 use soccr::image::ImageDir;
 use soccr::image::external::ExternalImage;
 use soccr::image::index::{Index, InetConnection};
 use soccr::image::inventory::{self, NetworkLock as ImageLock};
-use soccr::image::tcp_stream::TcpStreamImage;
 use soccr::kernel::netns::NetNs;
 use soccr::kernel::process::{self, RemoteFd};
-use soccr::kernel::tcp::Direction;
-use soccr::kernel::{SysError, addr, diag, sockopt, tcp};
+use soccr::kernel::{diag, sockopt, tcp};
 use soccr::lock::{self, LockError, LockName, LockOptions, Method, NetworkLock, stock};
 use soccr::record::{self, ConnectionRecord, LockRecord, NsId, Phase, RecordId, Recorder};
-use soccr::restore::RoomForQueues;
 use soccr::tasks::{self, Fate, Task, in_flight};
 
 use super::AgentError;
+use super::build::{Builder, Built, Wanted, must_live};
 use super::error::chain;
 
 use super::logger::{self, answering};
+use super::parallel;
 
 use crate::channel::{Asked, Request, Server};
 use crate::fault;
@@ -113,14 +112,6 @@ fn handle(images: &ImageDir, criu: i32, restore: &mut Option<Restore>, asked: As
     last
 }
 
-/// A connection that is built and waits for the others.
-#[derive(Debug)]
-struct Built {
-    paused: Paused<OwnedFd>,
-    tuple: FourTuple,
-    reuse_port: Option<bool>,
-}
-
 #[derive(Debug)]
 struct Restore {
     images: ImageDir,
@@ -144,7 +135,6 @@ struct Restore {
     /// File ids of the connections still to be brought back.
     missing: HashSet<u32>,
     built: Vec<Built>,
-    queues: Queues,
     forge: Forge,
     failed: bool,
     finished: bool,
@@ -180,7 +170,6 @@ impl Restore {
             awaited,
             missing,
             built: Vec::new(),
-            queues: Queues::default(),
             forge: Forge::new(),
             failed: false,
             finished: false,
@@ -277,23 +266,35 @@ impl Restore {
         self.awaited.remove(&inner);
         let task = Task::open(pid).map_err(|source| AgentError::Task { pid, source })?;
         let fds = self.index.tasks.get(&inner).map(|task| task.fds.clone()).unwrap_or_default();
+        let mut wanted = Vec::new();
         for fd in fds.iter() {
             let Ok(number) = u32::try_from(fd.fd) else { continue };
-            if self.missing.contains(&fd.file_id) {
-                let socket = copy(&task, number)?;
-                self.connection(fd.file_id, socket, pid)?;
+            if self.missing.remove(&fd.file_id) {
+                wanted.push((fd.file_id, copy(&task, number)?));
             } else if self.index.in_flight.contains_key(&fd.file_id) {
                 let unix = copy(&task, number)?;
-                self.in_flight(fd.file_id, &unix, pid)?;
+                self.in_flight(fd.file_id, &unix, pid, &mut wanted)?;
             }
         }
+        let builder =
+            Builder { images: &self.images, index: &self.index, forge: &self.forge, criu: &self.criu, pid };
+        let (built, result) =
+            parallel::for_each(wanted, Queues::default, |queues, wanted| builder.build(wanted, queues));
+        self.built.extend(built.into_iter().flatten());
+        result?;
         self.adopt_external(&task)?;
         self.restored.push(task);
         Ok(())
     }
 
     /// Connections inside a unix socket's queue, which holds the same packets as at the dump.
-    fn in_flight(&mut self, unix_id: u32, unix: &OwnedFd, pid: i32) -> Result<(), AgentError> {
+    fn in_flight(
+        &mut self,
+        unix_id: u32,
+        unix: &OwnedFd,
+        pid: i32,
+        wanted: &mut Vec<Wanted>,
+    ) -> Result<(), AgentError> {
         let Some(expected) = self.index.in_flight.remove(&unix_id) else { return Ok(()) };
         let source = |source| AgentError::Task { pid, source };
         let packets = in_flight::peek(unix.as_fd()).map_err(source)?;
@@ -302,53 +303,13 @@ impl Restore {
                 return Err(AgentError::Protocol("a unix socket's queue is not as in the images"));
             }
             for (file_id, socket) in expected.files.iter().zip(packet.files) {
-                if self.missing.contains(file_id) {
-                    self.connection(*file_id, socket, pid)?;
+                if self.missing.remove(file_id) {
+                    wanted.push((*file_id, socket));
                 } else if self.index.in_flight.contains_key(file_id) {
-                    self.in_flight(*file_id, &socket, pid)?;
+                    self.in_flight(*file_id, &socket, pid, wanted)?;
                 }
             }
         }
-        Ok(())
-    }
-
-    /// Builds one connection in the socket that CRIU made for it.
-    fn connection(&mut self, file_id: u32, socket: OwnedFd, pid: i32) -> Result<(), AgentError> {
-        let Some(connection) = self.index.connections.get(&file_id) else { return Ok(()) };
-        let tuple = scoped(connection, &socket, pid)?;
-        let failed = |source| AgentError::Socket { tuple, pid, source };
-        self.missing.remove(&file_id);
-        if !sockopt::is_tcp(socket.as_fd()) || !untouched(&socket).map_err(failed)? {
-            log::debug!("{tuple}: restored by CRIU itself");
-            return Ok(());
-        }
-        let image = TcpStreamImage::read(&self.images, connection.ino, connection.state, &mut self.queues)?;
-        // CRIU has shut the socket down, which this forgets.
-        fault::point("restore.copied")?;
-        self.criu_lives()?;
-        tcp::disconnect(socket.as_fd()).map_err(failed)?;
-        fault::point("restore.disconnected")?;
-        let mut paused = Paused::pause(socket)?;
-        paused.set_reuse_addr(connection.reuseaddr);
-        let room = RoomForQueues::make(paused.socket(), &image.tcp).map_err(failed)?;
-        paused
-            .restore(&tuple, &image.tcp, &self.queues.recv, &self.queues.send, &mut self.forge)
-            .map_err(|source| AgentError::Restore { file: TcpStreamImage::name(connection.ino), source })?;
-        if let Some(room) = room {
-            room.give_back().map_err(failed)?;
-        }
-        if connection.shutdown_read && !image.tcp.state.fin_received() {
-            tcp::shutdown(paused.socket(), Direction::Receive).map_err(failed)?;
-        }
-        if image.nodelay == Some(true) {
-            sockopt::set_no_delay(paused.socket(), true).map_err(failed)?;
-        }
-        if image.cork == Some(true) {
-            sockopt::set_cork(paused.socket(), true).map_err(failed)?;
-        }
-        log::debug!("{tuple} (pid {pid}): {} again", image.tcp.state);
-        self.built.push(Built { paused, tuple, reuse_port: connection.reuseport.or(Some(false)) });
-        fault::point("restore.built")?;
         Ok(())
     }
 
@@ -359,11 +320,6 @@ impl Restore {
             Some(task) => Err(AgentError::Killed(task.pid)),
             None => Ok(()),
         }
-    }
-
-    /// The kernel lets the tasks run as soon as criu is dead, whole or not.
-    fn criu_lives(&self) -> Result<(), AgentError> {
-        if self.criu.gone() { Err(AgentError::Protocol("criu is gone")) } else { Ok(()) }
     }
 
     /// Connections that RESTORE_EXT_FILE has built in the task, and left in repair mode.
@@ -380,7 +336,7 @@ impl Restore {
             if let Some(reuse_addr) = self.external.remove(&tuple) {
                 let mut paused = Paused::pause(socket)?;
                 paused.set_reuse_addr(reuse_addr);
-                self.built.push(Built { paused, tuple, reuse_port: None });
+                self.built.push(Built::new(paused, tuple, None));
             }
         }
         Ok(())
@@ -396,9 +352,11 @@ impl Restore {
         fault::point("restore.all-built")?;
         std::mem::take(&mut self.forge).finish()?;
         // Out of repair mode while still locked, and silently: should we die here, all of it can be done again.
-        let awake = self.built.drain(..).map(leave_repair).collect::<Result<Vec<_>, _>>()?;
+        let built = std::mem::take(&mut self.built);
+        let (awake, result) = parallel::for_each(built, || (), |(), built| leave_repair(built));
+        result?;
         fault::point("restore.unlocking")?;
-        self.criu_lives()?;
+        must_live(&self.criu)?;
         self.tasks_live()?;
         self.recorder.forget_tasks();
         self.restored.iter().for_each(|task| self.recorder.add_task(task.pid));
@@ -411,18 +369,24 @@ impl Restore {
             return Ok(());
         }
         let _ = fault::point("restore.unlocked");
-        for connection in &awake {
-            let _ = fault::point("restore.waking");
-            if let Err(error) = checkpoint::probe(connection.socket.as_fd(), connection.reuse_addr) {
-                log::warn!("{error}: it waits for its peer to send");
-            }
-        }
+        let count = awake.len();
+        let (_, _) = parallel::for_each(
+            awake,
+            || (),
+            |(), awake| {
+                let _ = fault::point("restore.waking");
+                if let Err(error) = checkpoint::probe(awake.socket.as_fd(), awake.reuse_addr) {
+                    log::warn!("{error}: it waits for its peer to send");
+                }
+                Ok::<_, Infallible>(())
+            },
+        );
         let _ = fault::point("restore.awake");
         if let Err(error) = self.recorder.remove() {
             log::error!("{}", chain(&error));
         }
-        if !awake.is_empty() {
-            log::info!("{} TCP connections go on", awake.len());
+        if count > 0 {
+            log::info!("{count} TCP connections go on");
         }
         Ok(())
     }
@@ -488,9 +452,7 @@ impl Restore {
 
     /// Closes silently what was built, and leaves the locks as they were before the restore.
     fn give_up(mut self) {
-        for built in self.built.drain(..) {
-            drop(built.paused.release());
-        }
+        self.built.clear();
         if self.finished {
             return;
         }
@@ -587,30 +549,6 @@ fn copy(task: &Task, number: u32) -> Result<OwnedFd, AgentError> {
     task.copy(RemoteFd(number)).map_err(|source| AgentError::Task { pid: task.pid, source })
 }
 
-/// Whether the socket is as CRIU makes it with `--tcp-close`: closed and never bound. (A connection that CRIU itself
-/// restored in the state CLOSE has an address.)
-fn untouched(socket: &OwnedFd) -> Result<bool, SysError> {
-    let closed = tcp::info(socket.as_fd())?.state == State::Close as u8;
-    Ok(closed && addr::local(socket.as_fd())?.port() == 0)
-}
-
-/// The connection's addresses; a link-local one gets the index that its interface has here.
-fn scoped(connection: &InetConnection, socket: &OwnedFd, pid: i32) -> Result<FourTuple, AgentError> {
-    let mut tuple = connection.tuple;
-    let device = connection.ifname.as_ref().or(connection.bound_device.as_ref());
-    if let (Some(name), SocketAddr::V6(local), SocketAddr::V6(remote)) =
-        (device, &mut tuple.local, &mut tuple.remote)
-        && local.ip().is_unicast_link_local()
-    {
-        let index = NetNs::of_socket(socket.as_fd())?
-            .run(|| addr::interface_index(name))?
-            .map_err(|source| AgentError::Socket { tuple: connection.tuple, pid, source })?;
-        local.set_scope_id(index);
-        remote.set_scope_id(index);
-    }
-    Ok(tuple)
-}
-
 /// A connection that is whole, out of repair mode, and waits to be unlocked.
 struct Awake {
     socket: OwnedFd,
@@ -618,7 +556,7 @@ struct Awake {
 }
 
 fn leave_repair(built: Built) -> Result<Awake, AgentError> {
-    let Built { paused, tuple, reuse_port } = built;
+    let (tuple, reuse_port, paused) = (built.tuple, built.reuse_port, built.into_paused());
     let failed = |source| AgentError::Socket { tuple, pid: 0, source };
     if let Some(on) = reuse_port {
         sockopt::set_reuse_port(paused.socket(), on).map_err(failed)?;

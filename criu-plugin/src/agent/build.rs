@@ -1,0 +1,135 @@
+//! Builds connections in the sockets that CRIU made for them.
+
+use std::net::SocketAddr;
+use std::os::fd::{AsFd, OwnedFd};
+
+use soccr::checkpoint::Paused;
+use soccr::connection::{FourTuple, Queues, State};
+use soccr::fin::Forge;
+use soccr::image::ImageDir;
+use soccr::image::index::{Index, InetConnection};
+use soccr::image::tcp_stream::TcpStreamImage;
+use soccr::kernel::netns::NetNs;
+use soccr::kernel::tcp::Direction;
+use soccr::kernel::{SysError, addr, sockopt, tcp};
+use soccr::restore::RoomForQueues;
+use soccr::tasks::Task;
+
+use super::AgentError;
+use crate::fault;
+
+/// The file id of a connection, and the socket of a restored task in which it is to be built.
+pub(super) type Wanted = (u32, OwnedFd);
+
+/// A connection that is built, still in repair mode, and waits for the others. Dropping it closes the agent's
+/// descriptor without a word to the peer.
+#[derive(Debug)]
+pub(super) struct Built {
+    /// Until [`Built::into_paused`] or the drop takes it.
+    paused: Option<Paused<OwnedFd>>,
+    pub tuple: FourTuple,
+    pub reuse_port: Option<bool>,
+}
+
+impl Built {
+    pub fn new(paused: Paused<OwnedFd>, tuple: FourTuple, reuse_port: Option<bool>) -> Self {
+        Self { paused: Some(paused), tuple, reuse_port }
+    }
+
+    pub fn into_paused(mut self) -> Paused<OwnedFd> {
+        self.paused.take().expect("nobody else takes it")
+    }
+
+    fn paused(&self) -> &Paused<OwnedFd> {
+        self.paused.as_ref().expect("nobody takes it before")
+    }
+}
+
+impl Drop for Built {
+    fn drop(&mut self) {
+        drop(self.paused.take().map(Paused::release));
+    }
+}
+
+/// What all connections of one task are built from. Many threads may use it.
+#[derive(Debug)]
+pub(super) struct Builder<'a> {
+    pub images: &'a ImageDir,
+    pub index: &'a Index,
+    pub forge: &'a Forge,
+    pub criu: &'a Task,
+    pub pid: i32,
+}
+
+impl Builder<'_> {
+    /// Builds one connection; `None` where CRIU has restored it itself. The queues' memory is used again and again.
+    pub fn build(&self, (file_id, socket): Wanted, queues: &mut Queues) -> Result<Option<Built>, AgentError> {
+        let Some(connection) = self.index.connections.get(&file_id) else { return Ok(None) };
+        let pid = self.pid;
+        let tuple = scoped(connection, &socket, pid)?;
+        let failed = |source| AgentError::Socket { tuple, pid, source };
+        if !sockopt::is_tcp(socket.as_fd()) || !untouched(&socket).map_err(failed)? {
+            log::debug!("{tuple}: restored by CRIU itself");
+            return Ok(None);
+        }
+        let image = TcpStreamImage::read(self.images, connection.ino, connection.state, queues)?;
+        // CRIU has shut the socket down, which this forgets.
+        fault::point("restore.copied")?;
+        must_live(self.criu)?;
+        tcp::disconnect(socket.as_fd()).map_err(failed)?;
+        fault::point("restore.disconnected")?;
+        let mut paused = Paused::pause(socket)?;
+        paused.set_reuse_addr(connection.reuseaddr);
+        let built = Built::new(paused, tuple, connection.reuseport.or(Some(false)));
+        let socket = built.paused().socket();
+        let room = RoomForQueues::make(socket, &image.tcp).map_err(failed)?;
+        built
+            .paused()
+            .restore(&tuple, &image.tcp, &queues.recv, &queues.send, self.forge)
+            .map_err(|source| AgentError::Restore { file: TcpStreamImage::name(connection.ino), source })?;
+        if let Some(room) = room {
+            room.give_back().map_err(failed)?;
+        }
+        if connection.shutdown_read && !image.tcp.state.fin_received() {
+            tcp::shutdown(socket, Direction::Receive).map_err(failed)?;
+        }
+        if image.nodelay == Some(true) {
+            sockopt::set_no_delay(socket, true).map_err(failed)?;
+        }
+        if image.cork == Some(true) {
+            sockopt::set_cork(socket, true).map_err(failed)?;
+        }
+        log::debug!("{tuple} (pid {pid}): {} again", image.tcp.state);
+        fault::point("restore.built")?;
+        Ok(Some(built))
+    }
+}
+
+/// The kernel lets the tasks run as soon as criu is dead, whole or not.
+pub(super) fn must_live(criu: &Task) -> Result<(), AgentError> {
+    if criu.gone() { Err(AgentError::Protocol("criu is gone")) } else { Ok(()) }
+}
+
+/// Whether the socket is as CRIU makes it with `--tcp-close`: closed and never bound. (A connection that CRIU itself
+/// restored in the state CLOSE has an address.)
+fn untouched(socket: &OwnedFd) -> Result<bool, SysError> {
+    let closed = tcp::info(socket.as_fd())?.state == State::Close as u8;
+    Ok(closed && addr::local(socket.as_fd())?.port() == 0)
+}
+
+/// The connection's addresses; a link-local one gets the index that its interface has here.
+fn scoped(connection: &InetConnection, socket: &OwnedFd, pid: i32) -> Result<FourTuple, AgentError> {
+    let mut tuple = connection.tuple;
+    let device = connection.ifname.as_ref().or(connection.bound_device.as_ref());
+    if let (Some(name), SocketAddr::V6(local), SocketAddr::V6(remote)) =
+        (device, &mut tuple.local, &mut tuple.remote)
+        && local.ip().is_unicast_link_local()
+    {
+        let index = NetNs::of_socket(socket.as_fd())?
+            .run(|| addr::interface_index(name))?
+            .map_err(|source| AgentError::Socket { tuple: connection.tuple, pid, source })?;
+        local.set_scope_id(index);
+        remote.set_scope_id(index);
+    }
+    Ok(tuple)
+}
