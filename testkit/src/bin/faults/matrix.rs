@@ -16,6 +16,7 @@ use nix::unistd::Pid;
 use soccr_testkit::criu::{Call, last_errors};
 use soccr_testkit::netns::{End, veth};
 use soccr_testkit::server::sibling_binary;
+use soccr_testkit::sockets::{state, tcp_sockets};
 use soccr_testkit::task::{run as run_command, wait_until};
 use soccr_testkit::{NetNs, Server};
 
@@ -245,12 +246,25 @@ fn lock_deleted(stage: &mut Stage) -> Told {
     let (server, fleet) = busy(stage, 7000, CONNECTIONS, 0)?;
     let seen = fleet.stop(PATIENCE);
     ensure!(seen.lost.is_empty(), "lost:\n{}", seen.lost.join("\n"));
+    // A late acknowledgement that nothing stops is answered with a reset while the sockets are gone.
+    wait_until("the peers are silent", PATIENCE, || {
+        Ok(!waits_for_ack(server.pid())? && !waits_for_ack(Pid::this())?)
+    })?;
     let address = dump(stage, server, &images)?;
     let flushed = stage.host.command("nft").args(["flush", "ruleset"]).status()?;
     ensure!(flushed.success(), "nft: {flushed}");
     let server = stage.restore_all(&images, address)?;
     let fleet = stage.busy(&server, seen.alive, FULL, PERIOD)?;
     Ok((all_alive(stage, &server, fleet)?, "with silent peers".into()))
+}
+
+fn waits_for_ack(pid: Pid) -> Result<bool> {
+    for socket in tcp_sockets(pid)? {
+        if socket.state()? != state::LISTEN && socket.unacked()? > 0 {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
 fn two_at_once(stage: &mut Stage) -> Told {
