@@ -1,11 +1,12 @@
 //! Undoing what a record tells.
 
 use std::collections::HashSet;
-use std::os::fd::{AsFd, OwnedFd};
+use std::net::{IpAddr, SocketAddr};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use super::namespaces::{Namespaces, find};
 use super::{LockRecord, NsId, Phase, Record, State, Store, current_boot};
-use crate::checkpoint::{Paused, Probe, Who};
+use crate::checkpoint::{Paused, Probe, Who, four_tuple};
 use crate::kernel::netns::NetNs;
 use crate::kernel::{sockopt, tcp};
 use crate::lock::{self, chain};
@@ -47,12 +48,16 @@ pub struct Report {
 pub fn clean(store: &Store, record: &Record, options: Options) -> Report {
     let mut report = Report::default();
     if record.boot == current_boot() {
-        let sockets = in_repair(record, &mut report);
+        let reusing = Reusing::of(store, record);
+        let sockets = broken(record, &reusing, &mut report);
         unlock(store, record, options, &mut report);
-        let reusing = if sockets.is_empty() { HashSet::new() } else { reusing(store, record) };
         for socket in sockets {
-            let reuse = sockopt::cookie(socket.as_fd()).is_ok_and(|cookie| reusing.contains(&cookie));
-            revive(socket, reuse, options, &mut report);
+            let reuse = reusing.has(socket.as_fd());
+            if tcp::in_repair(socket.as_fd()).unwrap_or(false) {
+                revive(socket, reuse, options, &mut report);
+            } else if !options.dry_run {
+                let _ = sockopt::set_reuse_addr(socket.as_fd(), true);
+            }
         }
     }
     if report.problems.is_empty()
@@ -108,9 +113,10 @@ fn namespaces_of(record: &Record) -> Namespaces {
     find(&wanted)
 }
 
-/// Sockets in repair mode among those of the tasks that live. In the phases before the tasks run again their sockets
-/// are not theirs yet.
-fn in_repair(record: &Record, report: &mut Report) -> Vec<OwnedFd> {
+/// Sockets of the tasks that live which are in repair mode, or which just left it: the kernel turns SO_REUSEADDR off then,
+/// and who died could not turn it on again. In the phases before the tasks run again their sockets are not theirs yet.
+fn broken(record: &Record, reusing: &Reusing, report: &mut Report) -> Vec<OwnedFd> {
+    let forgot = |socket: BorrowedFd<'_>| sockopt::reuse_addr(socket) == Ok(0) && reusing.has(socket);
     let mut found = Vec::new();
     if matches!(record.phase, Phase::Dumped | Phase::Restoring) {
         return found;
@@ -130,7 +136,8 @@ fn in_repair(record: &Record, report: &mut Report) -> Vec<OwnedFd> {
             continue;
         }
         let walked = walker.walk(&task, |socket, _| {
-            if sockopt::is_tcp(socket.as_fd()) && tcp::in_repair(socket.as_fd()).unwrap_or(false) {
+            let fd = socket.as_fd();
+            if sockopt::is_tcp(fd) && (tcp::in_repair(fd).unwrap_or(false) || forgot(fd)) {
                 found.push(socket);
             }
             Ok(())
@@ -144,11 +151,33 @@ fn in_repair(record: &Record, report: &mut Report) -> Vec<OwnedFd> {
     found
 }
 
-/// The cookies of the sockets that had SO_REUSEADDR on.
-fn reusing(store: &Store, record: &Record) -> HashSet<u64> {
-    let connections = store.read(&record.id).ok().flatten().map(|(_, connections)| connections);
-    let reusing = connections.into_iter().flatten().filter(|connection| connection.reuse_addr);
-    reusing.map(|connection| connection.cookie).collect()
+/// The connections that had SO_REUSEADDR on. After a restore their sockets are new ones, of which only the addresses are
+/// the same.
+#[derive(Default)]
+struct Reusing {
+    cookies: HashSet<u64>,
+    ends: HashSet<[(IpAddr, u16); 2]>,
+}
+
+impl Reusing {
+    fn of(store: &Store, record: &Record) -> Self {
+        let connections = store.read(&record.id).ok().flatten().map(|(_, connections)| connections);
+        let mut reusing = Self::default();
+        for connection in connections.into_iter().flatten().filter(|connection| connection.reuse_addr) {
+            reusing.cookies.extend((connection.cookie != 0).then_some(connection.cookie));
+            reusing.ends.insert(ends(connection.local, connection.remote));
+        }
+        reusing
+    }
+
+    fn has(&self, socket: BorrowedFd<'_>) -> bool {
+        sockopt::cookie(socket).is_ok_and(|cookie| self.cookies.contains(&cookie))
+            || four_tuple(socket).is_ok_and(|tuple| self.ends.contains(&ends(tuple.local, tuple.remote)))
+    }
+}
+
+fn ends(local: SocketAddr, remote: SocketAddr) -> [(IpAddr, u16); 2] {
+    [local, remote].map(|end| (end.ip().to_canonical(), end.port()))
 }
 
 fn revive(socket: OwnedFd, reuse_addr: bool, options: Options, report: &mut Report) {
