@@ -73,9 +73,8 @@ pub fn begin(stage: Stage) -> i32 {
 }
 
 fn start(stage: Stage) -> Result<(), String> {
-    let images = host::image_dir().ok_or("CRIU has no image folder")?;
     let job = if stage == Stage::Dump { Job::Dump } else { Job::Restore };
-    let client = agent::spawn(job, images).map_err(|error| error.to_string())?;
+    let client = agent::spawn(job, host::image_dir()).map_err(|error| error.to_string())?;
     if stage == Stage::Dump {
         host::pin()?;
     } else {
@@ -102,11 +101,11 @@ fn cleaned(result: Result<(), AskError>) -> Result<(), AskError> {
 
 /// Starts an agent after the first one's death and asks it this; `None` when that is not done.
 fn successor(job: Job, request: Request) -> Option<Client> {
-    let started = host::image_dir().map(|images| agent::spawn(job, images));
-    let asked = match started {
-        Some(Ok(client)) => client.ask(request, None).map(|()| client).map_err(|error| error.to_string()),
-        Some(Err(error)) => Err(error.to_string()),
-        None => Err("CRIU has no image folder".into()),
+    // CRIU has closed the folder when it comes to its end.
+    let images = host::image_dir().filter(|_| job != Job::Clean);
+    let asked = match agent::spawn(job, images) {
+        Ok(client) => client.ask(request, None).map(|()| client).map_err(|error| error.to_string()),
+        Err(error) => Err(error.to_string()),
     };
     let report = |error: &String| {
         let text = format!("the agent has died, and its work is not undone ({error}): see soccr status");

@@ -55,14 +55,20 @@ pub enum SpawnError {
     /// The image folder cannot be used.
     #[error("cannot start the agent: {0}")]
     Images(#[from] soccr::image::ImageError),
+    /// There is no image folder, which all but [`Job::Clean`] need.
+    #[error("cannot start the agent: CRIU has no image folder")]
+    NoImages,
 }
 
 /// Starts the agent and returns the way to ask it.
 ///
 /// # Errors
 /// [`SpawnError`].
-pub fn spawn(job: Job, images: BorrowedFd<'_>) -> Result<Client, SpawnError> {
-    let images = ImageDir::duplicate(images)?;
+pub fn spawn(job: Job, images: Option<BorrowedFd<'_>>) -> Result<Client, SpawnError> {
+    let images = images.map(ImageDir::duplicate).transpose()?;
+    if images.is_none() && job != Job::Clean {
+        return Err(SpawnError::NoImages);
+    }
     let criu = nix::unistd::getpid();
     let (client, server) = channel::pair()?;
     // criu's handler of SIGCHLD must not see the process in between.
@@ -109,7 +115,7 @@ fn reap(child: Pid) -> Result<(), SpawnError> {
     }
 }
 
-fn intermediate(client: Unserved, job: Job, images: ImageDir, criu: Pid, server: Server) -> ! {
+fn intermediate(client: Unserved, job: Job, images: Option<ImageDir>, criu: Pid, server: Server) -> ! {
     drop(client);
     // SAFETY: as in `spawn`.
     let code = match unsafe { fork() } {
@@ -124,11 +130,12 @@ fn intermediate(client: Unserved, job: Job, images: ImageDir, criu: Pid, server:
     unsafe { libc::_exit(code) }
 }
 
-fn run(job: Job, images: ImageDir, criu: Pid, server: Server) {
+fn run(job: Job, images: Option<ImageDir>, criu: Pid, server: Server) {
     let _ = setsid();
     let _ = prctl::set_name(c"soccr-agent");
     let _ = nix::unistd::chdir("/");
-    keep_only(&[images.as_fd().as_raw_fd(), server.as_fd().as_raw_fd()]);
+    let folder = images.iter().map(|images| images.as_fd().as_raw_fd());
+    keep_only(folder.chain([server.as_fd().as_raw_fd()]));
     default_signals();
     logger::install();
     if job == Job::Dump {
@@ -138,17 +145,17 @@ fn run(job: Job, images: ImageDir, criu: Pid, server: Server) {
         log::warn!("the agent keeps all of criu's capabilities: {error}");
     }
     server.introduce();
-    match job {
-        Job::Dump => dump::serve(images, criu.as_raw(), &server),
-        Job::TakeOver => dump::take_over(images, criu.as_raw(), &server),
-        Job::Restore => restore::serve(images, criu.as_raw(), &server),
-        Job::Clean => cleaner::serve(criu.as_raw(), &server),
+    match (job, images) {
+        (Job::Dump, Some(images)) => dump::serve(images, criu.as_raw(), &server),
+        (Job::TakeOver, Some(images)) => dump::take_over(images, criu.as_raw(), &server),
+        (Job::Restore, Some(images)) => restore::serve(images, criu.as_raw(), &server),
+        (Job::Clean, _) | (_, None) => cleaner::serve(criu.as_raw(), &server),
     }
 }
 
 /// Closes all of criu's descriptors but these, and opens /dev/null as the standard ones.
-fn keep_only(keep: &[RawFd]) {
-    let mut keep: Vec<u32> = keep.iter().filter_map(|fd| u32::try_from(*fd).ok()).collect();
+fn keep_only(keep: impl Iterator<Item = RawFd>) {
+    let mut keep: Vec<u32> = keep.filter_map(|fd| u32::try_from(fd).ok()).collect();
     keep.sort_unstable();
     let mut first = 0;
     for fd in keep.iter().copied().chain([u32::MAX]) {
