@@ -32,11 +32,23 @@ const COOKIE: std::ops::Range<usize> = SOCK_ID - 8..SOCK_ID;
 /// # Errors
 /// EPERM without CAP_NET_ADMIN, EOPNOTSUPP on a kernel without CONFIG_INET_DIAG_DESTROY.
 pub fn destroy_orphan(tuple: &FourTuple) -> SysResult<bool> {
+    destroy(&NetlinkSocket::sock_diag()?, tuple)
+}
+
+/// As [`destroy_orphan`], for many connections; counts the sockets.
+///
+/// # Errors
+/// As [`destroy_orphan`]; some may be destroyed by then.
+pub fn destroy_orphans(tuples: &[FourTuple]) -> SysResult<usize> {
     let socket = NetlinkSocket::sock_diag()?;
-    let Some(found) = find(&socket, tuple)?.filter(|found| !found.owned) else { return Ok(false) };
+    tuples.iter().map(|tuple| destroy(&socket, &tuple.on_wire()).map(usize::from)).sum()
+}
+
+fn destroy(socket: &NetlinkSocket, tuple: &FourTuple) -> SysResult<bool> {
+    let Some(found) = find(socket, tuple)?.filter(|found| !found.owned) else { return Ok(false) };
     let mut id = sock_id(tuple);
     id[COOKIE].copy_from_slice(&found.cookie);
-    match ask(&socket, SOCK_DESTROY, NLM_F_REQUEST | NLM_F_ACK, tuple, &id) {
+    match ask(socket, SOCK_DESTROY, NLM_F_REQUEST | NLM_F_ACK, tuple, &id) {
         Ok(_) => Ok(true),
         Err(SysError { errno: Errno::ENOENT, .. }) => Ok(true), // it is gone by itself
         Err(error) => Err(error),

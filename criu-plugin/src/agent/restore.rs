@@ -126,6 +126,8 @@ struct Restore {
     /// The tables that the dump left.
     dump_locks: Vec<LockName>,
     recorder: Recorder,
+    /// The dump, or an earlier restore of it, did not come to its end.
+    interrupted: bool,
     /// The root task, once it is there.
     root: Option<Task>,
     /// Tasks whose hook has come.
@@ -154,8 +156,10 @@ impl Restore {
             external.insert(image.tuple, soccr::options::reuse_addr(&image.options));
         })?;
         let lock_name = lock_name(&index)?;
+        let recorder = recorder(&index, &lock_name, images, criu)?;
         Ok(Self {
-            recorder: recorder(&index, &lock_name, images, criu)?,
+            interrupted: !recorder.record().locks.is_empty() && recorder.record().phase != Phase::Dumped,
+            recorder,
             lock_name,
             dump_locks,
             images: ImageDir::duplicate(images.as_fd())?,
@@ -238,6 +242,9 @@ impl Restore {
                 self.recorder.save(Phase::Restoring)?;
             }
             let lock = NetworkLock::lock(ns, &self.lock_name, &tuples, &self.options)?;
+            if self.interrupted {
+                destroy_orphans(ns, &tuples);
+            }
             self.locks.push((lock, tuples));
         }
         Ok(())
@@ -353,14 +360,11 @@ impl Restore {
         std::mem::take(&mut self.forge).finish()?;
         // Out of repair mode while still locked, and silently: should we die here, all of it can be done again.
         let built = std::mem::take(&mut self.built);
-        let (awake, result) = parallel::for_each(built, || (), |(), built| leave_repair(built));
-        result?;
-        fault::point("restore.unlocking")?;
-        must_live(&self.criu)?;
-        self.tasks_live()?;
-        self.recorder.forget_tasks();
-        self.restored.iter().for_each(|task| self.recorder.add_task(task.pid));
-        self.recorder.enter(Phase::Waking)?;
+        let (awake, left) = parallel::for_each(built, || (), |(), built| leave_repair(built));
+        if let Err(error) = left.and_then(|()| self.may_wake()) {
+            self.built = awake.into_iter().filter_map(enter_repair).collect();
+            return Err(error);
+        }
         // From here on packets pass: the tasks must live, and whatever fails is only told.
         self.finished = true;
         logger::commit();
@@ -389,6 +393,16 @@ impl Restore {
             log::info!("{count} TCP connections go on");
         }
         Ok(())
+    }
+
+    /// The last checks before packets pass.
+    fn may_wake(&mut self) -> Result<(), AgentError> {
+        fault::point("restore.unlocking")?;
+        must_live(&self.criu)?;
+        self.tasks_live()?;
+        self.recorder.forget_tasks();
+        self.restored.iter().for_each(|task| self.recorder.add_task(task.pid));
+        Ok(self.recorder.enter(Phase::Waking)?)
     }
 
     fn unlock(&mut self) -> Result<(), AgentError> {
@@ -533,6 +547,17 @@ fn recorder(index: &Index, lock: &LockName, images: &ImageDir, criu: i32) -> Res
     Ok(recorder)
 }
 
+/// Where an agent died before it could close the sockets silently, their tasks' end has closed them aloud. Behind the lock
+/// they wait in vain for an answer to their FINs, and hold addresses that CRIU needs for its listeners.
+fn destroy_orphans(ns: &NetNs, tuples: &[FourTuple]) {
+    match ns.run(|| diag::destroy_orphans(tuples)) {
+        Ok(Ok(0)) => {}
+        Ok(Ok(count)) => log::info!("{ns}: destroyed {count} orphans that held the connections' addresses"),
+        Ok(Err(error)) => log::warn!("{ns}: orphans may hold the connections' addresses: {error}"),
+        Err(error) => log::warn!("{ns}: orphans may hold the connections' addresses: {error}"),
+    }
+}
+
 /// The lock of this restore: the same at every try, so that the next one replaces it.
 fn lock_name(index: &Index) -> Result<LockName, AgentError> {
     let id = index.dump_run_id.as_deref().unwrap_or("restore");
@@ -552,6 +577,7 @@ fn copy(task: &Task, number: u32) -> Result<OwnedFd, AgentError> {
 /// A connection that is whole, out of repair mode, and waits to be unlocked.
 struct Awake {
     socket: OwnedFd,
+    tuple: FourTuple,
     reuse_addr: bool,
 }
 
@@ -564,5 +590,12 @@ fn leave_repair(built: Built) -> Result<Awake, AgentError> {
     let reuse_addr = paused.reuse_addr();
     let socket = paused.resume(Probe::None)?;
     let socket = socket.ok_or(AgentError::Protocol("a guard without a socket"))?;
-    Ok(Awake { socket, reuse_addr })
+    Ok(Awake { socket, tuple, reuse_addr })
+}
+
+/// Only in repair mode a socket is closed without a word, and gives its addresses back at once.
+fn enter_repair(awake: Awake) -> Option<Built> {
+    let Awake { socket, tuple, .. } = awake;
+    let paused = Paused::pause_only(socket).inspect_err(|error| log::error!("closed aloud: {error}")).ok()?;
+    Some(Built::new(paused, tuple, None))
 }
