@@ -135,6 +135,13 @@ fn first_line(child: &mut Child) -> Result<String> {
     Ok(line.trim().to_owned())
 }
 
+/// Whether a server started with `--reuse-half` leaves SO_REUSEADDR on in its connection with `peer`. Linux gives clients
+/// even ports first, so the last bit tells nothing.
+#[must_use]
+pub fn reuses(peer: SocketAddr) -> bool {
+    peer.port() & 2 == 0
+}
+
 /// A program of this crate: next to the running one, or one folder up from a test.
 ///
 /// # Errors

@@ -3,10 +3,12 @@
 use std::fs;
 use std::io;
 use std::mem::MaybeUninit;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::net::SocketAddr;
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 
 use anyhow::{Context, Result};
 use nix::errno::Errno;
+use nix::sys::socket::{SockaddrStorage, getpeername};
 use nix::unistd::Pid;
 
 use crate::task::pidfd_open;
@@ -59,6 +61,15 @@ pub fn tcp_sockets(pid: Pid) -> Result<Vec<TaskSocket>> {
 }
 
 impl TaskSocket {
+    /// A socket of our own.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn of(socket: &impl AsFd) -> Result<Self> {
+        let fd = socket.as_fd();
+        Ok(Self { number: fd.as_raw_fd(), socket: fd.try_clone_to_owned()? })
+    }
+
     /// One of [`state`].
     ///
     /// # Errors
@@ -99,6 +110,14 @@ impl TaskSocket {
     /// The kernel's (EINVAL on a listener).
     pub fn unacked(&self) -> Result<usize> {
         self.queue(libc::TIOCOUTQ)
+    }
+
+    /// The other end; `None` where there is none.
+    #[must_use]
+    pub fn peer(&self) -> Option<SocketAddr> {
+        let peer = getpeername::<SockaddrStorage>(self.socket.as_raw_fd()).ok()?;
+        let v4 = peer.as_sockaddr_in().map(|v4| SocketAddr::from(std::net::SocketAddrV4::from(*v4)));
+        v4.or_else(|| peer.as_sockaddr_in6().map(|v6| SocketAddr::from(std::net::SocketAddrV6::from(*v6))))
     }
 
     /// A socket option that is an `int`.

@@ -20,7 +20,6 @@ use crate::tools::Tools;
 const CONNECTIONS: usize = 1000;
 /// Each sends this often.
 const PERIOD: Duration = Duration::from_millis(300);
-const PORT: u16 = 7000;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Victim {
@@ -102,7 +101,7 @@ impl Outcomes {
 }
 
 fn fresh(stage: &Stage) -> Result<(Server, Vec<Client>)> {
-    let server = stage.serve_plain(PORT)?;
+    let server = stage.serve_plain()?;
     let clients = stage.connect_plain(&server, CONNECTIONS)?;
     Ok((server, clients))
 }

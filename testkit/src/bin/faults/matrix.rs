@@ -16,7 +16,7 @@ use nix::unistd::Pid;
 use soccr_testkit::criu::{Call, last_errors};
 use soccr_testkit::netns::{End, veth};
 use soccr_testkit::server::sibling_binary;
-use soccr_testkit::sockets::{state, tcp_sockets};
+use soccr_testkit::sockets::{TaskSocket, tcp_sockets};
 use soccr_testkit::task::{run as run_command, wait_until};
 use soccr_testkit::{NetNs, Server};
 
@@ -73,15 +73,15 @@ pub fn run(tools: &Tools, report: &mut Report, only: Option<&str>) -> Result<()>
     Ok(())
 }
 
-fn busy(stage: &Stage, port: u16, count: usize, full: usize) -> Result<(Server, Fleet)> {
-    let server = stage.serve(port)?;
+fn busy(stage: &Stage, count: usize, full: usize) -> Result<(Server, Fleet)> {
+    let server = stage.serve()?;
     let clients = stage.connect(&server, count)?;
     let fleet = stage.busy(&server, clients, full, PERIOD)?;
     Ok((server, fleet))
 }
 
 fn both(stage: &Stage) -> Result<(Server, Fleet)> {
-    busy(stage, 7000, CONNECTIONS, FULL)
+    busy(stage, CONNECTIONS, FULL)
 }
 
 /// Runs a criu that must fail; what it said, which must have each of `words` in it.
@@ -188,7 +188,7 @@ fn few_descriptors(command: &mut Command) {
 
 fn crippled_dump(stage: &mut Stage, count: usize, cripple: fn(&mut Command), words: &[&str]) -> Told {
     let images = stage.images()?;
-    let (server, fleet) = busy(stage, 7000, count, FULL)?;
+    let (server, fleet) = busy(stage, count, FULL)?;
     let mut command = stage.dump(&stage.tools.criu, server.pid(), &images).command()?;
     cripple(&mut command);
     let said = fails(command, &images.join("dump.log"), words)?;
@@ -197,7 +197,7 @@ fn crippled_dump(stage: &mut Stage, count: usize, cripple: fn(&mut Command), wor
 
 fn crippled_restore(stage: &mut Stage, count: usize, cripple: fn(&mut Command), words: &[&str]) -> Told {
     let images = stage.images()?;
-    let (server, fleet) = busy(stage, 7000, count, FULL)?;
+    let (server, fleet) = busy(stage, count, FULL)?;
     let address = dump(stage, server, &images)?;
     let mut command = stage.restore(&stage.tools.criu, &images).command()?;
     cripple(&mut command);
@@ -227,7 +227,7 @@ fn few_descriptors_dump(stage: &mut Stage) -> Told {
 
 fn few_descriptors_restore(stage: &mut Stage) -> Told {
     let images = stage.images()?;
-    let (server, fleet) = busy(stage, 7000, 100, FULL)?;
+    let (server, fleet) = busy(stage, 100, FULL)?;
     let address = dump(stage, server, &images)?;
     let mut command = stage.restore(&stage.tools.criu, &images).command()?;
     few_descriptors(&mut command);
@@ -243,12 +243,17 @@ fn few_descriptors_restore(stage: &mut Stage) -> Told {
 /// lock is for.)
 fn lock_deleted(stage: &mut Stage) -> Told {
     let images = stage.images()?;
-    let (server, fleet) = busy(stage, 7000, CONNECTIONS, 0)?;
+    let (server, fleet) = busy(stage, CONNECTIONS, 0)?;
     let seen = fleet.stop(PATIENCE);
     ensure!(seen.lost.is_empty(), "lost:\n{}", seen.lost.join("\n"));
     // A late acknowledgement that nothing stops is answered with a reset while the sockets are gone.
     wait_until("the peers are silent", PATIENCE, || {
-        Ok(!waits_for_ack(server.pid())? && !waits_for_ack(Pid::this())?)
+        let mut sockets = tcp_sockets(server.pid())?;
+        sockets.retain(|socket| socket.peer().is_some());
+        for client in &seen.alive {
+            sockets.push(TaskSocket::of(client)?);
+        }
+        sockets.iter().try_fold(true, |silent, socket| Ok(silent && socket.unacked()? == 0))
     })?;
     let address = dump(stage, server, &images)?;
     let flushed = stage.host.command("nft").args(["flush", "ruleset"]).status()?;
@@ -258,17 +263,8 @@ fn lock_deleted(stage: &mut Stage) -> Told {
     Ok((all_alive(stage, &server, fleet)?, "with silent peers".into()))
 }
 
-fn waits_for_ack(pid: Pid) -> Result<bool> {
-    for socket in tcp_sockets(pid)? {
-        if socket.state()? != state::LISTEN && socket.unacked()? > 0 {
-            return Ok(true);
-        }
-    }
-    Ok(false)
-}
-
 fn two_at_once(stage: &mut Stage) -> Told {
-    let trees = [busy(stage, 7000, CONNECTIONS, FULL)?, busy(stage, 7001, CONNECTIONS, FULL)?];
+    let trees = [busy(stage, CONNECTIONS, FULL)?, busy(stage, CONNECTIONS, FULL)?];
     let folders = [0, 1].map(|nth| stage.dir().join(format!("tree-{nth}")));
     let mut calls = Vec::new();
     for ((server, _), images) in trees.iter().zip(&folders) {
@@ -518,7 +514,7 @@ fn dump_outside(stage: &mut Stage) -> Result<Outside> {
     let ns = inner_namespace(stage)?;
     open_way(stage)?;
     let address = "10.8.0.1:7000".parse()?;
-    let server = Server::start(&ns, address, stage.dir(), ["--mode", "echo"])?;
+    let server = Server::start(&ns, address, stage.dir(), ["--reuse-half"])?;
     let clients = stage.peer.run(|| {
         let connect = |_| soccr_testkit::Client::connect(address);
         (0..CONNECTIONS).map(connect).collect::<Result<Vec<_>>>()
@@ -529,8 +525,10 @@ fn dump_outside(stage: &mut Stage) -> Result<Outside> {
     Ok(Outside { ns, fleet, images, address })
 }
 
-/// Ends the namespace, and waits until its end of the wire has gone with it.
+/// Ends the namespace, and waits until its end of the wire has gone with it. The lock goes before the wire, so that is cut
+/// first: a packet that came between would be answered with a reset.
 fn end_namespace(stage: &Stage, ns: NetNs) -> Result<()> {
+    stage.peer.ip("link set inner down")?;
     drop(ns);
     wait_until("the namespace is gone", PATIENCE, || {
         let mut show = stage.peer.command("ip");

@@ -163,7 +163,7 @@ pub fn run(tools: &Tools, report: &mut Report, only: Option<&str>) -> Result<()>
 }
 
 fn fresh(stage: &Stage) -> Result<(Server, Vec<Client>)> {
-    let server = stage.serve(7000)?;
+    let server = stage.serve()?;
     let clients = stage.connect(&server, CONNECTIONS)?;
     Ok((server, clients))
 }

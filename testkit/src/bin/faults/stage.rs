@@ -1,5 +1,6 @@
 //! Where a fault happens: a server in one network namespace, its clients in another, records and images of their own.
 
+use std::cell::Cell;
 use std::fs;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -12,6 +13,7 @@ use nix::sys::wait::{WaitPidFlag, waitpid};
 use nix::unistd::Pid;
 use soccr_testkit::criu::Call;
 use soccr_testkit::netns::{End, veth};
+use soccr_testkit::server::reuses;
 use soccr_testkit::sockets::{state, tcp_sockets};
 use soccr_testkit::task::{Task, wait_until};
 use soccr_testkit::{Client, Criu, Lock, NetNs, Server, Side, leftovers};
@@ -36,6 +38,8 @@ pub struct Stage<'a> {
     pub peer: NetNs,
     dir: TempDir,
     made: u32,
+    /// Of the next server.
+    port: Cell<u16>,
 }
 
 impl<'a> Stage<'a> {
@@ -47,7 +51,7 @@ impl<'a> Stage<'a> {
             End { ns: &peer, name: "eth0", addresses: &["10.9.0.2/24", "fd09::2/64"] },
         )?;
         let dir = TempDir::with_prefix("soccr-faults-")?;
-        Ok(Self { tools, host, peer, dir, made: 0 })
+        Ok(Self { tools, host, peer, dir, made: 0, port: Cell::new(7000) })
     }
 
     pub fn dir(&self) -> &Path {
@@ -58,18 +62,23 @@ impl<'a> Stage<'a> {
         self.dir().join("run")
     }
 
-    /// An echo server that listens on this port of both addresses.
-    pub fn serve(&self, port: u16) -> Result<Server> {
-        let also = SocketAddr::new(V6.parse()?, port).to_string();
+    /// An echo server with small buffers on both addresses.
+    pub fn serve(&self) -> Result<Server> {
         let small = SMALL.to_string();
-        let args = ["--also", &also, "--rcvbuf", &small, "--sndbuf", &small];
-        Server::start(&self.host, SocketAddr::new(V4.parse()?, port), self.dir(), args)
+        self.serve_with(&["--rcvbuf", &small, "--sndbuf", &small])
     }
 
-    /// An echo server with buffers of the usual size.
-    pub fn serve_plain(&self, port: u16) -> Result<Server> {
+    /// The same with buffers of the usual size.
+    pub fn serve_plain(&self) -> Result<Server> {
+        self.serve_with(&[])
+    }
+
+    /// Each server has a port of its own: connections without SO_REUSEADDR hold theirs for a while after its death.
+    fn serve_with(&self, args: &[&str]) -> Result<Server> {
+        let port = self.port.replace(self.port.get() + 1);
         let also = SocketAddr::new(V6.parse()?, port).to_string();
-        Server::start(&self.host, SocketAddr::new(V4.parse()?, port), self.dir(), ["--also", &also])
+        let args = [&["--reuse-half", "--also", &also], args].concat();
+        Server::start(&self.host, SocketAddr::new(V4.parse()?, port), self.dir(), args)
     }
 
     /// Connections with buffers of the usual size to both addresses of the server in turn.
@@ -212,6 +221,13 @@ impl<'a> Stage<'a> {
         leftovers::no_rules(&self.peer)?;
         if let Some(server) = server {
             server.task.tree().into_iter().try_for_each(leftovers::no_repair)?;
+            for socket in tcp_sockets(server.pid())? {
+                if let Some(peer) = socket.peer() {
+                    let has = socket.option(libc::SOL_SOCKET, libc::SO_REUSEADDR)?;
+                    let had = i32::from(reuses(peer));
+                    ensure!(has == had, "SO_REUSEADDR of the connection with {peer} is {has}, it was {had}");
+                }
+            }
         }
         let left = marked(&self.records())?;
         ensure!(left.is_empty(), "processes are left: {left:?}");

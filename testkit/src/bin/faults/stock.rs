@@ -68,7 +68,7 @@ fn dump<'a>(stage: &'a Stage, lock: Lock, pid: Pid, images: &'a std::path::Path)
 }
 
 fn start(stage: &Stage) -> Result<(Server, Fleet)> {
-    let server = stage.serve_plain(7000)?;
+    let server = stage.serve_plain()?;
     let clients = stage.connect_plain(&server, CONNECTIONS)?;
     Ok((server, Fleet::start(clients, 0, PERIOD)?))
 }

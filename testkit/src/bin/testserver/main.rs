@@ -15,6 +15,7 @@
 //! --keep               stream: close nothing before SIGUSR1
 //! --rcvbuf BYTES       of accepted sockets
 //! --sndbuf BYTES       of accepted sockets
+//! --reuse-half         SO_REUSEADDR off in about half of the accepted sockets
 //! --unix PATH          connect to this unix socket too: no dump can take that along
 //! --join self|child    stream: be the client too, in this process or in a child
 //! --back BYTES         stream: how much that client sends
@@ -37,7 +38,7 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::socket::{Backlog, setsockopt, sockopt};
-use soccr_testkit::server::say_ready;
+use soccr_testkit::server::{reuses, say_ready};
 
 use conn::{Conn, Parked};
 
@@ -55,6 +56,7 @@ struct Options {
     keep: bool,
     rcvbuf: Option<usize>,
     sndbuf: Option<usize>,
+    reuse_half: bool,
     unix: Option<PathBuf>,
     join: Option<Join>,
     back: u64,
@@ -104,6 +106,7 @@ fn parse() -> Result<Options> {
             Long("sndbuf") => options.sndbuf = Some(parser.value()?.parse()?),
             Long("unix") => options.unix = Some(parser.value()?.into()),
             Long("back") => options.back = parser.value()?.parse()?,
+            Long("reuse-half") => options.reuse_half = true,
             Long("join") => options.join = Some(join(&parser.value()?.string()?)?),
             _ => return Err(arg.unexpected().into()),
         }
@@ -268,6 +271,9 @@ impl Loop {
                 Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(()),
                 accepted => accepted.context("accept")?,
             };
+            if self.options.reuse_half {
+                setsockopt(&stream, sockopt::ReuseAddr, &reuses(peer))?;
+            }
             match self.options.mode {
                 Mode::Echo => self.add(Conn::echo(stream)?)?,
                 Mode::Counter => self.add(Conn::counter(stream)?)?,
