@@ -16,8 +16,7 @@ use std::os::fd::{AsFd, OwnedFd};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
-use nix::unistd::getppid;
+use nix::unistd::{Pid, getppid};
 use soccr::checkpoint::{self, Paused, Probe, four_tuple};
 use soccr::connection::{FourTuple, Queues};
 use soccr::fin::Forge;
@@ -35,10 +34,8 @@ use soccr::tasks::{self, Fate, Task, in_flight};
 use super::AgentError;
 use super::build::{Builder, Built, Wanted, must_live};
 use super::error::chain;
-
 use super::logger::{self, answering};
 use super::parallel;
-
 use crate::channel::{Asked, Request, Server};
 use crate::fault;
 
