@@ -192,6 +192,35 @@ fn what_a_killed_dump_left_is_shown_and_brought_back() {
     });
 }
 
+/// The kernel turns SO_REUSEADDR off when repair mode ends, and who dies just then cannot turn it on again. A restored
+/// socket is known by its addresses only.
+#[test]
+fn an_option_that_repair_mode_took_is_put_back() {
+    for phase in [Phase::Saving, Phase::Waking] {
+        in_own_network(|| {
+            let host = Host::new();
+            let echo = Echo::start();
+            let socket = echo.socket.as_fd();
+            sockopt::set_reuse_addr(socket, true).expect("SO_REUSEADDR");
+            echo.record(&host, "crashed", phase);
+            if phase == Phase::Waking {
+                let cookie = format!("\"cookie\":{}", sockopt::cookie(socket).expect("SO_COOKIE"));
+                let text = fs::read_to_string(host.record("crashed")).expect("the record");
+                assert!(text.contains(&cookie), "{text}");
+                fs::write(host.record("crashed"), text.replace(&cookie, "\"cookie\":0")).expect("the record");
+            }
+            tcp::set_repair(socket, Repair::On).expect("TCP_REPAIR");
+            tcp::set_repair(socket, Repair::OffNoProbe).expect("TCP_REPAIR");
+            assert_eq!(sockopt::reuse_addr(socket), Ok(0));
+            host.orphan("crashed");
+            host.done(&["clean", "--orphans", "--dry-run"]);
+            assert_eq!(sockopt::reuse_addr(socket), Ok(0));
+            host.done(&["clean", "--orphans"]);
+            assert_eq!(sockopt::reuse_addr(socket), Ok(1), "{phase:?}");
+        });
+    }
+}
+
 #[test]
 fn a_dump_at_work_is_left_alone() {
     in_own_network(|| {
