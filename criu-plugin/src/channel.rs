@@ -125,10 +125,10 @@ pub fn pair() -> Result<(Unserved, Server), Errno> {
 }
 
 impl Unserved {
-    /// Waits for the agent's first word, which is its pid.
+    /// Waits for the agent's pid.
     ///
     /// # Errors
-    /// ECONNRESET when it died before.
+    /// ECONNRESET when nobody can tell it any more.
     pub fn served(self) -> Result<Client, Errno> {
         let mut pid = [0; 4];
         loop {
@@ -235,9 +235,9 @@ pub struct Asked {
 }
 
 impl Server {
-    /// Tells the hooks who serves them.
-    pub fn introduce(&self) {
-        let pid = nix::unistd::getpid().as_raw().to_ne_bytes();
+    /// Tells the hooks who serves them. Its parent does so, since it may die or be stopped at once.
+    pub fn introduce(&self, agent: Pid) {
+        let pid = agent.as_raw().to_ne_bytes();
         let _ = nix::sys::socket::send(self.0.as_raw_fd(), &pid, MsgFlags::MSG_NOSIGNAL);
     }
 

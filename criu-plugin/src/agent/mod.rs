@@ -83,7 +83,10 @@ pub fn spawn(job: Job, images: Option<BorrowedFd<'_>>) -> Result<Client, SpawnEr
     // SAFETY: criu is single-threaded when it loads plugins, so the child may do anything.
     let result = match unsafe { fork() } {
         Ok(ForkResult::Child) => intermediate(client, job, images, criu, server),
-        Ok(ForkResult::Parent { child }) => reap(child),
+        Ok(ForkResult::Parent { child }) => {
+            drop(server); // or the agent's death would not be heard
+            reap(child)
+        }
         Err(error) => Err(error.into()),
     };
     pthread_sigmask(SigmaskHow::SIG_SETMASK, Some(&before), None)?;
@@ -123,7 +126,10 @@ fn intermediate(client: Unserved, job: Job, images: Option<ImageDir>, criu: Pid,
             let ended = catch_unwind(AssertUnwindSafe(|| run(job, images, criu, server)));
             i32::from(ended.is_err())
         }
-        Ok(ForkResult::Parent { .. }) => 0,
+        Ok(ForkResult::Parent { child }) => {
+            server.introduce(child);
+            0
+        }
         Err(_) => 1,
     };
     // SAFETY: ends the process without criu's exit handlers.
@@ -144,7 +150,6 @@ fn run(job: Job, images: Option<ImageDir>, criu: Pid, server: Server) {
     if let Err(error) = privilege::drop_others() {
         log::warn!("the agent keeps all of criu's capabilities: {error}");
     }
-    server.introduce();
     match (job, images) {
         (Job::Dump, Some(images)) => dump::serve(images, criu.as_raw(), &server),
         (Job::TakeOver, Some(images)) => dump::take_over(images, criu.as_raw(), &server),
