@@ -4,14 +4,12 @@
 
 pub mod checkpoint;
 pub mod connection;
+pub mod criu;
 pub mod fin;
-pub mod image;
 pub mod kernel;
 pub mod lock;
 pub mod options;
-pub mod record;
 pub mod restore;
-pub mod tasks;
 
 /// Ways into parsers that are otherwise private, for the fuzz targets in `fuzz/`. Not a part of the interface.
 #[doc(hidden)]

@@ -4,8 +4,18 @@
 
 use std::os::fd::BorrowedFd;
 
-use crate::image::external::SocketOption;
 use crate::kernel::{SysError, sockopt};
+
+/// A socket option with the value that `setsockopt()` takes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SocketOption {
+    /// `SOL_SOCKET`, `IPPROTO_TCP` and so on.
+    pub level: i32,
+    /// The option's number.
+    pub name: i32,
+    /// The value's bytes, in host order.
+    pub value: Vec<u8>,
+}
 
 /// What is read and set, in the order to set it: a buffer's size before who fixed it.
 const CARRIED: &[(i32, i32)] = &[

@@ -6,13 +6,13 @@ use std::path::{Path, PathBuf};
 
 use protobuf::Message;
 use soccr::connection::{FourTuple, OPT_SACK, OPT_TIMESTAMPS, OPT_WSCALE, Queues, State};
-use soccr::image::container::{COMMON, Magic, Reader};
-use soccr::image::index::{Index, InetConnection};
-use soccr::image::inventory::{Inventory, NetworkLock, release_to_stock};
-use soccr::image::nftables::strip_table;
-use soccr::image::proto::{core, fdinfo, inventory, pstree, sk_packet, tcp_stream};
-use soccr::image::tcp_stream::TcpStreamImage;
-use soccr::image::{Fault, ImageDir, ImageError, ImageMessage};
+use soccr::criu::image::container::{COMMON, Magic, Reader};
+use soccr::criu::image::index::{Index, InetConnection};
+use soccr::criu::image::inventory::{Inventory, NetworkLock, release_to_stock};
+use soccr::criu::image::nftables::strip_table;
+use soccr::criu::image::proto::{core, fdinfo, inventory, pstree, sk_packet, tcp_stream};
+use soccr::criu::image::tcp_stream::TcpStreamImage;
+use soccr::criu::image::{Fault, ImageDir, ImageError, ImageMessage};
 
 const SETS: [&str; 2] = ["inside", "outside"];
 
@@ -87,7 +87,7 @@ fn index_knows_tasks_and_descriptors() {
         assert_ne!(server.files_id, child.files_id);
         assert_eq!((zombie.files_id, zombie.net_ns_id, zombie.fds.len()), (None, None, 0));
         assert_eq!(server.net_ns_id, connection(&index, 8001).1.net_ns_id);
-        let has = |task: &soccr::image::index::Task, port| {
+        let has = |task: &soccr::criu::image::index::Task, port| {
             let id = connection(&index, port).0;
             task.fds.iter().filter(|fd| fd.file_id == id).count()
         };

@@ -3,9 +3,10 @@
 use std::io::Write;
 
 use anyhow::{Context, Result, bail};
+use soccr::criu::record::{self, CleanOptions, Listed, LockRecord, Record, RecordId, Report, State, Store};
+use soccr::criu::stock;
 use soccr::kernel::netns::NetNs;
 use soccr::lock::{self, LockName};
-use soccr::record::{self, CleanOptions, Listed, LockRecord, Record, RecordId, Report, State, Store};
 
 use crate::warn;
 
@@ -175,11 +176,11 @@ fn owner(here: &NetNs, name: &LockName) -> Result<Option<RecordId>> {
 
 fn stock_rules(arguments: &Arguments) -> Result<()> {
     let here = NetNs::current()?;
-    let rules = lock::stock::find_rules(&here)?;
-    let tuples: Vec<_> = rules.iter().map(lock::stock::StockRule::tuple).collect();
+    let rules = stock::find_rules(&here)?;
+    let tuples: Vec<_> = rules.iter().map(stock::StockRule::tuple).collect();
     let (count, verb) = match arguments.dry_run {
         true => (rules.len(), "would be removed"),
-        false => (lock::stock::remove_rules(&here, &tuples)?, "removed"),
+        false => (stock::remove_rules(&here, &tuples)?, "removed"),
     };
     writeln!(std::io::stdout(), "{here}: {count} iptables rules of stock CRIU {verb}")?;
     Ok(())

@@ -7,11 +7,11 @@ use std::path::PathBuf;
 use anyhow::{Context, Result, bail};
 use serde::Serialize;
 use soccr::connection::{FourTuple, Queues, TcpState};
-use soccr::image::ImageDir;
-use soccr::image::external::ExternalImage;
-use soccr::image::index::Index;
-use soccr::image::inventory;
-use soccr::image::tcp_stream::TcpStreamImage;
+use soccr::criu::image::ImageDir;
+use soccr::criu::image::external::ExternalImage;
+use soccr::criu::image::index::Index;
+use soccr::criu::image::inventory;
+use soccr::criu::image::tcp_stream::TcpStreamImage;
 
 use crate::print_json;
 use crate::table::Table;

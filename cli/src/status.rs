@@ -6,9 +6,10 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result};
 use serde::Serialize;
+use soccr::criu::record::{self, Listed, NsId, Record, State, Store};
+use soccr::criu::stock;
 use soccr::kernel::netns::NetNs;
 use soccr::lock::{self, LockName};
-use soccr::record::{self, Listed, NsId, Record, State, Store};
 
 use crate::table::Table;
 use crate::{print_json, warn};
@@ -113,7 +114,7 @@ fn strays(records: &[Entry]) -> Result<(Vec<Stray>, usize)> {
     let known: HashSet<&str> = locks.map(|lock| lock.name.id()).collect();
     let found = lock::list(&here)?.into_iter().filter(|lock| !known.contains(lock.name.id()));
     let strays = found.map(|lock| Stray { name: lock.name, method: lock.method, entries: lock.entries });
-    Ok((strays.collect(), lock::stock::find_rules(&here)?.len()))
+    Ok((strays.collect(), stock::find_rules(&here)?.len()))
 }
 
 fn print(status: &Status) -> std::io::Result<()> {

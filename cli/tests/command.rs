@@ -13,12 +13,12 @@ use std::process::{Child, Command, Output, Stdio};
 
 use serde_json::{Value, json};
 use soccr::checkpoint::four_tuple;
+use soccr::criu::record::{ConnectionRecord, LockRecord, NsId, Phase, Recorder};
+use soccr::criu::tasks::{Finder, ProcessId, Task};
 use soccr::kernel::netns::NetNs;
 use soccr::kernel::sockopt;
 use soccr::kernel::tcp::{self, Repair};
 use soccr::lock::{self, LockName, LockOptions, Method, NetworkLock};
-use soccr::record::{ConnectionRecord, LockRecord, NsId, Phase, Recorder};
-use soccr::tasks::{Finder, ProcessId, Task};
 use support::{connected, expect_bytes, in_own_network, pattern};
 
 const NFTABLES: LockOptions = LockOptions { method: Method::Nftables, lease: None };
@@ -109,7 +109,7 @@ impl Echo {
     /// What a dump writes down before it locks this.
     fn record(&self, host: &Host, id: &str, phase: Phase) -> LockName {
         let images = File::open(host.dir.path()).expect("the folder");
-        let store = soccr::record::Store::create_at(host.run_dir()).expect("the records");
+        let store = soccr::criu::record::Store::create_at(host.run_dir()).expect("the records");
         let pid = self.child.id().cast_signed();
         let recorder = Recorder::new(id, phase, images.as_fd(), std::process::id().cast_signed());
         let mut recorder = recorder.expect("a record").keep_in(store);

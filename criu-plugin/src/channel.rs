@@ -14,7 +14,7 @@ use nix::sys::socket::{
     AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, recvmsg, sendmsg, socketpair,
 };
 use nix::unistd::Pid;
-use soccr::tasks::Fate;
+use soccr::criu::tasks::Fate;
 
 use soccr::kernel::process::received_fds;
 
@@ -209,7 +209,7 @@ impl Client {
                 Err(Errno::EINTR) => continue,
                 Err(error) => return Err(error),
             }
-            let is_stopped = soccr::tasks::look(self.agent.as_raw()) == Fate::Stopped;
+            let is_stopped = soccr::criu::tasks::look(self.agent.as_raw()) == Fate::Stopped;
             stopped = if is_stopped { stopped + Duration::from_secs(1) } else { Duration::ZERO };
             if stopped >= PATIENCE {
                 host::print(log::Level::Error, "the agent is stopped, and killed therefore");

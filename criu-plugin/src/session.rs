@@ -4,8 +4,8 @@ use std::os::fd::BorrowedFd;
 use std::sync::Mutex;
 
 use nix::unistd::{Pid, getpid};
-use soccr::record::{Phase, Store};
-use soccr::tasks::ProcessId;
+use soccr::criu::record::{Phase, Store};
+use soccr::criu::tasks::ProcessId;
 
 use crate::abi::ENOTSUP;
 use crate::agent::{self, Job};

@@ -6,9 +6,9 @@ use std::os::fd::{AsFd, BorrowedFd, IntoRawFd};
 
 use soccr::checkpoint::{Paused, four_tuple};
 use soccr::connection::Queues;
+use soccr::criu::image::ImageDir;
+use soccr::criu::image::external::ExternalImage;
 use soccr::fin::Forge;
-use soccr::image::ImageDir;
-use soccr::image::external::ExternalImage;
 use soccr::kernel::sockopt;
 use soccr::restore::RoomForQueues;
 

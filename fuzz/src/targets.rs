@@ -6,12 +6,12 @@ use std::io;
 use std::path::Path;
 
 use soccr::connection::{Queues, State};
-use soccr::image::external::ExternalImage;
-use soccr::image::index::Index;
-use soccr::image::inventory::{self, Inventory, NetworkLock, release_to_stock};
-use soccr::image::nftables::strip_table;
-use soccr::image::tcp_stream::TcpStreamImage;
-use soccr::image::{ImageDir, ImageError};
+use soccr::criu::image::external::ExternalImage;
+use soccr::criu::image::index::Index;
+use soccr::criu::image::inventory::{self, Inventory, NetworkLock, release_to_stock};
+use soccr::criu::image::nftables::strip_table;
+use soccr::criu::image::tcp_stream::TcpStreamImage;
+use soccr::criu::image::{ImageDir, ImageError};
 
 /// A target: takes any bytes.
 pub type Target = fn(&[u8]);

@@ -25,8 +25,7 @@ mod name;
 mod nft;
 mod options;
 pub mod passage;
-pub mod stock;
-mod xtables;
+pub(crate) mod xtables;
 
 use crate::connection::FourTuple;
 use crate::kernel::netns::NetNs;

@@ -9,10 +9,11 @@ use nix::sys::socket::{
     AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, recv, send, setsockopt, socket, sockopt,
 };
 use soccr::connection::{FourTuple, Options, State, TcpState};
-use soccr::image::ImageDir;
-use soccr::image::external::{ExternalImage, SocketOption};
+use soccr::criu::image::ImageDir;
+use soccr::criu::image::external::ExternalImage;
 use soccr::kernel::netns::NetNs;
 use soccr::lock::{LockName, LockOptions, Method, NetworkLock};
+use soccr::options::SocketOption;
 
 use crate::support::in_own_network;
 use crate::targets::{TARGETS, archive_of};

@@ -6,17 +6,17 @@ use std::path::Path;
 
 use protobuf::{Message, MessageField};
 use soccr::connection::{Queues, State};
-use soccr::image::container::{COMMON, Magic, Reader};
-use soccr::image::external::ExternalImage;
-use soccr::image::index::Index;
-use soccr::image::inventory::{Inventory, release_to_stock};
-use soccr::image::nftables::strip_table;
-use soccr::image::proto::fdinfo::File_entry;
-use soccr::image::proto::fown::Fown_entry;
-use soccr::image::proto::sk_inet::Inet_sk_entry;
-use soccr::image::proto::sk_opts::Sk_opts_entry;
-use soccr::image::tcp_stream::TcpStreamImage;
-use soccr::image::{Fault, ImageDir, ImageError};
+use soccr::criu::image::container::{COMMON, Magic, Reader};
+use soccr::criu::image::external::ExternalImage;
+use soccr::criu::image::index::Index;
+use soccr::criu::image::inventory::{Inventory, release_to_stock};
+use soccr::criu::image::nftables::strip_table;
+use soccr::criu::image::proto::fdinfo::File_entry;
+use soccr::criu::image::proto::fown::Fown_entry;
+use soccr::criu::image::proto::sk_inet::Inet_sk_entry;
+use soccr::criu::image::proto::sk_opts::Sk_opts_entry;
+use soccr::criu::image::tcp_stream::TcpStreamImage;
+use soccr::criu::image::{Fault, ImageDir, ImageError};
 
 use crate::corpus::{contents, external, golden};
 use crate::memory::{ALLOWANCE, peak_of};

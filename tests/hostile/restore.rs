@@ -9,9 +9,9 @@ use std::time::{Duration, Instant};
 
 use soccr::checkpoint::{Paused, Probe};
 use soccr::connection::{FourTuple, Queues, State, TcpState, Window, WindowScale};
+use soccr::criu::image::tcp_stream::TcpStreamImage;
+use soccr::criu::image::{ImageDir, ImageError};
 use soccr::fin::Forge;
-use soccr::image::tcp_stream::TcpStreamImage;
-use soccr::image::{ImageDir, ImageError};
 use soccr::kernel::netns::NetNs;
 use soccr::kernel::sockopt;
 use soccr::lock::{self, LockName, LockOptions, Method, NetworkLock};

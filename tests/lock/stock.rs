@@ -4,7 +4,7 @@ use std::io::Write;
 use std::time::Instant;
 
 use soccr::connection::FourTuple;
-use soccr::lock::stock;
+use soccr::criu::stock;
 
 use crate::net::{OtherNs, Pair, expect, is_silent, sh, tuple_of};
 use crate::support::in_own_network;

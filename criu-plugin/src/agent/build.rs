@@ -5,15 +5,15 @@ use std::os::fd::{AsFd, OwnedFd};
 
 use soccr::checkpoint::Paused;
 use soccr::connection::{FourTuple, Queues, State};
+use soccr::criu::image::ImageDir;
+use soccr::criu::image::index::{Index, InetConnection};
+use soccr::criu::image::tcp_stream::TcpStreamImage;
+use soccr::criu::tasks::Task;
 use soccr::fin::Forge;
-use soccr::image::ImageDir;
-use soccr::image::index::{Index, InetConnection};
-use soccr::image::tcp_stream::TcpStreamImage;
 use soccr::kernel::netns::NetNs;
 use soccr::kernel::tcp::Direction;
 use soccr::kernel::{SysError, addr, sockopt, tcp};
 use soccr::restore::RoomForQueues;
-use soccr::tasks::Task;
 
 use super::AgentError;
 use crate::fault;

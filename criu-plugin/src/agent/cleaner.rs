@@ -1,7 +1,7 @@
 //! Undoes what an agent has left that was killed: its record tells.
 
-use soccr::record::{self, CleanOptions, Phase, Record, RecordError, Store};
-use soccr::tasks::ProcessId;
+use soccr::criu::record::{self, CleanOptions, Phase, Record, RecordError, Store};
+use soccr::criu::tasks::ProcessId;
 
 use super::AgentError;
 use super::logger::answering;

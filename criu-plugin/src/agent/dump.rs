@@ -14,13 +14,13 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::unistd::getppid;
 use soccr::checkpoint::{Paused, Probe};
 use soccr::connection::{FourTuple, Queues, TcpState};
-use soccr::image::ImageDir;
-use soccr::image::external::ExternalImage;
-use soccr::image::tcp_stream::TcpStreamImage;
+use soccr::criu::image::ImageDir;
+use soccr::criu::image::external::ExternalImage;
+use soccr::criu::image::tcp_stream::TcpStreamImage;
+use soccr::criu::record::{ConnectionRecord, LockRecord, NsId, Phase as Recorded, Recorder, Store};
+use soccr::criu::tasks::{self, FindError, Finder, Found, Place, Task};
 use soccr::kernel::netns::NetNs;
 use soccr::lock::{LockName, LockOptions, Method, NetworkLock};
-use soccr::record::{ConnectionRecord, LockRecord, NsId, Phase as Recorded, Recorder, Store};
-use soccr::tasks::{self, FindError, Finder, Found, Place, Task};
 
 use super::error::chain;
 use super::logger::answering;

@@ -3,13 +3,13 @@
 use procfs::ProcError;
 use soccr::checkpoint::{PauseError, SaveError};
 use soccr::connection::FourTuple;
-use soccr::image::ImageError;
+use soccr::criu::image::ImageError;
+use soccr::criu::record::RecordError;
+use soccr::criu::tasks::{FindError, Place};
 use soccr::kernel::SysError;
 use soccr::kernel::netns::NetNsError;
 use soccr::lock::{BadLockName, BadOption, LockError};
-use soccr::record::RecordError;
 use soccr::restore::RestoreError;
-use soccr::tasks::{FindError, Place};
 
 /// The agent cannot do what it was asked.
 #[derive(Debug, thiserror::Error)]

@@ -25,7 +25,7 @@ use nix::sys::prctl;
 use nix::sys::signal::{SigSet, SigmaskHow, Signal, pthread_sigmask};
 use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::{ForkResult, Pid, fork, setsid};
-use soccr::image::ImageDir;
+use soccr::criu::image::ImageDir;
 
 use crate::channel::{self, Client, Server, Unserved};
 use error::AgentError;
@@ -54,7 +54,7 @@ pub enum SpawnError {
     Intermediate(WaitStatus),
     /// The image folder cannot be used.
     #[error("cannot start the agent: {0}")]
-    Images(#[from] soccr::image::ImageError),
+    Images(#[from] soccr::criu::image::ImageError),
     /// There is no image folder, which all but [`Job::Clean`] need.
     #[error("cannot start the agent: CRIU has no image folder")]
     NoImages,

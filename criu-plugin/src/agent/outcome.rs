@@ -3,12 +3,12 @@
 //! criu's last hook comes before it kills or resumes the tasks, and does not say which: after a success they may
 //! still run on (`--leave-running`, a post-dump script that fails). So the agent watches the tasks themselves.
 
-use soccr::image::inventory::{self, Inventory, NetworkLock as ImageLock};
-use soccr::image::nftables;
+use soccr::criu::image::inventory::{self, Inventory, NetworkLock as ImageLock};
+use soccr::criu::image::nftables;
+use soccr::criu::record::Phase;
+use soccr::criu::tasks::{Fate, Task};
 use soccr::kernel::netns::NetNs;
 use soccr::lock::{self, LockName, Method};
-use soccr::record::Phase;
-use soccr::tasks::{Fate, Task};
 
 use super::AgentError;
 use super::dump::Dump;

@@ -3,7 +3,7 @@
 use std::fmt;
 
 use super::{Phase, Record, current_boot, own_pid_ns};
-use crate::tasks::ProcessId;
+use crate::criu::tasks::ProcessId;
 
 /// What has become of a dump or restore.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

@@ -10,9 +10,9 @@ use super::{
     ConnectionRecord, Folder, LockRecord, NsId, Phase, Record, RecordError, RecordId, State, Store,
     current_boot, own_pid_ns,
 };
+use crate::criu::tasks::ProcessId;
 use crate::kernel::netns::NetNs;
 use crate::lock::BadOption;
-use crate::tasks::ProcessId;
 
 /// The environment variable that turns records off: `SOCCR_RECORD=off`.
 pub const RECORD_VARIABLE: &str = "SOCCR_RECORD";

@@ -7,14 +7,14 @@ use protobuf::Enum;
 
 use super::connections::{self, Connections, Found};
 use crate::connection::{FourTuple, State};
-use crate::image::allowance::Allowance;
-use crate::image::container::{Magic, Reader};
-use crate::image::decode::decode;
-use crate::image::external::{port_of, state_of};
-use crate::image::proto::sk_inet::Inet_sk_entry;
-use crate::image::proto::sk_opts::Sk_shutdown;
-use crate::image::wire::{self, Value};
-use crate::image::{Fault, ImageDir, ImageError};
+use crate::criu::image::allowance::Allowance;
+use crate::criu::image::container::{Magic, Reader};
+use crate::criu::image::decode::decode;
+use crate::criu::image::external::{port_of, state_of};
+use crate::criu::image::proto::sk_inet::Inet_sk_entry;
+use crate::criu::image::proto::sk_opts::Sk_shutdown;
+use crate::criu::image::wire::{self, Value};
+use crate::criu::image::{Fault, ImageDir, ImageError};
 
 /// A TCP socket that has a peer.
 #[derive(Clone, Debug, PartialEq, Eq)]

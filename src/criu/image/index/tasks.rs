@@ -4,12 +4,12 @@ use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
-use crate::image::allowance::{Allowance, in_hash_table, in_tree};
-use crate::image::container::{Magic, Reader};
-use crate::image::proto::core::Task_kobj_ids_entry;
-use crate::image::proto::fdinfo::Fdinfo_entry;
-use crate::image::wire::{self, Value};
-use crate::image::{Fault, ImageDir, ImageError};
+use crate::criu::image::allowance::{Allowance, in_hash_table, in_tree};
+use crate::criu::image::container::{Magic, Reader};
+use crate::criu::image::proto::core::Task_kobj_ids_entry;
+use crate::criu::image::proto::fdinfo::Fdinfo_entry;
+use crate::criu::image::wire::{self, Value};
+use crate::criu::image::{Fault, ImageDir, ImageError};
 
 /// A dumped task (a process; threads are not counted).
 #[derive(Clone, Debug, PartialEq, Eq)]

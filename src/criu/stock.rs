@@ -7,10 +7,10 @@
 use std::collections::HashSet;
 use std::net::{IpAddr, SocketAddr};
 
-use super::xtables::{Family, XtablesError};
-use super::{BadLockName, LockError, LockName, MARK, Method};
 use crate::connection::FourTuple;
 use crate::kernel::netns::NetNs;
+use crate::lock::xtables::{Family, XtablesError};
+use crate::lock::{self, BadLockName, LockError, LockName, MARK, Method};
 
 /// How often the rules are read anew because one went away before it was removed.
 const TRIES: usize = 3;
@@ -97,7 +97,7 @@ pub fn remove_rules(ns: &NetNs, tuples: &[FourTuple]) -> Result<usize, LockError
 /// # Errors
 /// [`RemoveTableError`].
 pub fn remove_table(ns: &NetNs, run_id: &str) -> Result<bool, RemoveTableError> {
-    Ok(super::remove(ns, Method::Nftables, &LockName::criu(run_id)?)?)
+    Ok(lock::remove(ns, Method::Nftables, &LockName::criu(run_id)?)?)
 }
 
 /// A stock dump's table could not be removed.

@@ -13,19 +13,9 @@ use super::proto::soccr::{Soccr_connection_entry, Soccr_endpoint, Soccr_socket_o
 use super::tcp_stream::{check_writable, clear, from_entry, read_queues, to_entry};
 use super::{Fault, ImageDir, ImageError};
 use crate::connection::{FourTuple, Queues, State, TcpState};
+use crate::options::SocketOption;
 
 const VERSION: u32 = 1;
-
-/// A socket option with the value that `setsockopt()` takes.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct SocketOption {
-    /// `SOL_SOCKET`, `IPPROTO_TCP` and so on.
-    pub level: i32,
-    /// The option's number.
-    pub name: i32,
-    /// The value's bytes, in host order.
-    pub value: Vec<u8>,
-}
 
 /// A connection with all that a socket needs to be made anew, except the queues' bytes.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -7,10 +7,10 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use super::namespaces::{Namespaces, find};
 use super::{LockRecord, NsId, Phase, Record, State, Store, current_boot};
 use crate::checkpoint::{Paused, Probe, Who, four_tuple};
+use crate::criu::tasks::{Task, Walker};
 use crate::kernel::netns::NetNs;
 use crate::kernel::{sockopt, tcp};
 use crate::lock::{self, chain};
-use crate::tasks::{Task, Walker};
 
 /// How to clean.
 #[derive(Clone, Copy, Debug, Default)]

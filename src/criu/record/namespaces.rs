@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 use procfs::process::Process;
 
 use super::NsId;
+use crate::criu::tasks::ProcessId;
 use crate::kernel::netns::NetNs;
-use crate::tasks::ProcessId;
 
 /// The namespaces that were found.
 #[derive(Debug, Default)]

@@ -14,7 +14,7 @@ use nix::unistd::{UnlinkatFlags, geteuid, mkdir, unlinkat};
 
 use super::file::{self, LARGEST};
 use super::{ConnectionRecord, Record, RecordError, RecordId};
-use crate::tasks::ProcessId;
+use crate::criu::tasks::ProcessId;
 
 /// Where the records are, unless [`FOLDER_VARIABLE`] names another folder.
 pub const DEFAULT_FOLDER: &str = "/run/soccr";

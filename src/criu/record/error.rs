@@ -5,8 +5,8 @@ use std::path::PathBuf;
 
 use super::store::FOLDER_VARIABLE;
 use super::{BadRecordId, RECORD_VARIABLE, RecordId};
+use crate::criu::tasks::ProcessId;
 use crate::lock::BadOption;
-use crate::tasks::ProcessId;
 
 /// A record could not be written, read or removed.
 #[derive(Debug, thiserror::Error)]

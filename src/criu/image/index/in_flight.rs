@@ -2,10 +2,10 @@
 
 use std::collections::HashMap;
 
-use crate::image::allowance::{Allowance, in_hash_table, in_vector};
-use crate::image::container::{Magic, Reader};
-use crate::image::proto::sk_packet::Sk_packet_entry;
-use crate::image::{ImageDir, ImageError};
+use crate::criu::image::allowance::{Allowance, in_hash_table, in_vector};
+use crate::criu::image::container::{Magic, Reader};
+use crate::criu::image::proto::sk_packet::Sk_packet_entry;
+use crate::criu::image::{ImageDir, ImageError};
 
 /// An unread packet in a unix socket's receive queue that carries descriptors.
 ///

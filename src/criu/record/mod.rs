@@ -27,11 +27,11 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 
 use crate::connection::FourTuple;
+use crate::criu::tasks::{Found, Place, ProcessId};
 use crate::kernel::netns::NetNs;
 use crate::kernel::process::RemoteFd;
 use crate::kernel::sockopt;
 use crate::lock::{LockName, Method};
-use crate::tasks::{Found, Place, ProcessId};
 
 pub use clean::{Options as CleanOptions, Report, clean, is_undone, remove_locks};
 pub use error::RecordError;
