@@ -23,23 +23,23 @@ criu: ## a stock CRIU with its tests under target/criu (CRIU=DIR or FILE: yours 
 
 demo: all criu ## freeze, kill and bring back a server while its clients go on
 	@scripts/packages redis-server || echo "demo: no redis-server here, using the built-in echo server"
-	@target/release/soccr-demo
+	@target/release/soccr-test demo
 
 test: ## everything but zdtm with stock CRIU (STEPS="cargo demo …": only these)
 	@scripts/test $(STEPS)
 
 bench: all criu ## what a dump and a restore cost, beside stock CRIU
-	@target/release/soccr-bench
+	@target/release/soccr-test bench
 
 soak: all criu ## dump and restore under load, loss and reordering for ten minutes
-	@target/release/soccr-soak
+	@target/release/soccr-test soak
 
 fuzz: ## the fuzz targets with libFuzzer (SECONDS=60 each, T="names": only these)
 	@scripts/fuzz $(SECONDS) $(T)
 
-faults: criu ## kill and stop everybody at every point of dump and restore (ARGS=…: see soccr-faults)
+faults: criu ## kill and stop everybody at every point of dump and restore (ARGS=…: see soccr-test faults --help)
 	@scripts/build --with-faults
-	@target/release/soccr-faults $(ARGS)
+	@target/release/soccr-test faults $(ARGS)
 
 lint: ## formatting, clippy, the C header, the shell scripts
 	@scripts/lint

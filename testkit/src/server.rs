@@ -1,4 +1,4 @@
-//! Starts `soccr-testserver`, the program that the tests dump.
+//! Starts `soccr-test server`, the program that the tests dump.
 
 use std::ffi::OsStr;
 use std::fs::{self, File};
@@ -20,7 +20,7 @@ use crate::task::{Task, wait_readable};
 /// How long a server may take for anything but a restore.
 const PATIENCE: Duration = Duration::from_secs(15);
 
-/// A running `soccr-testserver`.
+/// A running `soccr-test server`.
 #[derive(Debug)]
 pub struct Server {
     /// Where it listens.
@@ -32,7 +32,7 @@ pub struct Server {
 
 impl Server {
     /// Starts a server in `ns` that listens on `address` (port 0: any) and does what `args` say,
-    /// see `soccr-testserver --help`. Its complaints go to a file in `dir`.
+    /// see `soccr-test server --help`. Its complaints go to a file in `dir`.
     ///
     /// # Errors
     /// When it does not come up.
@@ -42,12 +42,12 @@ impl Server {
         dir: &Path,
         args: impl IntoIterator<Item = S>,
     ) -> Result<Self> {
-        let mut command = ns.command(sibling_binary("soccr-testserver")?);
-        command.arg("--listen").arg(address.to_string()).args(args);
+        let mut command = ns.command(sibling_binary("soccr-test")?);
+        command.args(["server", "--listen"]).arg(address.to_string()).args(args);
         Self::spawn(&mut command, dir)
     }
 
-    /// Starts any server that keeps to the ways of `soccr-testserver`: a session of its own, one
+    /// Starts any server that keeps to the ways of `soccr-test server`: a session of its own, one
     /// line `ready ADDR` on standard output once it is up, and then the end of that output.
     ///
     /// # Errors
@@ -117,7 +117,7 @@ pub fn say_ready(address: SocketAddr) -> Result<()> {
 fn spawn(command: &mut Command, report: &Path) -> Result<(SocketAddr, Task)> {
     let errors = File::options().create(true).append(true).open(report)?;
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(errors);
-    let mut child = command.spawn().context("cannot start soccr-testserver")?;
+    let mut child = command.spawn().context("cannot start soccr-test server")?;
     let mut task = Task::adopt(Pid::from_raw(i32::try_from(child.id())?));
     let line = first_line(&mut child)
         .with_context(|| format!("the server said: {}", fs::read_to_string(report).unwrap_or_default()))?;

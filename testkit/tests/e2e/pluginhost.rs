@@ -1,4 +1,4 @@
-//! The plugin's hooks for external files, called by a host of ours (`soccr-pluginhost`).
+//! The plugin's hooks for external files, called by a host of ours (`soccr-test plugin-host`).
 
 use std::fs;
 use std::process::{Command, Stdio};
@@ -32,13 +32,13 @@ fn one_descriptor_as_an_external_file() -> Result<()> {
     })?;
     let images = world.images()?;
 
-    let mut dump = host(&world, "dump", &images)?;
-    dump.arg(server.pid().to_string()).arg(connection.expect("found above")).arg(ID);
+    let mut dump = host(&world, &images)?;
+    dump.arg("dump").arg(server.pid().to_string()).arg(connection.expect("found above"));
     run(&mut dump, &world)?;
     server.task.wait(PATIENCE)?;
     client.send(3000)?; // into the lock
 
-    let mut restored = host(&world, "restore", &images)?.arg(ID).spawn()?;
+    let mut restored = host(&world, &images)?.arg("restore").spawn()?;
     let guard = Task::adopt(nix::unistd::Pid::from_raw(i32::try_from(restored.id())?));
     client.receive_echo(8000)?;
     client.ping(2000)?;
@@ -50,9 +50,9 @@ fn one_descriptor_as_an_external_file() -> Result<()> {
     Ok(())
 }
 
-fn host(world: &World, action: &str, images: &std::path::Path) -> Result<Command> {
-    let mut command = world.host().command(sibling_binary("soccr-pluginhost")?);
-    command.arg(action).arg(world.criu.plugin()).arg(images);
+fn host(world: &World, images: &std::path::Path) -> Result<Command> {
+    let mut command = world.host().command(sibling_binary("soccr-test")?);
+    command.arg("plugin-host").arg(world.criu.plugin()).arg(images).arg(ID);
     let errors = fs::File::options().create(true).append(true).open(world.dir().join("pluginhost.err"))?;
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(errors);
     Ok(command)

@@ -1,10 +1,5 @@
 //! A host that loads the plugin as CRIU does and hands it descriptors one by one, as a CRIU could
 //! that takes TCP sockets for external files.
-//!
-//! ```text
-//! soccr-pluginhost dump PLUGIN IMAGES PID FD ID    freeze PID, dump its descriptor FD as file ID, kill PID
-//! soccr-pluginhost restore PLUGIN IMAGES ID        restore file ID and echo what comes to its end
-//! ```
 
 use std::ffi::{CString, c_char, c_int, c_uint, c_void};
 use std::fs::File;
@@ -15,7 +10,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use nix::sys::ptrace;
 use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::{WaitStatus, waitpid};
@@ -82,16 +77,32 @@ pub unsafe extern "C" fn print_on_level(
     unsafe { dprintf(libc::STDERR_FILENO, format, a, b, c, d) };
 }
 
-fn main() -> Result<()> {
-    let args: Vec<_> = std::env::args_os().skip(1).collect();
-    let word = |i: usize| args.get(i).with_context(|| format!("argument {} is missing", i + 1));
-    let number = |i: usize| -> Result<i32> { Ok(word(i)?.to_string_lossy().parse()?) };
-    let plugin = PathBuf::from(word(1)?);
-    IMAGES.set(File::open(word(2)?)?).expect("set once");
-    match word(0)?.to_str() {
-        Some("dump") => dump(&Plugin::load(&plugin)?, Pid::from_raw(number(3)?), number(4)?, number(5)?),
-        Some("restore") => restore(&Plugin::load(&plugin)?, number(3)?),
-        _ => bail!("dump or restore?"),
+/// Calls the plugin's hooks for external files, as a CRIU could that takes TCP sockets for such
+#[derive(clap::Args)]
+pub struct Options {
+    plugin: PathBuf,
+    /// The folder of the images
+    images: PathBuf,
+    /// The file's id in the images
+    id: i32,
+    #[command(subcommand)]
+    action: Action,
+}
+
+#[derive(clap::Subcommand)]
+enum Action {
+    /// Freezes PID, dumps its descriptor FD, kills PID
+    Dump { pid: i32, fd: i32 },
+    /// Restores the file and echoes what comes to its end
+    Restore,
+}
+
+pub fn run(options: &Options) -> Result<()> {
+    IMAGES.set(File::open(&options.images)?).expect("set once");
+    let plugin = Plugin::load(&options.plugin)?;
+    match options.action {
+        Action::Dump { pid, fd } => dump(&plugin, Pid::from_raw(pid), fd, options.id),
+        Action::Restore => restore(&plugin, options.id),
     }
 }
 

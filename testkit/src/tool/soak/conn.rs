@@ -14,8 +14,8 @@ use nix::sys::socket::{
 use nix::sys::time::{TimeVal, TimeValLike};
 use soccr_testkit::Pattern;
 
-use crate::fault::Fault;
-use crate::order::{BLOCK, Download, OPEN, Order};
+use crate::soak::fault::Fault;
+use crate::soak::order::{BLOCK, Download, OPEN, Order};
 
 /// How a connection behaves. The rates are low enough for dozens on two busy processors.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

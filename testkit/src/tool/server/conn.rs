@@ -11,7 +11,7 @@ use nix::sys::epoll::EpollFlags;
 use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
 use soccr_testkit::Pattern;
 
-use crate::Options;
+use crate::server::Options;
 
 /// Bytes that wait to be sent at most, before reading stops.
 const PENDING: usize = 1 << 20;

@@ -11,7 +11,7 @@ use fastrand::Rng;
 use soccr_testkit::NetNs;
 use soccr_testkit::interrupt::pause;
 
-use crate::conn::{Conn, Kind, TICK};
+use crate::soak::conn::{Conn, Kind, TICK};
 
 /// The clients at work, in a namespace of their own.
 pub struct Fleet<'a> {

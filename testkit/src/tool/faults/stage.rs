@@ -19,8 +19,8 @@ use soccr_testkit::task::{Task, wait_until};
 use soccr_testkit::{Client, Criu, Lock, NetNs, Server, Side, leftovers};
 use tempfile::TempDir;
 
-use crate::fleet::Fleet;
-use crate::tools::{Marked, RUN_DIR, Status, Tools, marked, name_and_state};
+use crate::faults::fleet::Fleet;
+use crate::faults::tools::{Marked, RUN_DIR, Status, Tools, marked, name_and_state};
 
 /// How long a connection may be silent, and anything may take.
 pub const PATIENCE: Duration = Duration::from_secs(20);

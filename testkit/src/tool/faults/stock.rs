@@ -11,9 +11,9 @@ use soccr_testkit::sockets::tcp_sockets;
 use soccr_testkit::task::{Task, pidfd_open, wait_readable, wait_until};
 use soccr_testkit::{Lock, Server, Side, leftovers};
 
-use crate::fleet::Fleet;
-use crate::stage::{PATIENCE, Stage};
-use crate::tools::{RUN_DIR, Tools};
+use crate::faults::fleet::Fleet;
+use crate::faults::stage::{PATIENCE, Stage};
+use crate::faults::tools::{RUN_DIR, Tools};
 
 const CONNECTIONS: usize = 100;
 const INSTANTS: usize = 20;

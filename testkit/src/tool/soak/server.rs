@@ -19,8 +19,8 @@ use nix::unistd::{ForkResult, dup2_stdout, fork};
 use soccr_testkit::Pattern;
 use soccr_testkit::server::say_ready;
 
-use crate::fault::Fault;
-use crate::order::{OPEN, Order, STAMP, block};
+use crate::soak::fault::Fault;
+use crate::soak::order::{OPEN, Order, STAMP, block};
 
 /// Where IPv4 sockets are.
 pub const PORT: u16 = 7001;

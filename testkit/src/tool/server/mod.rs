@@ -1,25 +1,4 @@
 //! The server that tests dump: one thread, epoll, nothing open but its sockets.
-//!
-//! `soccr-testserver --listen ADDR [OPTIONS]` prints `ready ADDR` once it listens.
-//!
-//! ```text
-//! --also ADDR          listen there too
-//! --mode echo          send everything back (the default)
-//! --mode counter       answer each line `INCR KEY` with `:N`, as redis does
-//! --mode stream        send a pattern, check the client's pattern
-//! --mode inflight      echo, but each accepted socket waits inside a unix socket until SIGUSR1
-//! --conns N            stream: exit once N connections have ended, with 0 if all was right
-//! --send BYTES         stream: how much to send
-//! --hold               stream: read nothing before SIGUSR1
-//! --shutdown           stream: end the own stream as soon as it is written, not after the client's
-//! --keep               stream: close nothing before SIGUSR1
-//! --rcvbuf BYTES       of accepted sockets
-//! --sndbuf BYTES       of accepted sockets
-//! --reuse-half         SO_REUSEADDR off in about half of the accepted sockets
-//! --unix PATH          connect to this unix socket too: no dump can take that along
-//! --join self|child    stream: be the client too, in this process or in a child
-//! --back BYTES         stream: how much that client sends
-//! ```
 
 mod conn;
 
@@ -29,9 +8,9 @@ use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
-use std::process::{Child, Command, ExitCode, Stdio};
+use std::process::{Child, Command, Stdio};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
@@ -42,97 +21,78 @@ use soccr_testkit::server::{reuses, say_ready};
 
 use conn::{Conn, Parked};
 
-/// What the command line says.
-#[derive(Clone, Debug, Default)]
-struct Options {
+/// Serves: what the tests dump; prints `ready ADDR` once it listens
+#[derive(clap::Args)]
+pub struct Options {
+    /// Where
+    #[arg(long, value_name = "ADDR", required_unless_present = "connect")]
     listen: Option<SocketAddr>,
+    /// Listen there too
+    #[arg(long, value_name = "ADDR")]
     also: Option<SocketAddr>,
+    /// Be the client of that server (`--join child` does so)
+    #[arg(long, value_name = "ADDR", hide = true)]
     connect: Option<SocketAddr>,
+    #[arg(long, value_enum, default_value_t)]
     mode: Mode,
+    /// stream: exit once N connections have ended, with 0 if all was right
+    #[arg(long, value_name = "N")]
     conns: Option<usize>,
+    /// stream: how much to send
+    #[arg(long, value_name = "BYTES", default_value_t)]
     send: u64,
+    /// stream: read nothing before SIGUSR1
+    #[arg(long)]
     hold: bool,
+    /// stream: end the own stream as soon as it is written, not after the client's
+    #[arg(long)]
     shutdown: bool,
+    /// stream: close nothing before SIGUSR1
+    #[arg(long)]
     keep: bool,
+    /// Of accepted sockets
+    #[arg(long, value_name = "BYTES")]
     rcvbuf: Option<usize>,
+    /// Of accepted sockets
+    #[arg(long, value_name = "BYTES")]
     sndbuf: Option<usize>,
+    /// SO_REUSEADDR off in about half of the accepted sockets
+    #[arg(long)]
     reuse_half: bool,
+    /// Connect to this unix socket too: no dump can take that along
+    #[arg(long, value_name = "PATH")]
     unix: Option<PathBuf>,
+    /// stream: be the client too
+    #[arg(long, value_enum)]
     join: Option<Join>,
+    /// stream: how much that client sends
+    #[arg(long, value_name = "BYTES", default_value_t)]
     back: u64,
 }
 
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
 enum Mode {
+    /// Send everything back
     #[default]
     Echo,
+    /// Answer each line `INCR KEY` with `:N`, as redis does
     Counter,
+    /// Send a pattern, check the client's pattern
     Stream,
+    /// Echo, but each accepted socket waits inside a unix socket until SIGUSR1
     Inflight,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 enum Join {
+    /// In this process
+    #[value(name = "self")]
     Itself,
+    /// In a child
     Child,
 }
 
-fn main() -> ExitCode {
-    match parse().and_then(serve) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("soccr-testserver: {error:#}");
-            ExitCode::FAILURE
-        }
-    }
-}
-
-fn parse() -> Result<Options> {
-    use lexopt::prelude::*;
-    let mut options = Options::default();
-    let mut parser = lexopt::Parser::from_env();
-    while let Some(arg) = parser.next()? {
-        match arg {
-            Long("listen") => options.listen = Some(parser.value()?.parse()?),
-            Long("also") => options.also = Some(parser.value()?.parse()?),
-            Long("connect") => options.connect = Some(parser.value()?.parse()?),
-            Long("mode") => options.mode = mode(&parser.value()?.string()?)?,
-            Long("conns") => options.conns = Some(parser.value()?.parse()?),
-            Long("send") => options.send = parser.value()?.parse()?,
-            Long("hold") => options.hold = true,
-            Long("shutdown") => options.shutdown = true,
-            Long("keep") => options.keep = true,
-            Long("rcvbuf") => options.rcvbuf = Some(parser.value()?.parse()?),
-            Long("sndbuf") => options.sndbuf = Some(parser.value()?.parse()?),
-            Long("unix") => options.unix = Some(parser.value()?.into()),
-            Long("back") => options.back = parser.value()?.parse()?,
-            Long("reuse-half") => options.reuse_half = true,
-            Long("join") => options.join = Some(join(&parser.value()?.string()?)?),
-            _ => return Err(arg.unexpected().into()),
-        }
-    }
-    Ok(options)
-}
-
-fn mode(word: &str) -> Result<Mode> {
-    Ok(match word {
-        "echo" => Mode::Echo,
-        "counter" => Mode::Counter,
-        "stream" => Mode::Stream,
-        "inflight" => Mode::Inflight,
-        _ => bail!("no mode {word}"),
-    })
-}
-
-fn join(word: &str) -> Result<Join> {
-    Ok(match word {
-        "self" => Join::Itself,
-        "child" => Join::Child,
-        _ => bail!("cannot join {word}"),
-    })
-}
-
-fn serve(options: Options) -> Result<()> {
+pub fn run(options: Options) -> Result<()> {
     // A dump wants a whole session; a child that we start is in ours.
     if options.listen.is_some() {
         nix::unistd::setsid().context("setsid")?;
@@ -187,7 +147,7 @@ impl Loop {
         if let Some(peer) = self.options.connect {
             return self.join(peer);
         }
-        let address = self.listen(self.options.listen.context("--listen ADDR is missing")?)?;
+        let address = self.listen(self.options.listen.context("nowhere to listen")?)?;
         if let Some(also) = self.options.also {
             self.listen(also)?;
         }
@@ -227,7 +187,11 @@ impl Loop {
 
     fn spawn_client(&self, server: SocketAddr) -> Result<Child> {
         let mut command = Command::new(std::env::current_exe()?);
-        command.arg("--connect").arg(server.to_string()).args(["--mode", "stream", "--conns", "1"]);
+        command
+            .arg("server")
+            .arg("--connect")
+            .arg(server.to_string())
+            .args(["--mode", "stream", "--conns", "1"]);
         command.arg("--back").arg(self.options.back.to_string());
         for (flag, set) in [("--hold", self.options.hold), ("--shutdown", self.options.shutdown)] {
             if set {

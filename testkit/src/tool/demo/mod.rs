@@ -1,21 +1,11 @@
-//! `make demo`: a real server with live clients is frozen, killed and brought back, and no client
-//! notices.
-//!
-//! ```text
-//! soccr-demo [--criu FILE] [--plugins DIR] [--out DIR] [--clients N] [--builtin] [--stock]
-//!
-//! --clients N   how many, 200 unless told
-//! --out DIR     for the images and logs, target/demo unless told; what is in there is replaced
-//! --builtin     the small server that comes with soccr, also where redis-server is installed
-//! --stock       CRIU alone carries the connections, to compare
-//! ```
+//! `make demo`.
 
 mod load;
 mod server;
 
 use std::fs;
+use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
-use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -23,67 +13,41 @@ use nix::errno::Errno;
 use nix::sys::signal::kill;
 use nix::unistd::Pid;
 use soccr_testkit::criu::timed;
-use soccr_testkit::interrupt::{self, pause};
-use soccr_testkit::leftovers;
-use soccr_testkit::task;
-use soccr_testkit::{Criu, Lock, NetNs, Side};
+use soccr_testkit::interrupt::pause;
+use soccr_testkit::{Criu, Lock, NetNs, Side, leftovers, task};
 
+use crate::{Programs, target};
 use load::{Client, Load};
 
 const BEFORE: Duration = Duration::from_secs(2);
 const AFTER: Duration = Duration::from_secs(3);
 
-struct Options {
-    criu: Criu,
+/// Freezes, kills and brings back a real server with live clients, none of whom notices
+#[derive(clap::Args)]
+pub struct Options {
+    #[command(flatten)]
+    programs: Programs,
+    /// For the images and logs; what is in there is replaced
+    #[arg(long, value_name = "DIR", default_value_os_t = target("demo"))]
     out: PathBuf,
-    clients: usize,
+    /// How many clients
+    #[arg(long, value_name = "N", default_value = "200")]
+    clients: NonZeroUsize,
+    /// The small server that comes with soccr, also where redis-server is installed
+    #[arg(long)]
     builtin: bool,
-    side: Side,
+    /// CRIU alone carries the connections, to compare
+    #[arg(long)]
+    stock: bool,
 }
 
-fn main() -> ExitCode {
-    match options().and_then(|options| demo(&options)) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("soccr demo: FAILED: {error:#}");
-            ExitCode::FAILURE
-        }
-    }
-}
-
-fn options() -> Result<Options> {
-    use lexopt::prelude::*;
-    let default = Criu::from_env();
-    let (mut bin, mut plugins) = (default.bin().to_owned(), default.plugin().with_file_name(""));
-    let mut out = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/demo");
-    let (mut clients, mut builtin, mut side) = (200, false, Side::Plugin(Lock::Nftables));
-    let mut parser = lexopt::Parser::from_env();
-    while let Some(arg) = parser.next()? {
-        match arg {
-            Long("criu") => bin = parser.value()?.into(),
-            Long("plugins") => plugins = parser.value()?.into(),
-            Long("out") => out = parser.value()?.into(),
-            Long("clients") => clients = parser.value()?.parse()?,
-            Long("builtin") => builtin = true,
-            Long("stock") => side = Side::Stock(Lock::Nftables),
-            _ => return Err(arg.unexpected().into()),
-        }
-    }
-    let criu = Criu::new(bin.canonicalize().unwrap_or(bin), plugins.canonicalize().unwrap_or(plugins));
-    Ok(Options { criu, out, clients, builtin, side })
-}
-
-fn demo(options: &Options) -> Result<()> {
-    ensure!(nix::unistd::geteuid().is_root(), "CRIU needs root: sudo make demo");
-    options.criu.check(matches!(options.side, Side::Plugin(_)))?;
-    ensure!(options.clients > 0, "no clients, no demo");
-    interrupt::notice()?;
-    task::become_subreaper()?;
+pub fn run(options: &Options) -> Result<()> {
+    let criu = options.programs.find(!options.stock)?;
     let out = fresh_folder(&options.out)?;
     let here = NetNs::current()?;
     let rules = leftovers::rules(&here)?;
 
-    let shown = freeze_and_thaw(options, &out)?;
+    let shown = freeze_and_thaw(&criu, options, &out)?;
     let left = leftovers::rules(&here)?;
     ensure!(left == rules, "the firewall is not what it was before:\n{}", left.join("\n"));
     task::no_children(Duration::from_secs(5))?;
@@ -93,13 +57,15 @@ fn demo(options: &Options) -> Result<()> {
 }
 
 /// The show itself; whether every client got every answer.
-fn freeze_and_thaw(options: &Options, out: &Path) -> Result<bool> {
+fn freeze_and_thaw(criu: &Criu, options: &Options, out: &Path) -> Result<bool> {
     let images = out.join("images");
-    let (name, task, address) = server::start(out, options.clients, options.builtin)?;
+    let clients = options.clients.get();
+    let side = if options.stock { Side::Stock(Lock::Nftables) } else { Side::Plugin(Lock::Nftables) };
+    let (name, task, address) = server::start(out, clients, options.builtin)?;
     let pid = task.pid();
-    println!("soccr demo: {name}, {} clients, {}\n", options.clients, with(options.side));
+    println!("soccr demo: {name}, {clients} clients, {}\n", with(side));
 
-    let load = Load::start(address, options.clients)?;
+    let load = Load::start(address, clients)?;
     pause(BEFORE)?;
     let before = load.answers();
     let total = before.iter().sum::<u64>();
@@ -108,12 +74,12 @@ fn freeze_and_thaw(options: &Options, out: &Path) -> Result<bool> {
     );
 
     let start = Instant::now();
-    let (_, dump) = timed(|| options.criu.dump(options.side, pid, &images).dump_and_wait(task))?;
+    let (_, dump) = timed(|| criu.dump(side, pid, &images).dump_and_wait(task))?;
     println!("2. criu has dumped it: {} s", seconds(dump));
     show_gone(pid)?;
     let at_thaw = load.answers();
 
-    let ((task, _), restore) = timed(|| options.criu.restore(options.side, &images).restore())?;
+    let ((task, _), restore) = timed(|| criu.restore(side, &images).restore())?;
     let frozen = start.elapsed();
     ensure!(task.pid() == pid, "it came back as process {}", task.pid());
     println!("4. criu has restored it: {} s; process {pid} runs again", seconds(restore));

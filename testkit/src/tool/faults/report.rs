@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 
-use crate::outcome::{Kind, Verdict};
+use crate::faults::outcome::{Kind, Verdict};
 
 #[derive(Default)]
 pub struct Report {

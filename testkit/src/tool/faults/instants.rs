@@ -11,11 +11,11 @@ use soccr_testkit::criu::last_errors;
 use soccr_testkit::task::{pidfd_open, wait_readable, wait_until};
 use soccr_testkit::{Client, Server};
 
-use crate::fleet::Fleet;
-use crate::outcome::{self, Kind, Verdict};
-use crate::report::Report;
-use crate::stage::{PATIENCE, Stage};
-use crate::tools::Tools;
+use crate::faults::fleet::Fleet;
+use crate::faults::outcome::{self, Kind, Verdict};
+use crate::faults::report::Report;
+use crate::faults::stage::{PATIENCE, Stage};
+use crate::faults::tools::Tools;
 
 const CONNECTIONS: usize = 1000;
 /// Each sends this often.

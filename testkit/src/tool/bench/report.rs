@@ -10,7 +10,7 @@ use anyhow::{Context, Result};
 use serde_json::{Value, json};
 use soccr_testkit::{Criu, Lock, Side};
 
-use crate::trial::Times;
+use crate::bench::trial::Times;
 
 /// How many times stock's frozen time ours may be.
 const FROZEN_LIMIT: f64 = 2.0;
@@ -20,7 +20,7 @@ const RESTORE_LIMIT: f64 = 1.5;
 pub struct Report {
     criu: String,
     kernel: String,
-    runs: usize,
+    runs: u16,
     pub rows: Vec<Row>,
 }
 
@@ -113,7 +113,7 @@ struct Ratio {
 }
 
 impl Report {
-    pub fn new(criu: &Criu, runs: usize) -> Result<Self> {
+    pub fn new(criu: &Criu, runs: u16) -> Result<Self> {
         Ok(Self {
             criu: output(Command::new(criu.bin()).arg("--version"))?.replace('\n', " "),
             kernel: output(Command::new("uname").arg("-r"))?,

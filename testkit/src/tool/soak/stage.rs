@@ -17,8 +17,8 @@ use soccr_testkit::sockets::{state, tcp_sockets};
 use soccr_testkit::task::{Task, wait_until};
 use soccr_testkit::{Criu, NetNs, Server, Side, leftovers};
 
-use crate::fleet::{Fleet, Progress, Totals};
-use crate::server::{PORT, PORT_V6};
+use crate::soak::fleet::{Fleet, Progress, Totals};
+use crate::soak::server::{PORT, PORT_V6};
 
 const SERVER_V4: Ipv4Addr = Ipv4Addr::new(10, 99, 0, 1);
 const SERVER_V6: Ipv6Addr = Ipv6Addr::new(0xfd99, 0, 0, 0, 0, 0, 0, 1);
@@ -96,7 +96,7 @@ impl<'a> Stage<'a> {
             nft_drop(&places.server)?;
         }
         let mut command = places.server.command(std::env::current_exe()?);
-        command.arg("--serve");
+        command.args(["soak", "--serve"]);
         let server = Server::spawn(&mut command, setting.out)?;
         let v6 = SocketAddr::from((SERVER_V6, PORT_V6));
         let mapped = SocketAddr::from((SERVER_V4, PORT_V6)); // IPv4 to a listener of IPv6

@@ -22,7 +22,7 @@ pub fn start(out: &Path, clients: usize, builtin: bool) -> Result<(String, Task,
         println!("redis-server is not installed: the small server that comes with soccr takes its place");
     }
     let server = Server::start(&NetNs::current()?, any_port(), &dir, ["--mode", "counter"])?;
-    Ok(("soccr-testserver".into(), server.task, server.address))
+    Ok(("soccr-test server".into(), server.task, server.address))
 }
 
 fn redis_version() -> Option<String> {

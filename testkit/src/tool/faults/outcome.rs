@@ -11,9 +11,9 @@ use soccr_testkit::criu::last_errors;
 use soccr_testkit::task::{Task, wait_until};
 use soccr_testkit::{Client, Server};
 
-use crate::fleet::{Fleet, Seen};
-use crate::stage::{PATIENCE, Stage};
-use crate::tools::name_and_state;
+use crate::faults::fleet::{Fleet, Seen};
+use crate::faults::stage::{PATIENCE, Stage};
+use crate::faults::tools::name_and_state;
 
 /// How a case ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -12,11 +12,11 @@ use soccr_testkit::criu::{Call, last_errors};
 use soccr_testkit::task::wait_until;
 use soccr_testkit::{Client, Server};
 
-use crate::fleet::Fleet;
-use crate::outcome::{self, Verdict};
-use crate::report::Report;
-use crate::stage::{PATIENCE, Stage};
-use crate::tools::{Tools, name_and_state};
+use crate::faults::fleet::Fleet;
+use crate::faults::outcome::{self, Verdict};
+use crate::faults::report::Report;
+use crate::faults::stage::{PATIENCE, Stage};
+use crate::faults::tools::{Tools, name_and_state};
 
 const DUMP: [&str; 16] = [
     "dump.init",

@@ -20,12 +20,12 @@ use soccr_testkit::sockets::{TaskSocket, tcp_sockets};
 use soccr_testkit::task::{run as run_command, wait_until};
 use soccr_testkit::{NetNs, Server};
 
-use crate::fleet::Fleet;
-use crate::outcome::{self, Kind};
-use crate::report::Report;
-use crate::stage::{PATIENCE, Stage};
-use crate::tools::{RUN_DIR, Tools, name_and_state};
-use crate::{kernel, stage};
+use crate::faults::fleet::Fleet;
+use crate::faults::outcome::{self, Kind};
+use crate::faults::report::Report;
+use crate::faults::stage::{PATIENCE, Stage};
+use crate::faults::tools::{RUN_DIR, Tools, name_and_state};
+use crate::faults::{kernel, stage};
 
 /// How many connections were checked, and what is worth telling.
 type Told = Result<(usize, String)>;
@@ -353,13 +353,13 @@ fn first_process(stage: &mut Stage) -> Told {
     let dir = stage.dir().to_owned();
     let (ready, go) = (dir.join("ready"), dir.join("go"));
     nix::unistd::mkfifo(&go, nix::sys::stat::Mode::S_IRWXU)?;
-    let script = "echo 1000 >/proc/sys/kernel/ns_last_pid; \"$SERVER\" --listen $LISTEN --also $ALSO \
+    let script = "echo 1000 >/proc/sys/kernel/ns_last_pid; \"$SERVER\" server --listen $LISTEN --also $ALSO \
                   </dev/null >$READY 2>$ERRORS & SERVED=$!; read GO <$GO; exec \"$@\" -t $SERVED";
     let also = SocketAddr::new(stage::V6.parse()?, 7000).to_string();
     let listen = SocketAddr::new(stage::V4.parse()?, 7000).to_string();
     let mut command = in_pid_namespace(stage);
     command.args(["sh", "-c", script, "sh"]).args(criu_words(stage, "dump", &images));
-    command.env("SERVER", sibling_binary("soccr-testserver")?).env("LISTEN", &listen).env("ALSO", also);
+    command.env("SERVER", sibling_binary("soccr-test")?).env("LISTEN", &listen).env("ALSO", also);
     command.env("READY", &ready).env("ERRORS", dir.join("server.err")).env("GO", &go);
     let criu = Guard(command.spawn()?);
     wait_until("the server is up", PATIENCE, || {
@@ -435,8 +435,7 @@ impl Guard {
     /// A criu that was not told to detach ends with its tasks.
     fn end_server(mut self) -> Result<()> {
         let tree = soccr_testkit::Task::adopt(Pid::from_raw(i32::try_from(self.0.id())?));
-        let is_server =
-            |pid: &&Pid| name_and_state(**pid).is_some_and(|(name, _)| name.starts_with("soccr-testserve"));
+        let is_server = |pid: &&Pid| name_and_state(**pid).is_some_and(|(name, _)| name == "soccr-test");
         let pids = tree.tree();
         kill(*pids.iter().find(is_server).context("the server is in the tree")?, Signal::SIGKILL)?;
         let ended = wait_until("criu ends with its server", LIMIT, || Ok(self.0.try_wait()?.is_some()));
