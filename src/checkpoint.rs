@@ -13,80 +13,27 @@
 //! takes a sequence number behind the last byte of its direction: the sequences count it, the lengths
 //! here do not.
 //!
-//! Entering repair mode makes the kernel set SO_REUSEADDR to 2 and leaving it clears the option, so
-//! [`Paused`] puts the program's value back. Repair mode belongs to the socket, not to the descriptor or
-//! the process that set it: a program that runs on with its socket in repair mode gets EPERM and EINVAL
-//! from its calls. So [`Paused`] is a guard, and what the last guard leaves is decided by
-//! [`Paused::resume`] (the program goes on) or [`Paused::release`] (the socket is about to be closed, which in
-//! repair mode sends neither FIN nor RST).
-//!
 //! Nothing may reach the socket or leave it between the first read and the end of the old socket:
 //! that is the network lock's task (the `lock` module), before [`Paused::pause`].
 
 use std::cell::Cell;
-use std::fmt;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd};
 
 use crate::connection::{
-    FourTuple, OPT_TIMESTAMPS, OPT_WSCALE, Options, Queues, State, TcpState, UnsupportedState, WindowScale,
+    ControlBlock, Negotiated, OPT_TIMESTAMPS, OPT_WSCALE, Queues, State, UnsupportedState, WindowScale,
 };
-use crate::kernel::tcp::{Info, Queue, Repair};
-use crate::kernel::{SysError, addr, sockopt, tcp};
-
-/// A socket in repair mode, borrowed or owned. Dropping it leaves repair mode as [`Paused::resume`] would, without
-/// a probe and without a report.
-#[derive(Debug)]
-pub struct Paused<F: AsFd> {
-    /// Present until `resume` or `release` take it.
-    fd: Option<F>,
-    reuse_addr: bool,
-    /// Bytes by which a save has moved the program's SO_PEEK_OFF, if it has one.
-    peeked: Cell<usize>,
-}
-
-/// Whether the end of repair mode tells the peer that we are here.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Probe {
-    /// Send a window probe (in ESTABLISHED): the peer answers with its window, and a flow that waits goes on.
-    Send,
-    /// Send nothing.
-    None,
-}
+use crate::kernel::tcp::{Info, Queue};
+use crate::kernel::{SysError, sockopt, tcp};
+use crate::repair::{Paused, Who, peek_offset};
 
 impl<F: AsFd> Paused<F> {
-    /// Puts a socket into repair mode.
-    ///
-    /// # Errors
-    /// EPERM without CAP_NET_ADMIN in the user namespace of the socket's network namespace, or for a
-    /// listening socket; ENOPROTOOPT or EOPNOTSUPP for what is not a TCP socket.
-    pub fn pause(fd: F) -> Result<Self, PauseError> {
-        let socket = fd.as_fd();
-        // SO_REUSEADDR reads 2 when somebody left the socket in repair mode: the program's own value is
-        // lost then, and 0 is what the kernel would make of it.
-        let reuse_addr =
-            sockopt::reuse_addr(socket).map_err(|source| PauseError { who: Who::of(socket), source })? == 1;
-        let mut paused = Self::pause_only(fd)?;
-        paused.reuse_addr = reuse_addr;
-        Ok(paused)
-    }
-
-    /// As [`Paused::pause`], for a caller who sees to SO_REUSEADDR itself: it is off after [`Paused::resume`].
-    ///
-    /// # Errors
-    /// As [`Paused::pause`].
-    pub fn pause_only(fd: F) -> Result<Self, PauseError> {
-        let socket = fd.as_fd();
-        tcp::set_repair(socket, Repair::On).map_err(|source| PauseError { who: Who::of(socket), source })?;
-        Ok(Self { fd: Some(fd), reuse_addr: false, peeked: Cell::new(0) })
-    }
-
     /// Reads the whole state of the connection; `queues` is cleared and gets the bytes of both queues.
     ///
     /// # Errors
     /// A [`SaveError`] that names the connection. The socket stays in repair mode and nothing is taken from it; a
     /// program's SO_PEEK_OFF is as before once the guard ends in any way but [`Paused::release`].
-    pub fn save(&self, queues: &mut Queues) -> Result<TcpState, SaveError> {
+    pub fn save(&self, queues: &mut Queues) -> Result<ControlBlock, SaveError> {
         queues.recv.clear();
         queues.send.clear();
         let tcp = self.save_with(|queue| match queue.which() {
@@ -111,150 +58,9 @@ impl<F: AsFd> Paused<F> {
     pub fn save_with(
         &self,
         copy: impl FnMut(&SavedQueue<'_>) -> Result<(), QueueError>,
-    ) -> Result<TcpState, SaveError> {
-        save(self.socket(), &self.peeked, copy)
+    ) -> Result<ControlBlock, SaveError> {
+        save(self.socket(), self.peeked(), copy)
     }
-
-    /// Both ends' addresses.
-    ///
-    /// # Errors
-    /// ENOTCONN for a socket that never was connected.
-    pub fn four_tuple(&self) -> Result<FourTuple, SysError> {
-        four_tuple(self.socket())
-    }
-
-    /// What SO_REUSEADDR will be after [`Paused::resume`].
-    #[must_use]
-    pub fn reuse_addr(&self) -> bool {
-        self.reuse_addr
-    }
-
-    /// What SO_REUSEADDR will be after [`Paused::resume`]; a restored socket gets the saved value here.
-    pub fn set_reuse_addr(&mut self, on: bool) {
-        self.reuse_addr = on;
-    }
-
-    /// Leaves repair mode; the program can use its socket again. Returns the socket.
-    ///
-    /// # Errors
-    /// The kernel's answer; the guard has no further effect then.
-    pub fn resume(mut self, probe: Probe) -> Result<Option<F>, PauseError> {
-        let mode = match probe {
-            Probe::Send => Repair::Off,
-            Probe::None => Repair::OffNoProbe,
-        };
-        let result = self.leave(mode);
-        let result = result.map_err(|source| PauseError { who: Who::of(self.socket()), source });
-        let socket = self.fd.take();
-        result.map(|()| socket)
-    }
-
-    /// Forgets the guard and leaves the socket in repair mode, to be closed silently.
-    pub fn release(mut self) -> Option<F> {
-        self.fd.take()
-    }
-
-    /// The socket.
-    ///
-    /// # Panics
-    /// Never: only the calls that consume the guard take the socket out of it.
-    #[must_use]
-    pub fn socket(&self) -> BorrowedFd<'_> {
-        self.fd.as_ref().expect("taken only with the guard itself").as_fd()
-    }
-
-    fn leave(&self, mode: Repair) -> Result<(), SysError> {
-        let socket = self.socket();
-        let peek_offset = peek_back(socket, self.peeked.take());
-        leave(socket, mode, self.reuse_addr)?;
-        peek_offset
-    }
-}
-
-/// Sends the window probe that the end of repair mode can send, from a socket that left it silently before: the call
-/// that ends repair mode sends one whether or not the mode is on. It clears SO_REUSEADDR too, so that is put back.
-///
-/// # Errors
-/// EPERM without CAP_NET_ADMIN in the user namespace of the socket's network namespace.
-pub fn probe(socket: BorrowedFd<'_>, reuse_addr: bool) -> Result<(), PauseError> {
-    leave(socket, Repair::Off, reuse_addr).map_err(|source| PauseError { who: Who::of(socket), source })
-}
-
-fn leave(socket: BorrowedFd<'_>, mode: Repair, reuse_addr: bool) -> Result<(), SysError> {
-    tcp::set_repair(socket, mode)?;
-    if reuse_addr { sockopt::set_reuse_addr(socket, true) } else { Ok(()) }
-}
-
-/// Takes back by how much a peek of ours has moved the program's SO_PEEK_OFF.
-fn peek_back(socket: BorrowedFd<'_>, bytes: usize) -> Result<(), SysError> {
-    if bytes == 0 {
-        return Ok(());
-    }
-    let moved = i32::try_from(bytes).unwrap_or(i32::MAX);
-    match peek_offset(socket) {
-        Some(offset) => sockopt::set_peek_offset(socket, offset.saturating_sub(moved).max(0)),
-        None => Ok(()),
-    }
-}
-
-/// The program's own SO_PEEK_OFF, if it has one; TCP knows it since Linux 6.9.
-fn peek_offset(socket: BorrowedFd<'_>) -> Option<i32> {
-    sockopt::peek_offset(socket).ok().filter(|offset| *offset >= 0)
-}
-
-impl<F: AsFd> Drop for Paused<F> {
-    fn drop(&mut self) {
-        if self.fd.is_none() {
-            return;
-        }
-        if let Err(error) = self.leave(Repair::OffNoProbe) {
-            log::error!("{}: {error}", Who::of(self.socket()));
-        }
-    }
-}
-
-/// Both ends' addresses of any connected (or once connected) socket.
-///
-/// # Errors
-/// ENOTCONN for a socket that never was connected.
-pub fn four_tuple(fd: BorrowedFd<'_>) -> Result<FourTuple, SysError> {
-    Ok(FourTuple { remote: addr::remote(fd)?, local: addr::local(fd)? })
-}
-
-/// The connection that an error is about.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Who {
-    /// A connection.
-    Connection(FourTuple),
-    /// A socket without a peer.
-    Unconnected,
-}
-
-impl Who {
-    /// What the socket is connected to, if anything.
-    #[must_use]
-    pub fn of(fd: BorrowedFd<'_>) -> Self {
-        four_tuple(fd).map_or(Self::Unconnected, Self::Connection)
-    }
-}
-
-impl fmt::Display for Who {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Connection(tuple) => tuple.fmt(f),
-            Self::Unconnected => f.write_str("socket without a peer"),
-        }
-    }
-}
-
-/// Repair mode could not be entered or left.
-#[derive(Clone, Copy, Debug, thiserror::Error)]
-#[error("{who}: {source}")]
-pub struct PauseError {
-    /// The connection.
-    pub who: Who,
-    /// The call that failed.
-    pub source: SysError,
 }
 
 /// A connection could not be read.
@@ -262,7 +68,7 @@ pub struct PauseError {
 #[non_exhaustive]
 pub enum SaveError {
     /// The socket is in a state without a connection to carry.
-    #[error("{who}: {source}")]
+    #[error("cannot save {who}")]
     State {
         /// The connection.
         who: Who,
@@ -270,7 +76,7 @@ pub enum SaveError {
         source: UnsupportedState,
     },
     /// State or queue lengths could not be read.
-    #[error("{who}: {source}")]
+    #[error("cannot read the state of {who}")]
     Sizes {
         /// The connection.
         who: Who,
@@ -296,7 +102,7 @@ pub enum SaveError {
         unread: u32,
     },
     /// Negotiated options could not be read.
-    #[error("{who}: {source}")]
+    #[error("cannot read the negotiated options of {who}")]
     Options {
         /// The connection.
         who: Who,
@@ -304,7 +110,7 @@ pub enum SaveError {
         source: SysError,
     },
     /// The windows could not be read.
-    #[error("{who}: {source}")]
+    #[error("cannot read the windows of {who}")]
     Window {
         /// The connection.
         who: Who,
@@ -312,7 +118,7 @@ pub enum SaveError {
         source: SysError,
     },
     /// The receive queue could not be read.
-    #[error("{who}: receive queue: {source}")]
+    #[error("cannot read the receive queue of {who}")]
     ReceiveQueue {
         /// The connection.
         who: Who,
@@ -320,7 +126,7 @@ pub enum SaveError {
         source: QueueError,
     },
     /// The send queue could not be read.
-    #[error("{who}: send queue: {source}")]
+    #[error("cannot read the send queue of {who}")]
     SendQueue {
         /// The connection.
         who: Who,
@@ -423,20 +229,20 @@ fn save(
     fd: BorrowedFd<'_>,
     peeked: &Cell<usize>,
     mut copy: impl FnMut(&SavedQueue<'_>) -> Result<(), QueueError>,
-) -> Result<TcpState, SaveError> {
+) -> Result<ControlBlock, SaveError> {
     let who = || Who::of(fd);
     let sizes = |source| SaveError::Sizes { who: who(), source };
     let info = tcp::info(fd).map_err(sizes)?;
     let state = State::try_from(info.state).map_err(|source| SaveError::State { who: who(), source })?;
     let recv_len = receive_len(fd, state)?;
     let (send_len, unsent_len) = send_len(fd, &info, state)?;
-    let options = options(fd, &info).map_err(|source| SaveError::Options { who: who(), source })?;
+    let negotiated = negotiated(fd, &info).map_err(|source| SaveError::Options { who: who(), source })?;
     let window = tcp::window(fd).map_err(|source| SaveError::Window { who: who(), source })?;
     let queue = |which, length, copy: &mut _| queue(fd, peeked, which, length, copy);
     let rcv_nxt = queue(Queue::Receive, recv_len, &mut copy).map_err(|error| receive_error(fd, error))?;
     let write_seq = queue(Queue::Send, send_len, &mut copy)
         .map_err(|source| SaveError::SendQueue { who: who(), source })?;
-    Ok(TcpState { state, recv_len, rcv_nxt, send_len, write_seq, unsent_len, options, window })
+    Ok(ControlBlock { state, recv_len, rcv_nxt, send_len, write_seq, unsent_len, negotiated, window })
 }
 
 /// All bytes to read. SIOCINQ counts up to an urgent mark only, unless SO_OOBINLINE is on, and what follows would be
@@ -497,9 +303,9 @@ fn send_len(fd: BorrowedFd<'_>, info: &Info, state: State) -> Result<(u32, u32),
     Ok((send, unsent))
 }
 
-fn options(fd: BorrowedFd<'_>, info: &Info) -> Result<Options, SysError> {
+fn negotiated(fd: BorrowedFd<'_>, info: &Info) -> Result<Negotiated, SysError> {
     let mask = u32::from(info.options);
-    Ok(Options {
+    Ok(Negotiated {
         mask,
         mss_clamp: tcp::max_segment(fd)?,
         wscale: (mask & OPT_WSCALE != 0)

@@ -2,14 +2,18 @@
 
 #![deny(unsafe_code)]
 
+mod chain;
 pub mod checkpoint;
 pub mod connection;
 pub mod criu;
-pub mod fin;
+pub mod forge;
+mod four_tuple;
 pub mod kernel;
 pub mod lock;
-pub mod options;
+pub mod repair;
 pub mod restore;
+
+pub use chain::chain;
 
 /// Ways into parsers that are otherwise private, for the fuzz targets in `fuzz/`. Not a part of the interface.
 #[doc(hidden)]

@@ -12,7 +12,7 @@
 //! 5. the windows. They are set when both queues are in place, since the kernel checks them against
 //!    rcv_nxt;
 //! 6. FINs, in the order in which the state says they came: ours by shutdown(), the peer's by a forged
-//!    segment (module `fin`), and the windows again, which the forged segment has touched.
+//!    segment (module `forge`), and the windows again, which the forged segment has touched.
 //!
 //! The socket stays in repair mode and must be locked from the network until [`Paused::resume`]: a segment
 //! from the peer in between would be taken for one of a connection that is half built.
@@ -21,19 +21,19 @@ use std::os::fd::{AsFd, BorrowedFd};
 
 use nix::errno::Errno;
 
-use crate::checkpoint::Paused;
-use crate::connection::{FourTuple, OPT_SACK, State, TcpState, Window};
-use crate::fin::{self, Forge, ForgeError, Segment};
+use crate::connection::{ControlBlock, FourTuple, OPT_SACK, State, Window};
+use crate::forge::{self, Forge, ForgeError, Segment};
 use crate::kernel::netns::NetNs;
 use crate::kernel::tcp::{Direction, Queue, Repair, RepairOption};
 use crate::kernel::{SysError, addr, diag, sockopt, tcp};
+use crate::repair::Paused;
 
 /// A connection could not be built.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum RestoreError {
     /// A system call failed.
-    #[error("{tuple}: {source}")]
+    #[error("cannot restore {tuple}")]
     Sys {
         /// The connection.
         tuple: FourTuple,
@@ -41,7 +41,7 @@ pub enum RestoreError {
         source: SysError,
     },
     /// The description contradicts itself.
-    #[error("{tuple}: {what}")]
+    #[error("cannot restore {tuple}: {what}")]
     Inconsistent {
         /// The connection.
         tuple: FourTuple,
@@ -49,7 +49,7 @@ pub enum RestoreError {
         what: &'static str,
     },
     /// The kernel took only a part of a queue.
-    #[error("{tuple}: the {queue} queue takes {taken} of {len} bytes: {source}")]
+    #[error("cannot restore {tuple}: the {queue} queue takes {taken} of {len} bytes")]
     Queue {
         /// The connection.
         tuple: FourTuple,
@@ -63,7 +63,7 @@ pub enum RestoreError {
         source: SysError,
     },
     /// The peer's FIN or ACK could not be brought in.
-    #[error("{tuple}: the peer's FIN or ACK cannot be forged")]
+    #[error("cannot restore {tuple}: the peer's FIN or ACK cannot be forged")]
     Forge {
         /// The connection.
         tuple: FourTuple,
@@ -84,7 +84,7 @@ impl<F: AsFd> Paused<F> {
     pub fn restore(
         &self,
         tuple: &FourTuple,
-        tcp: &TcpState,
+        tcp: &ControlBlock,
         recv: &[u8],
         send: &[u8],
         forge: &Forge,
@@ -102,7 +102,7 @@ impl<F: AsFd> Paused<F> {
     }
 }
 
-fn consistent(tuple: &FourTuple, tcp: &TcpState, recv: &[u8], send: &[u8]) -> Result<(), &'static str> {
+fn consistent(tuple: &FourTuple, tcp: &ControlBlock, recv: &[u8], send: &[u8]) -> Result<(), &'static str> {
     if let Some(why) = tuple.impossible() {
         return Err(why);
     }
@@ -115,7 +115,7 @@ fn consistent(tuple: &FourTuple, tcp: &TcpState, recv: &[u8], send: &[u8]) -> Re
     if tcp.unsent_len > tcp.send_len {
         return Err("more bytes are unsent than there are in the send queue");
     }
-    if tcp.options.wscale.is_some_and(|scale| scale.snd > 14 || scale.rcv > 14) {
+    if tcp.negotiated.wscale.is_some_and(|scale| scale.snd > 14 || scale.rcv > 14) {
         return Err("a window scale is beyond 14");
     }
     if tcp.state == State::SynSent && (tcp.send_len, tcp.recv_len) != (0, 0) {
@@ -133,7 +133,7 @@ fn consistent(tuple: &FourTuple, tcp: &TcpState, recv: &[u8], send: &[u8]) -> Re
 struct Restoring<'a> {
     fd: BorrowedFd<'a>,
     tuple: &'a FourTuple,
-    tcp: &'a TcpState,
+    tcp: &'a ControlBlock,
     forge: &'a Forge,
 }
 
@@ -182,7 +182,7 @@ impl Restoring<'_> {
     /// now that the window is known.
     fn segment_size_by_window(&self) -> Result<(), SysError> {
         match self.tcp.window {
-            Some(window) if window.max_window / 2 < self.tcp.options.mss_clamp => {
+            Some(window) if window.max_window / 2 < self.tcp.negotiated.mss_clamp => {
                 tcp::sync_segment_size(self.fd)
             }
             _ => Ok(()),
@@ -227,14 +227,16 @@ impl Restoring<'_> {
 
     fn options(&self) -> Result<(), SysError> {
         if self.tcp.state != State::SynSent {
-            let options = &self.tcp.options;
+            let negotiated = &self.tcp.negotiated;
             tcp::set_options(
                 self.fd,
                 [
-                    (options.mask & OPT_SACK != 0).then_some(RepairOption::SackPermitted),
-                    options.wscale.map(|scale| RepairOption::WindowScale { snd: scale.snd, rcv: scale.rcv }),
-                    options.timestamp.map(|_| RepairOption::Timestamps),
-                    Some(RepairOption::MaxSegment(options.mss_clamp)),
+                    (negotiated.mask & OPT_SACK != 0).then_some(RepairOption::SackPermitted),
+                    negotiated
+                        .wscale
+                        .map(|scale| RepairOption::WindowScale { snd: scale.snd, rcv: scale.rcv }),
+                    negotiated.timestamp.map(|_| RepairOption::Timestamps),
+                    Some(RepairOption::MaxSegment(negotiated.mss_clamp)),
                 ],
             )?;
         }
@@ -244,7 +246,7 @@ impl Restoring<'_> {
     /// Bit 0 of the timestamp turns on microsecond ticks since Linux 6.7. In an image of an older kernel it is
     /// noise, so it counts only where the route asks for such ticks, which connect() has looked up.
     fn timestamp(&self) -> Result<(), SysError> {
-        let Some(mut tsval) = self.tcp.options.timestamp else { return Ok(()) };
+        let Some(mut tsval) = self.tcp.negotiated.timestamp else { return Ok(()) };
         if tsval & 1 != 0 && tcp::timestamp(self.fd)? & 1 == 0 {
             tsval &= !1;
         }
@@ -364,13 +366,13 @@ impl Restoring<'_> {
 
     fn deliver(&self, fin: bool, seq: u32, ack: u32, reaches: State) -> Result<(), RestoreError> {
         let port = self.sys(addr::local(self.fd))?.port();
-        let scale = self.tcp.options.wscale.map_or(0, |scale| scale.snd);
+        let scale = self.tcp.negotiated.wscale.map_or(0, |scale| scale.snd);
         let segment = Segment {
-            tuple: fin::with_local_port(self.tuple, port),
+            tuple: forge::with_local_port(self.tuple, port),
             fin,
             seq,
             ack,
-            window: fin::header_window(self.tcp.window.map_or(0, |window| window.snd_wnd), scale),
+            window: forge::header_window(self.tcp.window.map_or(0, |window| window.snd_wnd), scale),
         };
         self.forge
             .deliver(self.fd, &segment, reaches)
@@ -400,7 +402,7 @@ impl<'fd> RoomForQueues<'fd> {
     ///
     /// # Errors
     /// The kernel's answer.
-    pub fn make(fd: BorrowedFd<'fd>, tcp: &TcpState) -> Result<Option<Self>, SysError> {
+    pub fn make(fd: BorrowedFd<'fd>, tcp: &ControlBlock) -> Result<Option<Self>, SysError> {
         use sockopt::Buffer::{Receive, Send};
         if tcp.recv_len == 0 && tcp.send_len == 0 {
             return Ok(None);

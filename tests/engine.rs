@@ -8,18 +8,19 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use nix::sys::socket::MsgFlags;
-use soccr::checkpoint::{Paused, Probe, SaveError, four_tuple};
-use soccr::connection::{FourTuple, Queues, State, TcpState, Window};
-use soccr::fin::Forge;
+use soccr::checkpoint::SaveError;
+use soccr::connection::{ControlBlock, FourTuple, Queues, State, Window};
+use soccr::forge::Forge;
 use soccr::kernel::netns::NetNs;
 use soccr::kernel::{sockopt, tcp};
 use soccr::lock::{LockName, LockOptions, NetworkLock};
+use soccr::repair::{Paused, Probe, four_tuple};
 use soccr::restore::RoomForQueues;
 use support::{connected, expect_bytes, in_own_network, pattern};
 
 struct Saved {
     tuple: FourTuple,
-    tcp: TcpState,
+    tcp: ControlBlock,
     queues: Queues,
     domain: i32,
     mss: u32,
@@ -57,7 +58,7 @@ fn build_and(saved: &Saved, compare: Compare) -> TcpStream {
     let forge = Forge::new();
     paused
         .restore(&saved.tuple, &saved.tcp, &saved.queues.recv, &saved.queues.send, &forge)
-        .unwrap_or_else(|error| panic!("restore: {error}"));
+        .unwrap_or_else(|error| panic!("{}", soccr::chain(&error)));
     forge.finish().expect("no rule left");
     if compare == Compare::All {
         check_same(&paused, saved);
@@ -73,9 +74,9 @@ fn build_and(saved: &Saved, compare: Compare) -> TcpStream {
 fn check_same<F: AsFd>(paused: &Paused<F>, saved: &Saved) {
     let mut queues = Queues::default();
     let mut again = paused.save(&mut queues).expect("save again");
-    again.options.timestamp = saved.tcp.options.timestamp;
+    again.negotiated.timestamp = saved.tcp.negotiated.timestamp;
     // ECN is agreed on in the SYN segments and has no place in the repair options.
-    again.options.mask |= saved.tcp.options.mask & !7;
+    again.negotiated.mask |= saved.tcp.negotiated.mask & !7;
     if let (Some(before), Some(after)) = (&saved.tcp.window, &mut again.window) {
         forget_late_ack(before, after, &saved.tcp);
     }
@@ -85,7 +86,7 @@ fn check_same<F: AsFd>(paused: &Paused<F>, saved: &Saved) {
 
 /// The kernel acknowledges a forged FIN by a timer, which may be over by now: with it goes a new window, whose right edge is
 /// not before the old one.
-fn forget_late_ack(before: &Window, after: &mut Window, tcp: &TcpState) {
+fn forget_late_ack(before: &Window, after: &mut Window, tcp: &ControlBlock) {
     if tcp.state.fin_received() && after.rcv_wup == tcp.rcv_nxt && after.rcv_wup != before.rcv_wup {
         let edge = |window: &Window| window.rcv_wup.wrapping_add(window.rcv_wnd);
         assert!(edge(after).wrapping_sub(edge(before)) < 1 << 31, "{after:?} is less than {before:?}");
@@ -416,7 +417,7 @@ fn a_connection_with_an_owner_is_left_alone() {
         let again = sockopt::socket(libc::AF_INET, libc::SOCK_STREAM, libc::IPPROTO_TCP).expect("socket");
         let paused = Paused::pause(again).expect("pause");
         let error = paused.restore(&tuple, &tcp, &[], &[], &Forge::new()).expect_err("it is there already");
-        assert!(error.to_string().contains("EADDRNOTAVAIL"), "{error}");
+        assert!(soccr::chain(&error).contains("EADDRNOTAVAIL"), "{error}");
         drop(paused.release());
         ours.write_all(b"alive").expect("write");
         expect_bytes(&mut theirs, b"alive");

@@ -138,17 +138,17 @@ fn streams_hold_state_and_queues() {
         let (tcp, queues) = read(8001);
         assert_eq!(queues, Queues { recv: b"unread".to_vec(), send: b"in flightnever sent".to_vec() });
         assert_eq!((tcp.recv_len, tcp.send_len, tcp.unsent_len), (6, 19, 10));
-        assert_eq!(tcp.options.mask & 7, OPT_TIMESTAMPS | OPT_SACK | OPT_WSCALE);
-        assert_eq!(tcp.options.mss_clamp, 65495); // loopback's MTU less the headers
-        assert!(tcp.options.timestamp.is_some());
-        let (scale, window) = (tcp.options.wscale.unwrap(), tcp.window.unwrap());
+        assert_eq!(tcp.negotiated.mask & 7, OPT_TIMESTAMPS | OPT_SACK | OPT_WSCALE);
+        assert_eq!(tcp.negotiated.mss_clamp, 65495); // loopback's MTU less the headers
+        assert!(tcp.negotiated.timestamp.is_some());
+        let (scale, window) = (tcp.negotiated.wscale.unwrap(), tcp.window.unwrap());
         assert_eq!(scale.snd, scale.rcv);
         assert!(scale.snd > 0 && window.rcv_wnd > 0 && window.snd_wnd <= window.max_window);
 
         let (tcp, queues) = read(8002);
         assert_eq!(queues, Queues { recv: b"last words".to_vec(), send: Vec::new() });
         assert_eq!((tcp.state, tcp.recv_len, tcp.unsent_len), (State::CloseWait, 10, 0));
-        assert_eq!((tcp.options.wscale, tcp.options.timestamp), (None, None));
+        assert_eq!((tcp.negotiated.wscale, tcp.negotiated.timestamp), (None, None));
 
         for port in [8003, 8004, 8005, 8006] {
             assert_eq!(read(port).1, Queues::default());
@@ -287,7 +287,7 @@ fn errors_say_where() {
     std::fs::write(folder.path().join("fdinfo-2.img"), &fdinfo).unwrap();
     let error = Index::read(&dir).unwrap_err();
     assert!(matches!(error, ImageError::Malformed { offset: 4, fault: Fault::Magic { .. }, .. }));
-    assert_eq!(error.to_string(), "image fdinfo-2.img, byte 4: magic 0x56213733, expected 0x56213732");
+    assert_eq!(soccr::chain(&error), "image fdinfo-2.img, byte 4: magic 0x56213733, expected 0x56213732");
 
     std::fs::remove_file(folder.path().join("pstree.img")).unwrap();
     assert_eq!(Index::read(&dir).unwrap_err().to_string(), "image pstree.img is missing");

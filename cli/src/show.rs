@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail};
 use serde::Serialize;
-use soccr::connection::{FourTuple, Queues, TcpState};
+use soccr::connection::{ControlBlock, FourTuple, Queues};
 use soccr::criu::image::ImageDir;
 use soccr::criu::image::external::ExternalImage;
 use soccr::criu::image::index::Index;
@@ -109,7 +109,7 @@ fn from_index(dir: &ImageDir, index: &Index) -> Result<Vec<Connection>> {
     Ok(connections)
 }
 
-fn connection(tuple: &FourTuple, tcp: &TcpState) -> Connection {
+fn connection(tuple: &FourTuple, tcp: &ControlBlock) -> Connection {
     Connection {
         local: tuple.local.to_string(),
         remote: tuple.remote.to_string(),
@@ -117,7 +117,7 @@ fn connection(tuple: &FourTuple, tcp: &TcpState) -> Connection {
         receive_queue: tcp.recv_len,
         send_queue: tcp.send_len,
         unsent: tcp.unsent_len,
-        mss: tcp.options.mss_clamp,
+        mss: tcp.negotiated.mss_clamp,
         inode: None,
         net_ns_id: None,
         owners: Vec::new(),

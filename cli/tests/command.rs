@@ -12,13 +12,13 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 
 use serde_json::{Value, json};
-use soccr::checkpoint::four_tuple;
 use soccr::criu::record::{ConnectionRecord, LockRecord, NsId, Phase, Recorder};
 use soccr::criu::tasks::{Finder, ProcessId, Task};
 use soccr::kernel::netns::NetNs;
 use soccr::kernel::sockopt;
 use soccr::kernel::tcp::{self, Repair};
 use soccr::lock::{self, LockName, LockOptions, Method, NetworkLock};
+use soccr::repair::four_tuple;
 use support::{connected, expect_bytes, in_own_network, pattern};
 
 const NFTABLES: LockOptions = LockOptions { method: Method::Nftables, lease: None };
@@ -367,4 +367,10 @@ fn images_show_their_connections() {
     assert!(table.contains("(in flight)") && table.contains("ESTABLISHED"), "{table}");
     let nothing = host.refused(&["show", host.dir.path().to_str().expect("a plain path")]);
     assert!(nothing.contains("there are no images"), "{nothing}");
+}
+
+#[test]
+fn a_cause_is_told_once() {
+    let said = Host::new().refused(&["show", "/nonexistent/images"]);
+    assert_eq!(said.matches("No such file or directory").count(), 1, "{said}");
 }

@@ -4,12 +4,12 @@
 
 use std::os::fd::{AsFd, BorrowedFd, IntoRawFd};
 
-use soccr::checkpoint::{Paused, four_tuple};
 use soccr::connection::Queues;
 use soccr::criu::image::ImageDir;
 use soccr::criu::image::external::ExternalImage;
-use soccr::fin::Forge;
+use soccr::forge::Forge;
 use soccr::kernel::sockopt;
+use soccr::repair::{Paused, four_tuple};
 use soccr::restore::RoomForQueues;
 
 /// The descriptor, if a TCP connection is behind it.
@@ -28,20 +28,20 @@ pub fn tcp_socket<'fd>(fd: i32) -> Option<BorrowedFd<'fd>> {
 /// # Errors
 /// What went wrong with which connection.
 pub fn restore(images: BorrowedFd<'_>, id: i32) -> Result<Option<i32>, String> {
-    let images = ImageDir::duplicate(images).map_err(|error| error.to_string())?;
+    let images = ImageDir::duplicate(images).map_err(|error| soccr::chain(&error))?;
     let id = id.cast_unsigned();
     if !images.contains(&ExternalImage::name(id)) {
         return Ok(None);
     }
     let mut queues = Queues::default();
-    let image = ExternalImage::read(&images, id, &mut queues).map_err(|error| error.to_string())?;
-    build(&image, &queues).map(Some).map_err(|error| format!("{}: {error}", image.tuple))
+    let image = ExternalImage::read(&images, id, &mut queues).map_err(|error| soccr::chain(&error))?;
+    build(&image, &queues).map(Some).map_err(|error| soccr::chain(error.as_ref()))
 }
 
 fn build(image: &ExternalImage, queues: &Queues) -> Result<i32, Box<dyn std::error::Error>> {
     let domain = if image.tuple.local.is_ipv4() { libc::AF_INET } else { libc::AF_INET6 };
     let socket = sockopt::socket(domain, libc::SOCK_STREAM, libc::IPPROTO_TCP)?;
-    soccr::options::write(socket.as_fd(), &image.options)?;
+    soccr::kernel::options::write(socket.as_fd(), &image.options)?;
     let paused = Paused::pause(socket)?;
     let room = RoomForQueues::make(paused.socket(), &image.tcp)?;
     let forge = Forge::new();
@@ -54,6 +54,6 @@ fn build(image: &ExternalImage, queues: &Queues) -> Result<i32, Box<dyn std::err
     if let Some(room) = room {
         room.give_back()?;
     }
-    let socket = paused.release().ok_or("the socket is gone")?;
+    let socket = paused.release();
     Ok(socket.into_raw_fd())
 }

@@ -4,7 +4,7 @@ use std::error::Error;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use engine::checkpoint::QueueError;
-use engine::fin::ForgeError;
+use engine::forge::ForgeError;
 use engine::kernel::SysError;
 use libc::c_int;
 use nix::errno::Errno;
@@ -30,7 +30,7 @@ pub fn refuse(what: &str) -> c_int {
 
 /// Reports a failure and leaves its cause in errno, whatever the log function does to it.
 pub fn report(what: &str, error: &(dyn Error + 'static)) {
-    log::error!("{what}: {error}");
+    log::error!("{what}: {}", engine::chain(error));
     errno_of(error).unwrap_or(Errno::EINVAL).set();
 }
 

@@ -3,7 +3,7 @@
 use std::mem::size_of;
 
 use engine::connection::{
-    OPT_TIMESTAMPS, OPT_WSCALE, Options, State, TcpState, UnsupportedState, Window, WindowScale,
+    ControlBlock, Negotiated, OPT_TIMESTAMPS, OPT_WSCALE, State, UnsupportedState, Window, WindowScale,
 };
 use libc::{c_int, c_uint};
 
@@ -83,9 +83,9 @@ fn fits(data: *const libsoccr_sk_data, size: c_uint) -> bool {
     !data.is_null() && size as usize >= size_of::<libsoccr_sk_data>()
 }
 
-impl From<&TcpState> for libsoccr_sk_data {
-    fn from(tcp: &TcpState) -> Self {
-        let scale = tcp.options.wscale.unwrap_or_default();
+impl From<&ControlBlock> for libsoccr_sk_data {
+    fn from(tcp: &ControlBlock) -> Self {
+        let scale = tcp.negotiated.wscale.unwrap_or_default();
         let window = tcp.window.unwrap_or_default();
         Self {
             state: tcp.state as u32,
@@ -94,11 +94,11 @@ impl From<&TcpState> for libsoccr_sk_data {
             outq_len: tcp.send_len,
             outq_seq: tcp.write_seq,
             unsq_len: tcp.unsent_len,
-            opt_mask: tcp.options.mask,
-            mss_clamp: tcp.options.mss_clamp,
+            opt_mask: tcp.negotiated.mask,
+            mss_clamp: tcp.negotiated.mss_clamp,
             snd_wscale: scale.snd.into(),
             rcv_wscale: scale.rcv.into(),
-            timestamp: tcp.options.timestamp.unwrap_or(0),
+            timestamp: tcp.negotiated.timestamp.unwrap_or(0),
             flags: if tcp.window.is_some() { SOCCR_FLAGS_WINDOW } else { 0 },
             snd_wl1: window.snd_wl1,
             snd_wnd: window.snd_wnd,
@@ -120,7 +120,7 @@ pub enum DataError {
     Scale(u32),
 }
 
-impl TryFrom<&libsoccr_sk_data> for TcpState {
+impl TryFrom<&libsoccr_sk_data> for ControlBlock {
     type Error = DataError;
 
     fn try_from(data: &libsoccr_sk_data) -> Result<Self, DataError> {
@@ -131,7 +131,7 @@ impl TryFrom<&libsoccr_sk_data> for TcpState {
             send_len: data.outq_len,
             write_seq: data.outq_seq,
             unsent_len: data.unsq_len,
-            options: options(data)?,
+            negotiated: negotiated(data)?,
             window: (data.flags & SOCCR_FLAGS_WINDOW != 0).then_some(Window {
                 snd_wl1: data.snd_wl1,
                 snd_wnd: data.snd_wnd,
@@ -143,13 +143,13 @@ impl TryFrom<&libsoccr_sk_data> for TcpState {
     }
 }
 
-fn options(data: &libsoccr_sk_data) -> Result<Options, DataError> {
+fn negotiated(data: &libsoccr_sk_data) -> Result<Negotiated, DataError> {
     let wscale = if data.opt_mask & OPT_WSCALE == 0 {
         None
     } else {
         Some(WindowScale { snd: scale(data.snd_wscale)?, rcv: scale(data.rcv_wscale)? })
     };
-    Ok(Options {
+    Ok(Negotiated {
         mask: data.opt_mask,
         mss_clamp: data.mss_clamp,
         wscale,

@@ -2,10 +2,11 @@
 
 use std::os::fd::BorrowedFd;
 
-use engine::checkpoint::{Paused, Probe, QueueError, SaveError, SavedQueue};
-use engine::connection::{FourTuple, TcpState};
-use engine::fin::Forge;
+use engine::checkpoint::{QueueError, SaveError, SavedQueue};
+use engine::connection::{ControlBlock, FourTuple};
+use engine::forge::Forge;
 use engine::kernel::{SysError, addr, tcp::Queue};
+use engine::repair::{Paused, Probe};
 use libc::{c_char, c_int};
 use nix::errno::Errno;
 
@@ -160,7 +161,7 @@ impl libsoccr_sk {
     }
 
     unsafe fn try_restore(&self, data: &libsoccr_sk_data) -> Result<(), Box<dyn std::error::Error>> {
-        let tcp = TcpState::try_from(data)?;
+        let tcp = ControlBlock::try_from(data)?;
         // SAFETY: the caller's promise, for the addresses and the bytes.
         let (tuple, recv, send) = unsafe {
             (

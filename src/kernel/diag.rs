@@ -6,7 +6,7 @@ use nix::errno::Errno;
 
 use super::netlink::NetlinkSocket;
 use super::{SysError, SysResult};
-use crate::connection::FourTuple;
+use crate::four_tuple::FourTuple;
 
 const SOCK_DIAG_BY_FAMILY: u16 = 20;
 const SOCK_DESTROY: u16 = 21;

@@ -8,6 +8,7 @@ pub mod addr;
 pub mod diag;
 pub mod netlink;
 pub mod netns;
+pub mod options;
 mod page;
 pub mod process;
 pub mod raw;

@@ -8,7 +8,6 @@ use nix::errno::Errno;
 
 use super::sockopt::{Plain, get, set, set_slice};
 use super::{SysError, SysResult, addr, check, page};
-use crate::connection::Window;
 
 const TCP_REPAIR: i32 = 19;
 const TCP_REPAIR_QUEUE: i32 = 20;
@@ -90,33 +89,44 @@ pub fn set_queue_seq(fd: BorrowedFd<'_>, seq: u32) -> SysResult<()> {
     set(fd, libc::SOL_TCP, TCP_QUEUE_SEQ, &seq, "set TCP_QUEUE_SEQ")
 }
 
-/// `struct tcp_repair_window` of linux/tcp.h.
-#[derive(Clone, Copy)]
+/// `struct tcp_repair_window` (Linux 4.8).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 #[repr(C)]
-struct RepairWindow {
-    snd_wl1: u32,
-    snd_wnd: u32,
-    max_window: u32,
-    rcv_wnd: u32,
-    rcv_wup: u32,
+pub struct Window {
+    /// Sequence of the segment that last updated `snd_wnd` (SND.WL1).
+    pub snd_wl1: u32,
+    /// The peer's receive window, in bytes.
+    pub snd_wnd: u32,
+    /// The largest window the peer ever announced, in bytes.
+    pub max_window: u32,
+    /// Our receive window, in bytes.
+    pub rcv_wnd: u32,
+    /// `rcv_nxt` when our window was last announced.
+    pub rcv_wup: u32,
 }
-const _: () = assert!(size_of::<RepairWindow>() == 20);
+
+impl Window {
+    /// 65535 times 2¹⁴: what a header can announce with the largest shift of RFC 7323.
+    pub const LARGEST: u32 = 65_535 << 14;
+
+    /// Whether one of them is larger than can be announced.
+    #[must_use]
+    pub fn is_too_large(&self) -> bool {
+        [self.snd_wnd, self.max_window, self.rcv_wnd].into_iter().any(|window| window > Self::LARGEST)
+    }
+}
+
+const _: () = assert!(size_of::<Window>() == 20);
 // SAFETY: five u32, no padding.
-unsafe impl Plain for RepairWindow {}
+unsafe impl Plain for Window {}
 
 /// The five window fields; `None` on a kernel before 4.8, which has no such option.
 ///
 /// # Errors
 /// EPERM outside repair mode.
 pub fn window(fd: BorrowedFd<'_>) -> SysResult<Option<Window>> {
-    match get::<RepairWindow>(fd, libc::SOL_TCP, TCP_REPAIR_WINDOW, "get TCP_REPAIR_WINDOW") {
-        Ok(w) => Ok(Some(Window {
-            snd_wl1: w.snd_wl1,
-            snd_wnd: w.snd_wnd,
-            max_window: w.max_window,
-            rcv_wnd: w.rcv_wnd,
-            rcv_wup: w.rcv_wup,
-        })),
+    match get(fd, libc::SOL_TCP, TCP_REPAIR_WINDOW, "get TCP_REPAIR_WINDOW") {
+        Ok(window) => Ok(Some(window)),
         Err(SysError { errno: Errno::ENOPROTOOPT, .. }) => Ok(None),
         Err(error) => Err(error),
     }
@@ -126,15 +136,8 @@ pub fn window(fd: BorrowedFd<'_>) -> SysResult<Option<Window>> {
 ///
 /// # Errors
 /// EINVAL when `snd_wl1` lies beyond our receive window or `rcv_wup` beyond rcv_nxt.
-pub fn set_window(fd: BorrowedFd<'_>, w: &Window) -> SysResult<()> {
-    let value = RepairWindow {
-        snd_wl1: w.snd_wl1,
-        snd_wnd: w.snd_wnd,
-        max_window: w.max_window,
-        rcv_wnd: w.rcv_wnd,
-        rcv_wup: w.rcv_wup,
-    };
-    set(fd, libc::SOL_TCP, TCP_REPAIR_WINDOW, &value, "set TCP_REPAIR_WINDOW")
+pub fn set_window(fd: BorrowedFd<'_>, window: &Window) -> SysResult<()> {
+    set(fd, libc::SOL_TCP, TCP_REPAIR_WINDOW, window, "set TCP_REPAIR_WINDOW")
 }
 
 /// One negotiated option for [`set_options`].
@@ -249,7 +252,7 @@ pub fn has_upper_layer(fd: BorrowedFd<'_>) -> SysResult<bool> {
 /// What is needed of `struct tcp_info`.
 #[derive(Clone, Copy, Debug)]
 pub struct Info {
-    /// The state's number, as [`crate::connection::State`] has it.
+    /// The state.
     pub state: u8,
     /// `TCPI_OPT_*` bits.
     pub options: u8,
@@ -518,4 +521,16 @@ pub enum Direction {
 pub fn shutdown(fd: BorrowedFd<'_>, direction: Direction) -> SysResult<()> {
     // SAFETY: no pointers.
     check("shut down", unsafe { libc::shutdown(fd.as_raw_fd(), direction as i32) }).map(drop)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn windows_that_can_be_announced() {
+        let large = |window: u32| Window { rcv_wnd: window, ..Window::default() }.is_too_large();
+        assert!(!large(1 << 29) && !large(Window::LARGEST));
+        assert!(large(Window::LARGEST + 1) && large(u32::MAX));
+    }
 }

@@ -7,7 +7,7 @@ use std::net::SocketAddr;
 
 use super::xtables::{Family, XtablesError};
 use super::{LockError, LockInfo, LockName, MARK, Method};
-use crate::connection::FourTuple;
+use crate::four_tuple::FourTuple;
 use crate::kernel::netns::NetNs;
 
 const CHAIN_PREFIX: &str = "SOCCR-";

@@ -20,6 +20,7 @@
 //! # Ok(()) }
 //! ```
 
+mod error;
 mod iptables;
 mod name;
 mod nft;
@@ -27,9 +28,10 @@ mod options;
 pub mod passage;
 pub(crate) mod xtables;
 
-use crate::connection::FourTuple;
+use crate::four_tuple::FourTuple;
 use crate::kernel::netns::NetNs;
 
+pub use error::LockError;
 pub use name::{BadLockName, LockName};
 pub(crate) use nft::fuzzing::read_answers;
 pub use nft::{MARK, NftError};
@@ -37,50 +39,6 @@ pub(crate) use options::variable;
 pub use options::{BadOption, LEASE_VARIABLE, LockOptions, METHOD_VARIABLE, Method};
 pub use passage::Passage;
 pub use xtables::XtablesError;
-
-/// A lock could not be set, changed, listed or removed.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum LockError {
-    /// The kernel has no nf_tables.
-    #[error(
-        "cannot {action} in {ns}: this kernel has no nf_tables; load the modules nf_tables and nf_tables_inet, \
-         or choose iptables with {METHOD_VARIABLE}=iptables"
-    )]
-    NoNftables {
-        /// What was tried, with the lock's name.
-        action: String,
-        /// The namespace.
-        ns: NetNs,
-    },
-    /// nf_tables failed; nothing was changed.
-    #[error("cannot {action} in {ns}")]
-    Nftables {
-        /// What was tried, with the lock's name.
-        action: String,
-        /// The namespace.
-        ns: NetNs,
-        /// Why.
-        source: NftError,
-    },
-    /// iptables or ip6tables failed. Each changes all or nothing, and what iptables did is undone
-    /// as far as possible when ip6tables fails.
-    #[error("cannot {action} in {ns}")]
-    Iptables {
-        /// What was tried, with the lock's name.
-        action: String,
-        /// The namespace.
-        ns: NetNs,
-        /// Why.
-        source: XtablesError,
-    },
-    /// Only nf_tables can end a lock by itself.
-    #[error("a lease ({LEASE_VARIABLE}) needs {METHOD_VARIABLE}=nftables: iptables rules do not expire")]
-    LeaseNeedsNftables,
-    /// One end is IPv4, the other IPv6: no packet looks like that.
-    #[error("cannot lock {0}: its ends are of different families")]
-    MixedFamilies(FourTuple),
-}
 
 /// A lock that was found in a namespace.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -177,7 +135,7 @@ impl Drop for NetworkLock {
             return;
         }
         if let Err(error) = remove(&self.ns, self.options.method, &self.name) {
-            log::error!("the network lock stays: {}", crate::lock::chain(&error));
+            log::error!("the network lock stays: {}", crate::chain(&error));
         }
     }
 }
@@ -229,10 +187,4 @@ pub fn list(ns: &NetNs) -> Result<Vec<LockInfo>, LockError> {
     let mut locks = nft::list(ns)?;
     locks.extend(iptables::list(ns)?);
     Ok(locks)
-}
-
-/// An error with all its causes, in one line.
-pub(crate) fn chain(error: &dyn std::error::Error) -> String {
-    let causes = std::iter::successors(Some(error), |e| e.source());
-    causes.map(ToString::to_string).collect::<Vec<_>>().join(": ")
 }

@@ -81,7 +81,7 @@ impl Drop for Passage {
             return;
         }
         if let Err(error) = remove(&self.ns, |comment| comment == self.comment) {
-            log::error!("a way through the firewall stays open: {}", super::chain(&error));
+            log::error!("a way through the firewall stays open: {}", crate::chain(&error));
         }
     }
 }

@@ -8,12 +8,12 @@ use std::path::{Path, PathBuf};
 use nix::sys::socket::{
     AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, recv, send, setsockopt, socket, sockopt,
 };
-use soccr::connection::{FourTuple, Options, State, TcpState};
+use soccr::connection::{ControlBlock, FourTuple, Negotiated, State};
 use soccr::criu::image::ImageDir;
 use soccr::criu::image::external::ExternalImage;
 use soccr::kernel::netns::NetNs;
+use soccr::kernel::options::SocketOption;
 use soccr::lock::{LockName, LockOptions, Method, NetworkLock};
-use soccr::options::SocketOption;
 
 use crate::support::in_own_network;
 use crate::targets::{TARGETS, archive_of};
@@ -46,14 +46,14 @@ pub fn contents(folder: &Path) -> BTreeMap<String, Vec<u8>> {
 pub fn external(local: &str, remote: &str) -> ExternalImage {
     ExternalImage {
         tuple: FourTuple { local: local.parse().unwrap(), remote: remote.parse().unwrap() },
-        tcp: TcpState {
+        tcp: ControlBlock {
             state: State::CloseWait,
             recv_len: 4,
             rcv_nxt: 1,
             send_len: 4,
             write_seq: 2,
             unsent_len: 1,
-            options: Options { mask: 1, mss_clamp: 1440, wscale: None, timestamp: Some(9) },
+            negotiated: Negotiated { mask: 1, mss_clamp: 1440, wscale: None, timestamp: Some(9) },
             window: None,
         },
         options: vec![SocketOption { level: 6, name: 1, value: vec![1, 0, 0, 0] }],

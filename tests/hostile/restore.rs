@@ -7,14 +7,14 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use soccr::checkpoint::{Paused, Probe};
-use soccr::connection::{FourTuple, Queues, State, TcpState, Window, WindowScale};
+use soccr::connection::{ControlBlock, FourTuple, Queues, State, Window, WindowScale};
 use soccr::criu::image::tcp_stream::TcpStreamImage;
 use soccr::criu::image::{ImageDir, ImageError};
-use soccr::fin::Forge;
+use soccr::forge::Forge;
 use soccr::kernel::netns::NetNs;
 use soccr::kernel::sockopt;
 use soccr::lock::{self, LockName, LockOptions, Method, NetworkLock};
+use soccr::repair::{Paused, Probe};
 use soccr::restore::{RestoreError, RoomForQueues};
 
 use crate::mutate::{Random, mutated};
@@ -38,7 +38,7 @@ const SLOW: Duration = Duration::from_secs(5);
 struct Victim {
     folder: tempfile::TempDir,
     tuple: FourTuple,
-    tcp: TcpState,
+    tcp: ControlBlock,
     queues: Queues,
     domain: i32,
     peer: TcpStream,
@@ -71,14 +71,19 @@ impl Victim {
     }
 
     /// Restores and closes again, silently.
-    fn try_restore(&self, tuple: &FourTuple, tcp: &TcpState, queues: &Queues) -> Result<(), RestoreError> {
+    fn try_restore(
+        &self,
+        tuple: &FourTuple,
+        tcp: &ControlBlock,
+        queues: &Queues,
+    ) -> Result<(), RestoreError> {
         self.restore(tuple, tcp, queues).map(|paused| drop(paused.release()))
     }
 
     fn restore(
         &self,
         tuple: &FourTuple,
-        tcp: &TcpState,
+        tcp: &ControlBlock,
         queues: &Queues,
     ) -> Result<Paused<OwnedFd>, RestoreError> {
         let start = Instant::now();
@@ -160,7 +165,7 @@ fn mutated_images_are_refused_or_restored() {
     });
 }
 
-fn read(folder: &Path, content: &[u8], state: State) -> Result<(TcpState, Queues), ImageError> {
+fn read(folder: &Path, content: &[u8], state: State) -> Result<(ControlBlock, Queues), ImageError> {
     std::fs::write(folder.join(TcpStreamImage::name(2)), content).unwrap();
     let mut queues = Queues::default();
     let image = TcpStreamImage::read(&ImageDir::open(folder).unwrap(), 2, state, &mut queues)?;
@@ -195,23 +200,23 @@ fn extreme_fields_are_refused_or_restored() {
 }
 
 /// The connection in another state, with such queues as it can have there.
-fn plausible(tcp: TcpState, state: State) -> TcpState {
+fn plausible(tcp: ControlBlock, state: State) -> ControlBlock {
     let nothing_to_send = state.fin_acked() || state == State::SynSent;
     let (send_len, unsent_len) = if nothing_to_send { (0, 0) } else { (tcp.send_len, tcp.unsent_len) };
     let (recv_len, window) = if state == State::SynSent { (0, None) } else { (tcp.recv_len, tcp.window) };
-    TcpState { state, recv_len, send_len, unsent_len, window, ..tcp }
+    ControlBlock { state, recv_len, send_len, unsent_len, window, ..tcp }
 }
 
-const EXTREMES: [fn(&mut TcpState); 22] = [
+const EXTREMES: [fn(&mut ControlBlock); 22] = [
     |_| (),
-    |tcp| tcp.options.mss_clamp = 0,
-    |tcp| tcp.options.mss_clamp = 1,
-    |tcp| tcp.options.mss_clamp = 65_535,
-    |tcp| tcp.options.wscale = Some(WindowScale { snd: 14, rcv: 14 }),
-    |tcp| tcp.options.wscale = None,
-    |tcp| tcp.options.timestamp = None,
-    |tcp| tcp.options.timestamp = Some(u32::MAX),
-    |tcp| tcp.options.mask = 0xff,
+    |tcp| tcp.negotiated.mss_clamp = 0,
+    |tcp| tcp.negotiated.mss_clamp = 1,
+    |tcp| tcp.negotiated.mss_clamp = 65_535,
+    |tcp| tcp.negotiated.wscale = Some(WindowScale { snd: 14, rcv: 14 }),
+    |tcp| tcp.negotiated.wscale = None,
+    |tcp| tcp.negotiated.timestamp = None,
+    |tcp| tcp.negotiated.timestamp = Some(u32::MAX),
+    |tcp| tcp.negotiated.mask = 0xff,
     |tcp| (tcp.rcv_nxt, tcp.write_seq) = (0, 0),
     |tcp| (tcp.rcv_nxt, tcp.write_seq) = (u32::MAX, u32::MAX),
     |tcp| tcp.write_seq = tcp.write_seq.wrapping_add(1 << 31),
@@ -227,7 +232,7 @@ const EXTREMES: [fn(&mut TcpState); 22] = [
     |tcp| window(tcp, |window| window.rcv_wnd = Window::LARGEST),
 ];
 
-fn window(tcp: &mut TcpState, change: impl Fn(&mut Window)) {
+fn window(tcp: &mut ControlBlock, change: impl Fn(&mut Window)) {
     tcp.window.iter_mut().for_each(change);
 }
 
@@ -236,24 +241,31 @@ fn window(tcp: &mut TcpState, change: impl Fn(&mut Window)) {
 fn contradictions_are_refused_by_name() {
     in_own_network(|| {
         let victim = Victim::on("127.0.0.1:0");
-        let refusal = |tuple: &FourTuple, tcp: &TcpState| {
-            victim.try_restore(tuple, tcp, &victim.queues).expect_err("it must be refused").to_string()
+        let refusal = |tuple: &FourTuple, tcp: &ControlBlock| {
+            let error = victim.try_restore(tuple, tcp, &victim.queues).expect_err("it must be refused");
+            soccr::chain(&error)
         };
         let good = victim.tcp;
         for (change, reason) in [
-            (TcpState { state: State::SynSent, ..good }, "SYN_SENT"),
-            (TcpState { state: State::FinWait2, ..good }, "has acknowledged"),
-            (TcpState { recv_len: u32::MAX, ..good }, "receive queue"),
-            (TcpState { send_len: u32::MAX, ..good }, "send queue"),
-            (TcpState { unsent_len: u32::MAX, ..good }, "unsent"),
+            (ControlBlock { state: State::SynSent, ..good }, "SYN_SENT"),
+            (ControlBlock { state: State::FinWait2, ..good }, "has acknowledged"),
+            (ControlBlock { recv_len: u32::MAX, ..good }, "receive queue"),
+            (ControlBlock { send_len: u32::MAX, ..good }, "send queue"),
+            (ControlBlock { unsent_len: u32::MAX, ..good }, "unsent"),
             (
                 {
                     let wscale = Some(WindowScale { snd: 15, rcv: 0 });
-                    TcpState { options: soccr::connection::Options { wscale, ..good.options }, ..good }
+                    ControlBlock {
+                        negotiated: soccr::connection::Negotiated { wscale, ..good.negotiated },
+                        ..good
+                    }
                 },
                 "scale",
             ),
-            (TcpState { window: Some(Window { snd_wnd: u32::MAX, ..Window::default() }), ..good }, "window"),
+            (
+                ControlBlock { window: Some(Window { snd_wnd: u32::MAX, ..Window::default() }), ..good },
+                "window",
+            ),
         ] {
             let error = refusal(&victim.tuple, &change);
             assert!(error.contains(reason), "{error}");

@@ -8,7 +8,6 @@ use std::os::unix::fs::{PermissionsExt, symlink};
 use std::sync::{Mutex, PoisonError};
 
 use nix::sys::stat::{Mode, umask};
-use soccr::checkpoint::Paused;
 use soccr::connection::{Queues, State};
 use soccr::criu::image::external::ExternalImage;
 use soccr::criu::image::index::Index;
@@ -16,10 +15,11 @@ use soccr::criu::image::inventory::{Inventory, release_to_stock};
 use soccr::criu::image::nftables::strip_table;
 use soccr::criu::image::tcp_stream::TcpStreamImage;
 use soccr::criu::image::{ImageDir, ImageError};
-use soccr::fin::Forge;
+use soccr::forge::Forge;
 use soccr::kernel::netns::NetNs;
 use soccr::kernel::sockopt;
 use soccr::lock::{LockName, LockOptions, Method, NetworkLock};
+use soccr::repair::Paused;
 
 use crate::corpus::{contents, external, golden};
 use crate::support::{connected, expect_bytes, in_own_network};
@@ -204,5 +204,5 @@ fn errors(dir: &ImageDir, names: &[String]) -> Vec<String> {
     }
     errors.extend(strip_table(dir, "inet", "quiet").err());
     errors.extend(release_to_stock(dir, None).err());
-    errors.into_iter().map(|error| error.to_string()).collect()
+    errors.iter().map(|error| soccr::chain(error)).collect()
 }

@@ -3,16 +3,16 @@
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, OwnedFd};
 
-use soccr::checkpoint::Paused;
 use soccr::connection::{FourTuple, Queues, State};
 use soccr::criu::image::ImageDir;
 use soccr::criu::image::index::{Index, InetConnection};
 use soccr::criu::image::tcp_stream::TcpStreamImage;
 use soccr::criu::tasks::Task;
-use soccr::fin::Forge;
+use soccr::forge::Forge;
 use soccr::kernel::netns::NetNs;
 use soccr::kernel::tcp::Direction;
 use soccr::kernel::{SysError, addr, sockopt, tcp};
+use soccr::repair::Paused;
 use soccr::restore::RoomForQueues;
 
 use super::AgentError;

@@ -12,8 +12,7 @@ use std::os::fd::{AsFd, OwnedFd};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::unistd::getppid;
-use soccr::checkpoint::{Paused, Probe};
-use soccr::connection::{FourTuple, Queues, TcpState};
+use soccr::connection::{ControlBlock, FourTuple, Queues};
 use soccr::criu::image::ImageDir;
 use soccr::criu::image::external::ExternalImage;
 use soccr::criu::image::tcp_stream::TcpStreamImage;
@@ -21,6 +20,7 @@ use soccr::criu::record::{ConnectionRecord, LockRecord, NsId, Phase as Recorded,
 use soccr::criu::tasks::{self, FindError, Finder, Found, Place, Task};
 use soccr::kernel::netns::NetNs;
 use soccr::lock::{LockName, LockOptions, Method, NetworkLock};
+use soccr::repair::{Paused, Probe};
 
 use super::error::chain;
 use super::logger::answering;
@@ -399,7 +399,7 @@ impl Dump {
     }
 
     /// Reads the connection into `queues` and leaves the socket as it was.
-    fn read(&mut self, found: &Found) -> Result<TcpState, AgentError> {
+    fn read(&mut self, found: &Found) -> Result<ControlBlock, AgentError> {
         let paused = Paused::pause(found.socket.as_fd())?;
         fault::point("dump.paused")?;
         let tcp = paused.save(&mut self.queues);
@@ -428,7 +428,7 @@ impl Dump {
         let image = ExternalImage {
             tuple: found.tuple,
             tcp,
-            options: soccr::options::read(found.socket.as_fd()),
+            options: soccr::kernel::options::read(found.socket.as_fd()),
             shut_rd: false,
             usec_ts_known: false,
             lock_id: Some(self.lock_name.id().to_owned()),
@@ -469,7 +469,7 @@ impl Dump {
             let _ = fault::point("dump.closing");
             match Paused::pause(held.socket.as_fd()) {
                 Ok(paused) => drop(paused.release()),
-                Err(error) => log::error!("{}: closed aloud: {error}", held.tuple),
+                Err(error) => log::error!("{}: closed aloud: {}", held.tuple, chain(&error)),
             }
         }
         let _ = fault::point("dump.closed");

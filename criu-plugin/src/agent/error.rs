@@ -1,7 +1,8 @@
 //! What can go wrong in the agent; each error names the connection, the task or the file.
 
 use procfs::ProcError;
-use soccr::checkpoint::{PauseError, SaveError};
+pub(super) use soccr::chain;
+use soccr::checkpoint::SaveError;
 use soccr::connection::FourTuple;
 use soccr::criu::image::ImageError;
 use soccr::criu::record::RecordError;
@@ -9,6 +10,7 @@ use soccr::criu::tasks::{FindError, Place};
 use soccr::kernel::SysError;
 use soccr::kernel::netns::NetNsError;
 use soccr::lock::{BadLockName, BadOption, LockError};
+use soccr::repair::PauseError;
 use soccr::restore::RestoreError;
 
 /// The agent cannot do what it was asked.
@@ -30,7 +32,7 @@ pub(super) enum AgentError {
     Pause(#[from] PauseError),
     #[error("{}", chain(.0))]
     Record(#[from] RecordError),
-    #[error("{source} ({place})")]
+    #[error("{} ({place})", chain(.source))]
     Save { place: Place, source: SaveError },
     #[error("{tuple} ({place}): {}", chain(.source))]
     Image { tuple: FourTuple, place: Place, source: ImageError },
@@ -56,15 +58,4 @@ pub(super) enum AgentError {
     Killed(i32),
     #[error("{0}")]
     Protocol(&'static str),
-}
-
-/// An error with all its causes.
-pub(super) fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text = format!("{text}: {error}");
-        cause = error.source();
-    }
-    text
 }

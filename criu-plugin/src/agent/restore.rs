@@ -17,7 +17,6 @@ use std::os::fd::{AsFd, OwnedFd};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::{Pid, getppid};
-use soccr::checkpoint::{self, Paused, Probe, four_tuple};
 use soccr::connection::{FourTuple, Queues};
 use soccr::criu::image::ImageDir;
 use soccr::criu::image::external::ExternalImage;
@@ -26,11 +25,12 @@ use soccr::criu::image::inventory::{self, NetworkLock as ImageLock};
 use soccr::criu::record::{self, ConnectionRecord, LockRecord, NsId, Phase, RecordId, Recorder};
 use soccr::criu::stock;
 use soccr::criu::tasks::{self, Fate, Task, in_flight};
-use soccr::fin::Forge;
+use soccr::forge::Forge;
 use soccr::kernel::netns::NetNs;
 use soccr::kernel::process::{self, RemoteFd};
 use soccr::kernel::{diag, sockopt, tcp};
 use soccr::lock::{self, LockError, LockName, LockOptions, Method, NetworkLock};
+use soccr::repair::{self, Paused, Probe, four_tuple};
 
 use super::AgentError;
 use super::build::{Builder, Built, Wanted, must_live};
@@ -151,7 +151,7 @@ impl Restore {
         ExternalImage::for_each(images, |image| {
             let lock = image.lock_id.as_deref().and_then(|id| LockName::criu(id).ok());
             dump_locks.extend(lock.filter(|name| !dump_locks.contains(name)));
-            external.insert(image.tuple, soccr::options::reuse_addr(&image.options));
+            external.insert(image.tuple, soccr::kernel::options::reuse_addr(&image.options));
         })?;
         let lock_name = lock_name(&index)?;
         let recorder = recorder(&index, &lock_name, images, criu)?;
@@ -377,8 +377,8 @@ impl Restore {
             || (),
             |(), awake| {
                 let _ = fault::point("restore.waking");
-                if let Err(error) = checkpoint::probe(awake.socket.as_fd(), awake.reuse_addr) {
-                    log::warn!("{error}: it waits for its peer to send");
+                if let Err(error) = repair::probe(awake.socket.as_fd(), awake.reuse_addr) {
+                    log::warn!("{}: it waits for its peer to send", chain(&error));
                 }
                 Ok::<_, Infallible>(())
             },
@@ -551,8 +551,8 @@ fn destroy_orphans(ns: &NetNs, tuples: &[FourTuple]) {
     match ns.run(|| diag::destroy_orphans(tuples)) {
         Ok(Ok(0)) => {}
         Ok(Ok(count)) => log::info!("{ns}: destroyed {count} orphans that held the connections' addresses"),
-        Ok(Err(error)) => log::warn!("{ns}: orphans may hold the connections' addresses: {error}"),
-        Err(error) => log::warn!("{ns}: orphans may hold the connections' addresses: {error}"),
+        Ok(Err(error)) => log::warn!("{ns}: orphans may hold the connections' addresses: {}", chain(&error)),
+        Err(error) => log::warn!("{ns}: orphans may hold the connections' addresses: {}", chain(&error)),
     }
 }
 
@@ -587,13 +587,13 @@ fn leave_repair(built: Built) -> Result<Awake, AgentError> {
     }
     let reuse_addr = paused.reuse_addr();
     let socket = paused.resume(Probe::None)?;
-    let socket = socket.ok_or(AgentError::Protocol("a guard without a socket"))?;
     Ok(Awake { socket, tuple, reuse_addr })
 }
 
 /// Only in repair mode a socket is closed without a word, and gives its addresses back at once.
 fn enter_repair(awake: Awake) -> Option<Built> {
     let Awake { socket, tuple, .. } = awake;
-    let paused = Paused::pause_only(socket).inspect_err(|error| log::error!("closed aloud: {error}")).ok()?;
+    let paused =
+        Paused::pause_only(socket).inspect_err(|error| log::error!("closed aloud: {}", chain(error))).ok()?;
     Some(Built::new(paused, tuple, None))
 }

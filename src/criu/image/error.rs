@@ -7,7 +7,7 @@ use std::io;
 #[non_exhaustive]
 pub enum ImageError {
     /// A system call failed.
-    #[error("cannot {call} image {file}: {source}")]
+    #[error("cannot {call} image {file}")]
     Io {
         /// What was tried.
         call: &'static str,
@@ -29,7 +29,7 @@ pub enum ImageError {
         file: String,
     },
     /// The content is wrong.
-    #[error("image {file}, byte {offset}: {fault}")]
+    #[error("image {file}, byte {offset}")]
     Malformed {
         /// The file's name inside the image directory.
         file: String,
@@ -81,7 +81,7 @@ pub enum Fault {
     #[error("{0} bytes too many")]
     Trailing(u64),
     /// The message is not valid protobuf, or a required field is missing.
-    #[error("{0}")]
+    #[error(transparent)]
     Message(#[from] protobuf::Error),
     /// The message is not valid protobuf at its very byte.
     #[error("not a protobuf field")]

@@ -12,8 +12,8 @@ use super::container::{Magic, Reader, head};
 use super::proto::soccr::{Soccr_connection_entry, Soccr_endpoint, Soccr_socket_option};
 use super::tcp_stream::{check_writable, clear, from_entry, read_queues, to_entry};
 use super::{Fault, ImageDir, ImageError};
-use crate::connection::{FourTuple, Queues, State, TcpState};
-use crate::options::SocketOption;
+use crate::connection::{ControlBlock, FourTuple, Queues, State};
+use crate::kernel::options::SocketOption;
 
 const VERSION: u32 = 1;
 
@@ -23,7 +23,7 @@ pub struct ExternalImage {
     /// Both ends.
     pub tuple: FourTuple,
     /// State, sequences, options negotiated, windows.
-    pub tcp: TcpState,
+    pub tcp: ControlBlock,
     /// Socket options, in the order to set them.
     pub options: Vec<SocketOption>,
     /// Whether the program has called `shutdown(SHUT_RD)`.
@@ -166,20 +166,21 @@ pub(super) fn port_of(port: u32, field: &'static str) -> Result<u16, Fault> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::connection::{OPT_TIMESTAMPS, Options};
+    use crate::connection::{Negotiated, OPT_TIMESTAMPS};
 
     fn image(local: &str, remote: &str) -> ExternalImage {
-        let options = Options { mask: OPT_TIMESTAMPS, mss_clamp: 1440, wscale: None, timestamp: Some(3) };
+        let negotiated =
+            Negotiated { mask: OPT_TIMESTAMPS, mss_clamp: 1440, wscale: None, timestamp: Some(3) };
         ExternalImage {
             tuple: FourTuple { local: local.parse().unwrap(), remote: remote.parse().unwrap() },
-            tcp: TcpState {
+            tcp: ControlBlock {
                 state: State::Closing,
                 recv_len: 1,
                 rcv_nxt: 7,
                 send_len: 2,
                 write_seq: 8,
                 unsent_len: 0,
-                options,
+                negotiated,
                 window: None,
             },
             options: vec![SocketOption { level: 6, name: 1, value: vec![1, 0, 0, 0] }],

@@ -4,7 +4,9 @@
 use super::container::{Magic, Reader, head};
 use super::proto::tcp_stream::Tcp_stream_entry;
 use super::{Fault, ImageDir, ImageError};
-use crate::connection::{OPT_TIMESTAMPS, OPT_WSCALE, Options, Queues, State, TcpState, Window, WindowScale};
+use crate::connection::{
+    ControlBlock, Negotiated, OPT_TIMESTAMPS, OPT_WSCALE, Queues, State, Window, WindowScale,
+};
 
 /// What a tcp-stream image tells about a connection besides the queues' bytes.
 ///
@@ -12,7 +14,7 @@ use crate::connection::{OPT_TIMESTAMPS, OPT_WSCALE, Options, Queues, State, TcpS
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TcpStreamImage {
     /// Sequences, options and windows.
-    pub tcp: TcpState,
+    pub tcp: ControlBlock,
     /// `TCP_CORK`, in images of CRIU before 3.19; newer ones have it in the socket's entry.
     pub cork: Option<bool>,
     /// `TCP_NODELAY`, likewise.
@@ -34,7 +36,7 @@ impl TcpStreamImage {
     pub fn write(
         dir: &ImageDir,
         ino: u32,
-        tcp: &TcpState,
+        tcp: &ControlBlock,
         recv: &[u8],
         send: &[u8],
     ) -> Result<(), ImageError> {
@@ -66,24 +68,28 @@ pub(super) fn clear(queues: &mut Queues) {
 }
 
 /// Reads the two queues, with which the file must end.
-pub(super) fn read_queues(mut reader: Reader, tcp: &TcpState, queues: &mut Queues) -> Result<(), ImageError> {
+pub(super) fn read_queues(
+    mut reader: Reader,
+    tcp: &ControlBlock,
+    queues: &mut Queues,
+) -> Result<(), ImageError> {
     reader.read_raw(tcp.recv_len.into(), &mut queues.recv)?;
     reader.read_raw(tcp.send_len.into(), &mut queues.send)?;
     reader.finish()
 }
 
 /// What keeps this connection from being written, if anything.
-pub(super) fn check_writable(tcp: &TcpState, recv: &[u8], send: &[u8]) -> Result<(), String> {
-    let options = &tcp.options;
+pub(super) fn check_writable(tcp: &ControlBlock, recv: &[u8], send: &[u8]) -> Result<(), String> {
+    let negotiated = &tcp.negotiated;
     let contradiction = if recv.len() as u64 != u64::from(tcp.recv_len) {
         format!("receive queue of {} bytes, its length is {}", recv.len(), tcp.recv_len)
     } else if send.len() as u64 != u64::from(tcp.send_len) {
         format!("send queue of {} bytes, its length is {}", send.len(), tcp.send_len)
     } else if tcp.unsent_len > tcp.send_len {
         format!("{} bytes unsent of {}", tcp.unsent_len, tcp.send_len)
-    } else if options.wscale.is_some() != (options.mask & OPT_WSCALE != 0) {
+    } else if negotiated.wscale.is_some() != (negotiated.mask & OPT_WSCALE != 0) {
         "window scaling contradicts the option mask".into()
-    } else if options.timestamp.is_some() != (options.mask & OPT_TIMESTAMPS != 0) {
+    } else if negotiated.timestamp.is_some() != (negotiated.mask & OPT_TIMESTAMPS != 0) {
         "the timestamp contradicts the option mask".into()
     } else {
         return Ok(());
@@ -92,19 +98,20 @@ pub(super) fn check_writable(tcp: &TcpState, recv: &[u8], send: &[u8]) -> Result
 }
 
 /// The message as stock CRIU fills it.
-pub(super) fn to_entry(tcp: &TcpState) -> Tcp_stream_entry {
-    let TcpState { recv_len, rcv_nxt, send_len, write_seq, unsent_len, options, window, state: _ } = *tcp;
+pub(super) fn to_entry(tcp: &ControlBlock) -> Tcp_stream_entry {
+    let ControlBlock { recv_len, rcv_nxt, send_len, write_seq, unsent_len, negotiated, window, state: _ } =
+        *tcp;
     Tcp_stream_entry {
         inq_len: Some(recv_len),
         inq_seq: Some(rcv_nxt),
         outq_len: Some(send_len),
         outq_seq: Some(write_seq),
         unsq_len: Some(unsent_len),
-        opt_mask: Some(options.mask),
-        mss_clamp: Some(options.mss_clamp),
-        snd_wscale: Some(options.wscale.map_or(0, |scale| scale.snd.into())),
-        rcv_wscale: options.wscale.map(|scale| scale.rcv.into()),
-        timestamp: options.timestamp,
+        opt_mask: Some(negotiated.mask),
+        mss_clamp: Some(negotiated.mss_clamp),
+        snd_wscale: Some(negotiated.wscale.map_or(0, |scale| scale.snd.into())),
+        rcv_wscale: negotiated.wscale.map(|scale| scale.rcv.into()),
+        timestamp: negotiated.timestamp,
         snd_wl1: window.map(|w| w.snd_wl1),
         snd_wnd: window.map(|w| w.snd_wnd),
         max_window: window.map(|w| w.max_window),
@@ -115,25 +122,25 @@ pub(super) fn to_entry(tcp: &TcpState) -> Tcp_stream_entry {
 }
 
 /// The connection that the message describes.
-pub(super) fn from_entry(entry: &Tcp_stream_entry, state: State) -> Result<TcpState, Fault> {
+pub(super) fn from_entry(entry: &Tcp_stream_entry, state: State) -> Result<ControlBlock, Fault> {
     let send_len = required(entry.outq_len, "outq_len")?;
     let unsent_len = required(entry.unsq_len, "unsq_len")?;
     if unsent_len > send_len {
         return Err(Fault::value("unsq_len", format!("{unsent_len} bytes unsent of {send_len}")));
     }
-    Ok(TcpState {
+    Ok(ControlBlock {
         state,
         recv_len: required(entry.inq_len, "inq_len")?,
         rcv_nxt: required(entry.inq_seq, "inq_seq")?,
         send_len,
         write_seq: required(entry.outq_seq, "outq_seq")?,
         unsent_len,
-        options: options_from(entry)?,
+        negotiated: negotiated_from(entry)?,
         window: window_from(entry)?,
     })
 }
 
-fn options_from(entry: &Tcp_stream_entry) -> Result<Options, Fault> {
+fn negotiated_from(entry: &Tcp_stream_entry) -> Result<Negotiated, Fault> {
     let mask = required(entry.opt_mask, "opt_mask")?;
     // It comes from tcpi_options, which has eight bits.
     if mask > u8::MAX.into() {
@@ -153,7 +160,7 @@ fn options_from(entry: &Tcp_stream_entry) -> Result<Options, Fault> {
     };
     let timestamp =
         if mask & OPT_TIMESTAMPS == 0 { None } else { Some(required(entry.timestamp, "timestamp")?) };
-    Ok(Options { mask, mss_clamp, wscale, timestamp })
+    Ok(Negotiated { mask, mss_clamp, wscale, timestamp })
 }
 
 /// The five fields are there together or not at all: they are one kernel structure.
@@ -188,14 +195,14 @@ mod tests {
     use super::*;
     use crate::connection::OPT_SACK;
 
-    const RICH: TcpState = TcpState {
+    const RICH: ControlBlock = ControlBlock {
         state: State::Established,
         recv_len: 3,
         rcv_nxt: u32::MAX,
         send_len: 5,
         write_seq: 0x8000_0000,
         unsent_len: 2,
-        options: Options {
+        negotiated: Negotiated {
             mask: OPT_TIMESTAMPS | OPT_SACK | OPT_WSCALE,
             mss_clamp: 1460,
             wscale: Some(WindowScale { snd: 14, rcv: 0 }),
@@ -204,9 +211,9 @@ mod tests {
         window: Some(Window { snd_wl1: 1, snd_wnd: 0, max_window: 3, rcv_wnd: 4, rcv_wup: 5 }),
     };
 
-    fn plain() -> TcpState {
-        let options = Options { mask: 0, mss_clamp: 536, wscale: None, timestamp: None };
-        TcpState { recv_len: 0, send_len: 0, unsent_len: 0, options, window: None, ..RICH }
+    fn plain() -> ControlBlock {
+        let negotiated = Negotiated { mask: 0, mss_clamp: 536, wscale: None, timestamp: None };
+        ControlBlock { recv_len: 0, send_len: 0, unsent_len: 0, negotiated, window: None, ..RICH }
     }
 
     fn dir() -> (tempfile::TempDir, ImageDir) {
@@ -241,7 +248,7 @@ mod tests {
         let error = TcpStreamImage::read(&dir, 1, State::Established, &mut queues).unwrap_err();
         let fault = Fault::Truncated { needed: 3, left: 2 };
         let wanted = ImageError::malformed("tcp-stream-1.img", whole.len() as u64 - 8, fault);
-        assert_eq!(error.to_string(), wanted.to_string());
+        assert_eq!(crate::chain(&error), crate::chain(&wanted));
         assert_eq!(queues, Queues::default());
     }
 
@@ -249,12 +256,12 @@ mod tests {
     fn refuses_to_write_contradictions() {
         let (_folder, dir) = dir();
         for tcp in [
-            TcpState { recv_len: 2, ..RICH },
-            TcpState { send_len: 6, ..RICH },
-            TcpState { unsent_len: 6, ..RICH },
-            TcpState { options: Options { wscale: None, ..RICH.options }, ..RICH },
-            TcpState { options: Options { timestamp: None, ..RICH.options }, ..RICH },
-            TcpState { options: Options { mask: 0, ..RICH.options }, ..RICH },
+            ControlBlock { recv_len: 2, ..RICH },
+            ControlBlock { send_len: 6, ..RICH },
+            ControlBlock { unsent_len: 6, ..RICH },
+            ControlBlock { negotiated: Negotiated { wscale: None, ..RICH.negotiated }, ..RICH },
+            ControlBlock { negotiated: Negotiated { timestamp: None, ..RICH.negotiated }, ..RICH },
+            ControlBlock { negotiated: Negotiated { mask: 0, ..RICH.negotiated }, ..RICH },
         ] {
             let error = TcpStreamImage::write(&dir, 1, &tcp, b"abc", b"defgh").unwrap_err();
             assert!(matches!(error, ImageError::Unwritable { .. }), "{error}");

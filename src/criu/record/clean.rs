@@ -6,11 +6,12 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use super::namespaces::{Namespaces, find};
 use super::{LockRecord, NsId, Phase, Record, State, Store, current_boot};
-use crate::checkpoint::{Paused, Probe, Who, four_tuple};
+use crate::chain;
 use crate::criu::tasks::{Task, Walker};
 use crate::kernel::netns::NetNs;
 use crate::kernel::{sockopt, tcp};
-use crate::lock::{self, chain};
+use crate::lock;
+use crate::repair::{Paused, Probe, Who, four_tuple};
 
 /// How to clean.
 #[derive(Clone, Copy, Debug, Default)]
@@ -189,7 +190,7 @@ fn revive(socket: OwnedFd, reuse_addr: bool, options: Options, report: &mut Repo
     };
     match if options.dry_run { Ok(()) } else { resumed() } {
         Ok(()) => report.revived.push(who.to_string()),
-        Err(error) => report.problems.push(error.to_string()),
+        Err(error) => report.problems.push(chain(&error)),
     }
 }
 

@@ -6,11 +6,11 @@ use std::os::fd::{AsFd, OwnedFd};
 
 use nix::errno::Errno;
 
-use crate::checkpoint::four_tuple;
 use crate::connection::FourTuple;
 use crate::kernel::netns::{NetNs, NetNsError};
 use crate::kernel::process::RemoteFd;
 use crate::kernel::{SysError, sockopt, tcp};
+use crate::repair::four_tuple;
 
 use super::{Task, in_flight};
 

@@ -3,9 +3,12 @@
 use nix::errno::Errno;
 
 use super::abi;
-use super::client::{COMMIT, NftError};
+use super::error::NftError;
 use super::wire::{Attributes, HEADER_LEN, Malformed, Message, Messages};
 use crate::kernel::{SysError, SysResult};
+
+/// What the answer to a whole transaction is about.
+pub(super) const COMMIT: &str = "commit a transaction of nf_tables";
 
 /// The kernel writes dumps in pieces of at most 32 KiB.
 const RECEIVE_BUFFER: usize = 64 * 1024;

@@ -3,6 +3,7 @@
 mod abi;
 mod answer;
 mod client;
+mod error;
 mod expr;
 pub(crate) mod fuzzing;
 pub(super) mod rules;
@@ -14,13 +15,13 @@ use std::time::Duration;
 use nix::errno::Errno;
 
 use super::{LockError, LockInfo, LockName, Method};
-use crate::connection::FourTuple;
+use crate::four_tuple::FourTuple;
 use crate::kernel::netns::NetNs;
 use table::Keys;
 use wire::{Attributes, Malformed};
 
-pub use client::NftError;
 pub(super) use client::{Client, Transaction};
+pub use error::NftError;
 pub use expr::MARK;
 
 /// See [`super::NetworkLock::lock`].

@@ -2,7 +2,8 @@
 
 use std::collections::HashSet;
 
-use super::client::{Client, NftError, Transaction};
+use super::client::{Client, Transaction};
+use super::error::NftError;
 use super::expr::{Expressions, Verdict};
 use super::wire::{Attributes, Malformed, Value, Writer};
 use super::{abi, table};

@@ -23,7 +23,7 @@ use super::abi;
 use super::client::Transaction;
 use super::expr::{Base, Expressions, Verdict, number};
 use super::wire::Writer;
-use crate::connection::FourTuple;
+use crate::four_tuple::FourTuple;
 use crate::lock::LockError;
 use std::net::SocketAddr;
 

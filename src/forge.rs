@@ -41,10 +41,10 @@ pub enum ForgeError {
     #[error(transparent)]
     Sys(#[from] SysError),
     /// The way through other rules could not be opened or closed.
-    #[error("cannot open a way through the firewall for the forged segment: {0}")]
+    #[error("cannot open a way through the firewall for the forged segment")]
     Passage(#[source] Box<LockError>),
     /// The network namespace could not be entered.
-    #[error("cannot work in the socket's network namespace: {0}")]
+    #[error("cannot work in the socket's network namespace")]
     Namespace(#[from] NetNsError),
     /// The socket did not react.
     #[error(

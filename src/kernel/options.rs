@@ -4,7 +4,9 @@
 
 use std::os::fd::BorrowedFd;
 
-use crate::kernel::{SysError, sockopt};
+use nix::errno::Errno;
+
+use super::{SysError, sockopt};
 
 /// A socket option with the value that `setsockopt()` takes.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -91,7 +93,7 @@ pub fn write(socket: BorrowedFd<'_>, options: &[SocketOption]) -> Result<(), Sys
             sockopt::set_buffer_locks(socket, number(option).cast_unsigned())?;
         } else if !CARRIED.contains(&(option.level, option.name)) {
             let call = "set an option of the image that is not carried";
-            return Err(SysError { call, errno: nix::errno::Errno::EINVAL });
+            return Err(SysError { call, errno: Errno::EINVAL });
         } else if sockopt::get_bytes(socket, option.level, option.name).as_ref() != Ok(&option.value) {
             sockopt::set_bytes(socket, option.level, option.name, &option.value)?;
         }
