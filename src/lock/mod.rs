@@ -34,6 +34,7 @@ use crate::kernel::netns::NetNs;
 pub use error::LockError;
 pub use name::{BadLockName, LockName};
 pub(crate) use nft::fuzzing::read_answers;
+pub(crate) use nft::whole;
 pub use nft::{MARK, NftError};
 pub(crate) use options::variable;
 pub use options::{BadOption, LEASE_VARIABLE, LockOptions, METHOD_VARIABLE, Method};

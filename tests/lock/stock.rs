@@ -1,14 +1,18 @@
 //! What stock CRIU leaves behind.
 
+use std::fs;
 use std::io::Write;
+use std::process::{Command, Stdio};
+use std::thread;
 use std::time::Instant;
 
 use soccr::connection::FourTuple;
-use soccr::criu::stock;
+use soccr::criu::stock::{self, NamespaceLock};
+use soccr::lock::{LockOptions, Method, NetworkLock};
 
 use crate::net::{OtherNs, Pair, expect, is_silent, sh, tuple_of};
 use crate::support::in_own_network;
-use crate::{here, many};
+use crate::{here, many, name};
 
 /// What a stock dump with its default lock gives to iptables for a connection, without "-I" and chain.
 fn directions(tuple: &FourTuple) -> [(&'static str, String); 2] {
@@ -116,4 +120,158 @@ fn its_table() {
         assert!(stock::remove_table(&here(), "x; flush ruleset").is_err());
         assert_eq!(sh("nft list ruleset"), "");
     });
+}
+
+/// What criu gives to iptables-restore, for each family, in a namespace that is not its own.
+const CHAIN: &str = "*filter\n:CRIU - [0:0]\n-I INPUT -j CRIU\n-I OUTPUT -j CRIU\n\
+    -A CRIU -m mark --mark 0xC114 -j ACCEPT\n-A CRIU -j DROP\nCOMMIT\n";
+
+/// And to nft, one after the other.
+const TABLE: [&str; 5] = [
+    "create table inet CRIU-8230cafd",
+    "add chain inet CRIU-8230cafd output { type filter hook output priority 0; policy drop; }",
+    "add rule inet CRIU-8230cafd output meta mark 0xC114 accept",
+    "add chain inet CRIU-8230cafd input { type filter hook input priority 0; policy drop; }",
+    "add rule inet CRIU-8230cafd input meta mark 0xC114 accept",
+];
+
+fn lock_all(programs: &[&str]) {
+    programs.iter().for_each(|program| drop(sh(&format!("printf '{CHAIN}' | {program} -w -n"))));
+}
+
+fn nft(steps: &[&str]) {
+    steps.iter().for_each(|step| drop(sh(&format!("nft '{step}'"))));
+}
+
+/// All rules of both interfaces, without their counters.
+fn ruleset() -> String {
+    sh("(iptables-save; ip6tables-save; nft list ruleset) | \
+        sed -e '/^#/d' -e 's/packets [0-9]* bytes [0-9]*//' -e 's/\\[[0-9:]*\\]//'")
+}
+
+fn whole_table() -> NamespaceLock {
+    NamespaceLock::Table(name("8230cafd"))
+}
+
+/// Locks the other end's namespace as criu does, and checks that all passes again once that is removed, and that
+/// nothing else went.
+fn check_namespace_lock(lock: impl Fn(), found: &NamespaceLock) {
+    let other = OtherNs::joined();
+    let mut pairs = [other.connect("10.9.0.2"), other.connect("fd09::2")];
+    let foreign = "for ip in iptables ip6tables; do
+            $ip -A INPUT -p tcp --dport 7 -j DROP; $ip -N CRIUX; $ip -A OUTPUT -j CRIUX
+        done
+        nft 'add table inet CRIU; add chain inet CRIU input { type filter hook input priority 0; }'";
+    let before = other.ns.run(|| sh(foreign) + &ruleset()).unwrap();
+    assert_eq!(stock::find_namespace_locks(&other.ns).unwrap(), []);
+    assert_eq!(stock::remove_namespace_locks(&other.ns).unwrap(), []);
+    other.ns.run(lock).unwrap();
+    assert_eq!(stock::find_namespace_locks(&here()).unwrap(), []);
+    assert_eq!(stock::find_namespace_locks(&other.ns).unwrap(), std::slice::from_ref(found));
+    for pair in &mut pairs {
+        pair.client.write_all(b"x").unwrap();
+    }
+    assert_eq!(stock::remove_namespace_locks(&other.ns).unwrap(), std::slice::from_ref(found));
+    for pair in &mut pairs {
+        expect(&mut pair.server, b"x");
+        pair.flows();
+    }
+    assert_eq!(other.ns.run(ruleset).unwrap(), before);
+}
+
+#[test]
+fn its_chain_for_a_whole_namespace() {
+    in_own_network(|| {
+        check_namespace_lock(|| lock_all(&["iptables-restore", "ip6tables-restore"]), &NamespaceLock::Chain)
+    });
+}
+
+#[test]
+fn the_chain_of_a_criu_that_was_killed_between_the_families() {
+    in_own_network(|| check_namespace_lock(|| lock_all(&["iptables-restore"]), &NamespaceLock::Chain));
+}
+
+#[test]
+fn the_chain_after_two_dumps_that_were_killed() {
+    let twice = ["ip6tables-restore", "iptables-restore", "iptables-restore"];
+    in_own_network(|| check_namespace_lock(|| lock_all(&twice), &NamespaceLock::Chain));
+}
+
+#[test]
+fn its_table_for_a_whole_namespace() {
+    in_own_network(|| check_namespace_lock(|| nft(&TABLE), &whole_table()));
+}
+
+#[test]
+fn its_table_half_made() {
+    in_own_network(|| {
+        for steps in 1..TABLE.len() {
+            nft(&TABLE[..steps]);
+            assert_eq!(stock::find_namespace_locks(&here()).unwrap(), [whole_table()], "{steps} steps");
+            assert_eq!(stock::remove_namespace_locks(&here()).unwrap(), [whole_table()]);
+            assert_eq!(sh("nft list ruleset"), "");
+        }
+    });
+}
+
+/// Names prove nothing: only what is in a table or a chain does.
+#[test]
+fn what_only_looks_like_its_lock_of_a_namespace_stays() {
+    in_own_network(|| {
+        let others = [
+            "add rule inet CRIU-8230cafd input tcp dport 22 accept",
+            "insert rule inet CRIU-8230cafd input tcp dport 22 accept",
+            "add set inet CRIU-8230cafd mine { type ipv4_addr; }",
+            "add chain inet CRIU-8230cafd mine",
+            "add counter inet CRIU-8230cafd mine",
+            "add chain inet CRIU-8230cafd input { policy accept; }",
+            "replace rule inet CRIU-8230cafd output handle 2 meta mark 0xC115 accept",
+            "replace rule inet CRIU-8230cafd output handle 2 meta mark 0xC114 drop",
+            "replace rule inet CRIU-8230cafd output handle 2 meta mark != 0xC114 accept",
+            "replace rule inet CRIU-8230cafd output handle 2 meta mark 0xC114 counter accept",
+        ];
+        for other in others {
+            nft(&TABLE);
+            assert_eq!(stock::find_namespace_locks(&here()).unwrap(), [whole_table()], "{other}");
+            nft(&[other]);
+            assert_eq!(stock::remove_namespace_locks(&here()).unwrap(), [], "{other}");
+            nft(&["delete table inet CRIU-8230cafd"]);
+        }
+        let tuple = Pair::over("127.0.0.1:0").tuple();
+        nft(&TABLE.map(|step| step.replace("CRIU-", "soccr-")).each_ref().map(String::as_str));
+        let options = LockOptions { method: Method::Nftables, lease: None };
+        NetworkLock::lock(&here(), &name("ours"), &[tuple], &options).unwrap().keep();
+        sh("iptables -N CRIU; iptables -A CRIU -p tcp -j DROP; iptables -A INPUT -j CRIU");
+        let before = ruleset();
+        assert_eq!(stock::remove_namespace_locks(&here()).unwrap(), []);
+        assert_eq!(ruleset(), before);
+    });
+}
+
+/// iptables goes on when the criu that started it is killed, so its lock may come after that.
+#[test]
+fn a_lock_that_is_just_being_made_is_waited_for() {
+    in_own_network(|| {
+        let folder = tempfile::tempdir().unwrap();
+        let program = folder.path().join("iptables-restore");
+        fs::copy("/bin/sh", &program).unwrap();
+        let script = format!("read go; printf '{}' | iptables-restore -w -n", CHAIN.replace('\n', "\\n"));
+        let mut helper = Command::new(program).args(["-c", &script]).stdin(Stdio::piped()).spawn().unwrap();
+        let removing = thread::spawn(|| stock::remove_namespace_locks(&here()).unwrap());
+        while !removing.is_finished() && !waits_for(helper.id()) {
+            thread::yield_now();
+        }
+        helper.stdin.take().unwrap().write_all(b"\n").unwrap();
+        // A zombie is done, too.
+        assert_eq!(removing.join().unwrap(), [NamespaceLock::Chain]);
+        assert!(helper.wait().unwrap().success());
+        assert_eq!(stock::find_namespace_locks(&here()).unwrap(), []);
+    });
+}
+
+/// Whether this process has a pidfd of that one.
+fn waits_for(pid: u32) -> bool {
+    let infos = fs::read_dir("/proc/self/fdinfo").unwrap().flatten();
+    let texts = infos.filter_map(|info| fs::read_to_string(info.path()).ok());
+    texts.into_iter().any(|text| text.lines().any(|line| line == format!("Pid:\t{pid}")))
 }

@@ -9,8 +9,8 @@ macro_rules! attributes {
 }
 
 attributes! {
-    table { NAME = 1, FLAGS = 2, OWNER = 7 }
-    chain { TABLE = 1, NAME = 3, HOOK = 4, TYPE = 7 }
+    table { NAME = 1, FLAGS = 2, USE = 3, OWNER = 7 }
+    chain { TABLE = 1, NAME = 3, HOOK = 4, POLICY = 5, USE = 6, TYPE = 7 }
     hook { NUM = 1, PRIORITY = 2 }
     rule { TABLE = 1, CHAIN = 2, HANDLE = 3, EXPRESSIONS = 4, USERDATA = 7 }
     set { TABLE = 1, NAME = 2, FLAGS = 3, KEY_TYPE = 4, KEY_LEN = 5, ID = 10, TIMEOUT = 11 }

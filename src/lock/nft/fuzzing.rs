@@ -2,6 +2,7 @@
 
 use super::answer;
 use super::rules::{commented_rule, filtering_chain, owned_table};
+use super::whole::{accepts_marked, any_chain, criu_table};
 use super::wire::Attributes;
 use super::{elements_in, lock_name};
 use crate::kernel::SysResult;
@@ -15,6 +16,11 @@ pub(crate) fn read_answers(datagrams: &[&[u8]]) {
     drop(answer::list(source(datagrams), "elements", &mut elements_in));
     drop(answer::list(source(datagrams), "rules", &mut |family, rule: Attributes<'_>| {
         commented_rule(family, &rule, |_| true)
+    }));
+    drop(answer::list(source(datagrams), "CRIU's tables", &mut criu_table));
+    drop(answer::list(source(datagrams), "all chains", &mut any_chain));
+    drop(answer::list(source(datagrams), "CRIU's rules", &mut |_, rule: Attributes<'_>| {
+        accepts_marked(&rule).map(Some)
     }));
 }
 

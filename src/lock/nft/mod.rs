@@ -8,6 +8,7 @@ mod expr;
 pub(crate) mod fuzzing;
 pub(super) mod rules;
 mod table;
+pub(crate) mod whole;
 mod wire;
 
 use std::time::Duration;

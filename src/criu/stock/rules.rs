@@ -1,4 +1,4 @@
-//! What stock CRIU leaves behind: the locks of its own dumps.
+//! Stock CRIU's locks of single connections, where a tree shares criu's network namespace.
 //!
 //! With its default method a stock dump puts two rules per connection into iptables' table `filter`,
 //! one in INPUT and one in OUTPUT, and nothing but a stock restore with `--tcp-established` takes
@@ -190,7 +190,7 @@ fn host(address: &str) -> Option<IpAddr> {
     matches!((address, bits), (_, "") | (IpAddr::V4(_), "32") | (IpAddr::V6(_), "128")).then_some(address)
 }
 
-fn mark(value: &str) -> Option<u32> {
+pub(super) fn mark(value: &str) -> Option<u32> {
     u32::from_str_radix(value.strip_prefix("0x")?, 16).ok()
 }
 
