@@ -208,7 +208,7 @@ fn legacy_removal(saved: &str, is_ours: impl Fn(&str) -> bool) -> (String, usize
 }
 
 /// The tables of `ip_tables` that are in use in `ns`; asking any other way would put them in use.
-pub(crate) fn legacy_tables(ns: &NetNs, family: Family) -> Result<Vec<String>, XtablesError> {
+pub(super) fn legacy_tables(ns: &NetNs, family: Family) -> Result<Vec<String>, XtablesError> {
     let path = match family {
         Family::V4 => "/proc/thread-self/net/ip_tables_names",
         Family::V6 => "/proc/thread-self/net/ip6_tables_names",

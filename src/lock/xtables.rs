@@ -7,6 +7,8 @@ use std::process::{Command, ExitStatus, Output, Stdio};
 
 use nix::sys::memfd::{MFdFlags, memfd_create};
 
+use super::nft::{self, NftError};
+use super::passage::legacy_tables;
 use crate::kernel::netns::{NetNs, NetNsError};
 
 /// An iptables program did not do its work.
@@ -64,9 +66,27 @@ impl Family {
     }
 
     /// The table `filter` as `iptables-save` prints it. With no such table that is an empty text,
-    /// or a table with no rules, as the variant of iptables likes.
+    /// for which no program is run, or a table with no rules, as the variant of iptables likes.
     pub fn save(self, ns: &NetNs) -> Result<String, XtablesError> {
+        if !self.has_filter(ns) {
+            return Ok(String::new());
+        }
         self.save_with(ns, Variant::Default, &["-t", "filter"])
+    }
+
+    /// Whether the table `filter` is in use, in either of the kernel's interfaces; `true` where nobody can tell.
+    fn has_filter(self, ns: &NetNs) -> bool {
+        #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // the constants are 2 and 10
+        let family = match self {
+            Self::V4 => libc::NFPROTO_IPV4 as u8,
+            Self::V6 => libc::NFPROTO_IPV6 as u8,
+        };
+        let through_nftables = || match nft::has_table(ns, family, "filter") {
+            Err(NftError::Missing) => false,
+            other => other.unwrap_or(true),
+        };
+        let legacy = || legacy_tables(ns, self).map_or(true, |tables| tables.iter().any(|t| t == "filter"));
+        through_nftables() || legacy()
     }
 
     /// What `iptables-save` prints with these arguments.

@@ -16,7 +16,6 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use super::rules::mark;
 use crate::kernel::netns::NetNs;
 use crate::kernel::process::pidfd_open;
-use crate::lock::passage::legacy_tables;
 use crate::lock::xtables::{Family, XtablesError};
 use crate::lock::{self, LockError, LockName, MARK, Method, NftError, whole};
 
@@ -53,14 +52,12 @@ impl fmt::Display for NamespaceLock {
 /// # Errors
 /// [`LockError`]. A kernel without nf_tables, or a host without iptables, has none, which is no error.
 pub fn find_namespace_locks(ns: &NetNs) -> Result<Vec<NamespaceLock>, LockError> {
-    let found = whole::find(ns, CHAIN).map_err(|source| nft_failed(ns, source))?;
-    let mut locks: Vec<_> = found.tables.into_iter().map(NamespaceLock::Table).collect();
-    for family in Family::BOTH {
-        let failed = |e| failed("find", ns, e);
-        let in_use = found.has_chain || !legacy_tables(ns, family).map_err(failed)?.is_empty();
-        if in_use && chain_of(ns, family).map_err(failed)?.is_some() {
+    let tables = whole::find(ns).map_err(|source| nft_failed(ns, source))?;
+    let mut locks: Vec<_> = tables.into_iter().map(NamespaceLock::Table).collect();
+    let chains = Family::BOTH.map(|family| chain_of(ns, family).map_err(|e| failed("find", ns, e)));
+    for chain in chains {
+        if chain?.is_some() && !locks.contains(&NamespaceLock::Chain) {
             locks.push(NamespaceLock::Chain);
-            break;
         }
     }
     Ok(locks)

@@ -2,7 +2,7 @@
 
 use super::answer;
 use super::rules::{commented_rule, filtering_chain, owned_table};
-use super::whole::{accepts_marked, any_chain, criu_table};
+use super::whole::{accepts_marked, chain, criu_table};
 use super::wire::Attributes;
 use super::{elements_in, lock_name};
 use crate::kernel::SysResult;
@@ -18,7 +18,7 @@ pub(crate) fn read_answers(datagrams: &[&[u8]]) {
         commented_rule(family, &rule, |_| true)
     }));
     drop(answer::list(source(datagrams), "CRIU's tables", &mut criu_table));
-    drop(answer::list(source(datagrams), "all chains", &mut any_chain));
+    drop(answer::list(source(datagrams), "chains of a table", &mut chain));
     drop(answer::list(source(datagrams), "CRIU's rules", &mut |_, rule: Attributes<'_>| {
         accepts_marked(&rule).map(Some)
     }));

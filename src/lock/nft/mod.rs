@@ -121,6 +121,16 @@ fn list_tables(ns: &NetNs) -> Result<Vec<LockInfo>, NftError> {
     names.into_iter().map(info).collect()
 }
 
+/// Whether there is a table of this family and name. A kernel without nf_tables has none.
+pub(super) fn has_table(ns: &NetNs, family: u8, name: &str) -> Result<bool, NftError> {
+    let is_it =
+        |_: u8, table: Attributes<'_>| Ok((table.require(abi::table::NAME)?.str()? == name).then_some(()));
+    match Client::open(ns)?.dump("list tables", libc::NFT_MSG_GETTABLE, family, |_| (), is_it) {
+        Err(e) if e.is(Errno::EINVAL) => Ok(false), // no such subsystem of nfnetlink
+        other => Ok(!other?.is_empty()),
+    }
+}
+
 fn lock_names(client: &Client) -> Result<Vec<LockName>, NftError> {
     client.dump("list tables", libc::NFT_MSG_GETTABLE, table::FAMILY, |_| (), lock_name)
 }

@@ -20,16 +20,12 @@ use super::wire::{Attributes, Malformed, Value, Writer};
 use crate::kernel::netns::NetNs;
 use crate::lock::LockName;
 
-/// `NFPROTO_UNSPEC`: chains of every family.
-const ANY_FAMILY: u8 = 0;
-
 pub(super) struct Table {
     name: LockName,
     used: u32,
 }
 
 pub(super) struct Chain {
-    family: u8,
     table: String,
     name: String,
     /// Whether it is one of the two that CRIU makes, as far as its rules do not count.
@@ -37,41 +33,32 @@ pub(super) struct Chain {
     used: u32,
 }
 
-/// What nf_tables shows of the locks of a whole namespace.
-#[derive(Debug, Default)]
-pub(crate) struct Whole {
-    /// CRIU's tables, whole or half made.
-    pub tables: Vec<LockName>,
-    /// Whether iptables, by way of nf_tables, has a chain of the name that was asked for.
-    pub has_chain: bool,
-}
-
-/// Looks for CRIU's tables, and for a chain named `chain` of iptables. With no nf_tables there is nothing.
-pub(crate) fn find(ns: &NetNs, chain: &str) -> Result<Whole, NftError> {
-    match try_find(ns, chain) {
-        Err(NftError::Missing) => Ok(Whole::default()),
+/// CRIU's tables in `ns` that lock all of it, whole or half made. A kernel without nf_tables has none.
+pub(crate) fn find(ns: &NetNs) -> Result<Vec<LockName>, NftError> {
+    match try_find(ns) {
         // No such subsystem of nfnetlink; or the table went away meanwhile.
-        Err(error) if error.is(Errno::EINVAL) || error.is(Errno::ENOENT) => Ok(Whole::default()),
+        Err(error) if error.is(Errno::EINVAL) || error.is(Errno::ENOENT) => Ok(Vec::new()),
+        Err(NftError::Missing) => Ok(Vec::new()),
         other => other,
     }
 }
 
-fn try_find(ns: &NetNs, chain: &str) -> Result<Whole, NftError> {
+fn try_find(ns: &NetNs) -> Result<Vec<LockName>, NftError> {
     let client = Client::open(ns)?;
     let tables = client.dump("list tables", libc::NFT_MSG_GETTABLE, FAMILY, |_| (), criu_table)?;
-    let chains = client.dump("list chains", libc::NFT_MSG_GETCHAIN, ANY_FAMILY, |_| (), any_chain)?;
-    let ip = |family: u8| [libc::NFPROTO_IPV4, libc::NFPROTO_IPV6].contains(&i32::from(family));
-    let has_chain = chains.iter().any(|found| found.name == chain && ip(found.family));
-    let mut whole = Whole { tables: Vec::new(), has_chain };
+    if tables.is_empty() {
+        return Ok(Vec::new());
+    }
+    let chains = client.dump("list chains", libc::NFT_MSG_GETCHAIN, FAMILY, |_| (), chain)?;
+    let mut found = Vec::new();
     for table in tables {
-        let of_table = |chain: &&Chain| chain.family == FAMILY && chain.table == table.name.as_str();
-        let chains: Vec<_> = chains.iter().filter(of_table).collect();
+        let chains: Vec<_> = chains.iter().filter(|chain| chain.table == table.name.as_str()).collect();
         let nothing_else = usize::try_from(table.used) == Ok(chains.len());
         if nothing_else && chains.iter().all(|chain| chain.drops_all) && only_marked_pass(&client, &chains)? {
-            whole.tables.push(table.name);
+            found.push(table.name);
         }
     }
-    Ok(whole)
+    Ok(found)
 }
 
 pub(super) fn criu_table(_: u8, table: Attributes<'_>) -> Result<Option<Table>, Malformed> {
@@ -82,10 +69,9 @@ pub(super) fn criu_table(_: u8, table: Attributes<'_>) -> Result<Option<Table>, 
     Ok(Some(Table { name, used: table.require(abi::table::USE)?.u32()? }))
 }
 
-pub(super) fn any_chain(family: u8, chain: Attributes<'_>) -> Result<Option<Chain>, Malformed> {
+pub(super) fn chain(_: u8, chain: Attributes<'_>) -> Result<Option<Chain>, Malformed> {
     let name = chain.require(abi::chain::NAME)?.str()?;
     Ok(Some(Chain {
-        family,
         table: chain.require(abi::chain::TABLE)?.str()?.to_owned(),
         name: name.to_owned(),
         drops_all: drops_all(name, &chain)?,
