@@ -4,10 +4,11 @@ use std::io::Write;
 
 use anyhow::{Context, Result, bail};
 use soccr::criu::record::{self, CleanOptions, Listed, LockRecord, Record, RecordId, Report, State, Store};
-use soccr::criu::stock;
+use soccr::criu::{stock, tasks};
 use soccr::kernel::netns::NetNs;
 use soccr::lock::{self, LockName};
 
+use crate::scope::{Place, Scope};
 use crate::warn;
 
 #[derive(Debug, clap::Args)]
@@ -22,12 +23,14 @@ pub struct Arguments {
     /// End those whose criu and agent were killed.
     #[arg(long, group = "what", conflicts_with = "ids")]
     orphans: bool,
-    /// Remove a lock of this name, whoever made it, from the current network namespace.
+    /// Remove the lock of this name, whoever made it.
     #[arg(long, group = "what", value_name = "NAME")]
     table: Vec<LockName>,
-    /// Remove all iptables rules that stock CRIU left in the current network namespace.
+    /// Remove what stock CRIU left: its iptables rules for connections, and its locks of whole network namespaces.
     #[arg(long, group = "what")]
     stock_rules: bool,
+    #[command(flatten)]
+    scope: Scope,
     /// Only say what would be removed.
     #[arg(long)]
     dry_run: bool,
@@ -45,7 +48,7 @@ pub fn run(arguments: &Arguments) -> Result<bool> {
         done &= table(name, arguments)?;
     }
     if arguments.stock_rules {
-        stock_rules(arguments)?;
+        done &= stock_rules(arguments)?;
     }
     Ok(done)
 }
@@ -114,6 +117,9 @@ fn tell(record: &Record, state: State, report: &Report, dry_run: bool) -> std::i
     for LockRecord { ns, name, method } in &report.unlocked {
         writeln!(out, "  {ns}: lock {name} ({method:?}) {would}removed")?;
     }
+    for (ns, lock) in &report.criu_unlocked {
+        writeln!(out, "  {ns}: CRIU's lock of the whole namespace ({lock}) {would}removed")?;
+    }
     for LockRecord { ns, name, .. } in &report.absent {
         writeln!(out, "  {ns}: lock {name} was not there any more")?;
     }
@@ -149,39 +155,94 @@ fn unreadable(
 }
 
 fn table(name: &LockName, arguments: &Arguments) -> Result<bool> {
-    let here = NetNs::current()?;
-    let found = lock::list(&here)?.into_iter().find(|lock| lock.name == *name);
-    let Some(found) = found else {
-        warn(&format!("{here}: there is no lock {name}"));
-        return Ok(false);
-    };
-    if let Some(owner) = owner(&here, name)?.filter(|_| !arguments.force) {
-        bail!("the lock {name} belongs to {owner}: `soccr clean {owner}` removes it with all else");
-    }
-    if !arguments.dry_run {
-        lock::remove(&here, found.method, name)?;
-    }
     let would = if arguments.dry_run { "would be " } else { "" };
-    writeln!(std::io::stdout(), "{here}: lock {name} ({:?}) {would}removed", found.method)?;
-    Ok(true)
+    let mut found = false;
+    for ns in arguments.scope.places()?.into_iter().map(|place| place.ns) {
+        let Some(lock) = lock::list(&ns)?.into_iter().find(|lock| lock.name == *name) else { continue };
+        found = true;
+        let of_lock = |lock: &LockRecord| lock.ns == (&ns).into() && lock.name.id() == name.id();
+        let owner = owner(|record| record.locks.iter().any(of_lock))?;
+        if let Some(owner) = owner.filter(|_| !arguments.force) {
+            let owner = owner.id;
+            bail!("the lock {name} belongs to {owner}: `soccr clean {owner}` removes it with all else");
+        }
+        if !arguments.dry_run {
+            lock::remove(&ns, lock.method, name)?;
+        }
+        writeln!(std::io::stdout(), "{ns}: lock {name} ({:?}) {would}removed", lock.method)?;
+    }
+    if !found {
+        warn(&format!("there is no lock {name}"));
+    }
+    Ok(found)
 }
 
-/// The record that tells of this lock.
-fn owner(here: &NetNs, name: &LockName) -> Result<Option<RecordId>> {
+/// The record that tells of something.
+fn owner(tells: impl Fn(&Record) -> bool) -> Result<Option<Record>> {
     let listed = Store::open()?.map_or_else(|| Ok(Vec::new()), |store| store.list())?;
     let mut records = listed.into_iter().filter_map(|listed| listed.record.ok());
-    let of_ours = |lock: &LockRecord| lock.ns == here.into() && lock.name.id() == name.id();
-    Ok(records.find(|record| record.locks.iter().any(of_ours)).map(|record| record.id))
+    Ok(records.find(tells))
 }
 
-fn stock_rules(arguments: &Arguments) -> Result<()> {
-    let here = NetNs::current()?;
-    let rules = stock::find_rules(&here)?;
+fn stock_rules(arguments: &Arguments) -> Result<bool> {
+    let (mut done, mut found) = (true, 0);
+    for Place { ns, .. } in arguments.scope.places()? {
+        let here = rules(&ns, arguments).and_then(|rules| Ok(rules + namespace_locks(&ns, arguments)?));
+        match here {
+            Ok(count) => found += count,
+            Err(error) => {
+                warn(&format!("{error:#}"));
+                done = false;
+            }
+        }
+    }
+    if done && found == 0 {
+        writeln!(std::io::stdout(), "there is nothing of stock CRIU")?;
+    }
+    Ok(done)
+}
+
+fn rules(ns: &NetNs, arguments: &Arguments) -> Result<usize> {
+    let rules = stock::find_rules(ns)?;
+    if rules.is_empty() {
+        return Ok(0);
+    }
     let tuples: Vec<_> = rules.iter().map(stock::StockRule::tuple).collect();
     let (count, verb) = match arguments.dry_run {
         true => (rules.len(), "would be removed"),
-        false => (stock::remove_rules(&here, &tuples)?, "removed"),
+        false => (stock::remove_rules(ns, &tuples)?, "removed"),
     };
-    writeln!(std::io::stdout(), "{here}: {count} iptables rules of stock CRIU {verb}")?;
-    Ok(())
+    writeln!(std::io::stdout(), "{ns}: {count} iptables rules of stock CRIU {verb}")?;
+    Ok(count)
+}
+
+fn namespace_locks(ns: &NetNs, arguments: &Arguments) -> Result<usize> {
+    let mut locks = stock::find_namespace_locks(ns)?;
+    if locks.is_empty() {
+        return Ok(0);
+    }
+    if let Some(who) = who_needs_lock_of(ns)?.filter(|_| !arguments.force) {
+        bail!(
+            "{ns}: CRIU's lock of the whole namespace is left alone, {who}; --force removes it all the same"
+        );
+    }
+    if !arguments.dry_run {
+        locks = stock::remove_namespace_locks(ns)?;
+    }
+    let would = if arguments.dry_run { "would be " } else { "" };
+    for lock in &locks {
+        writeln!(std::io::stdout(), "{ns}: CRIU's lock of the whole namespace ({lock}) {would}removed")?;
+    }
+    Ok(locks.len())
+}
+
+/// Why CRIU's lock of this namespace may be needed.
+fn who_needs_lock_of(ns: &NetNs) -> Result<Option<String>> {
+    if let Some(record) = owner(|record| record.criu_locks.contains(&ns.into()))? {
+        let id = record.id;
+        return Ok(Some(format!("it belongs to {id}: `soccr clean {id}` removes it with all else")));
+    }
+    let traced = tasks::traced_in(ns)?;
+    Ok(traced
+        .map(|(pid, tracer)| format!("pid {pid} there is traced by pid {tracer}: a criu may be at work")))
 }

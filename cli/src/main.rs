@@ -4,6 +4,7 @@
 
 mod check;
 mod clean;
+mod scope;
 mod show;
 mod status;
 mod table;

@@ -1,37 +1,36 @@
 //! `soccr status`.
 
-use std::collections::HashSet;
+use std::collections::{BTreeSet, HashSet};
 use std::io::Write;
+use std::path::PathBuf;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result};
 use serde::Serialize;
 use soccr::criu::record::{self, Listed, NsId, Record, State, Store};
-use soccr::criu::stock;
+use soccr::criu::stock::{self, NamespaceLock};
 use soccr::kernel::netns::NetNs;
 use soccr::lock::{self, LockName};
 
+use crate::scope::{Place, Scope};
 use crate::table::Table;
 use crate::{print_json, warn};
-
-/// The locks and rules that no record tells of are those of stock CRIU, or of a soccr whose record is gone.
-const NOT_OURS: &str = "Not ours, in this network namespace:";
 
 #[derive(Debug, clap::Args)]
 pub struct Arguments {
     /// Print JSON.
     #[arg(long)]
     json: bool,
+    #[command(flatten)]
+    scope: Scope,
 }
 
 #[derive(Debug, Serialize)]
 struct Status {
     records: Vec<Entry>,
     unreadable: Vec<Unreadable>,
-    /// Locks in the current network namespace that no record tells of.
-    tables: Vec<Stray>,
-    /// Rules of stock CRIU in iptables, in the current network namespace.
-    stock_rules: usize,
+    /// What no record tells of: by stock CRIU, or by a soccr whose record is gone.
+    strays: Vec<Strays>,
 }
 
 #[derive(Debug, Serialize)]
@@ -41,6 +40,8 @@ struct Entry {
     images_there: bool,
     criu_lives: bool,
     agent_lives: bool,
+    /// The namespaces that CRIU has locked as a whole.
+    locked_by_criu: Vec<NsId>,
     #[serde(flatten)]
     record: Record,
 }
@@ -51,6 +52,20 @@ struct Unreadable {
     why: String,
 }
 
+/// What one network namespace has that no record tells of.
+#[derive(Debug, Serialize)]
+struct Strays {
+    #[serde(flatten)]
+    ns: NsId,
+    /// A file that leads there; none for the current namespace.
+    path: Option<PathBuf>,
+    tables: Vec<Stray>,
+    /// Stock CRIU's rules in iptables for single connections.
+    rules: usize,
+    /// CRIU's locks of all of the namespace.
+    namespace_locks: Vec<String>,
+}
+
 #[derive(Debug, Serialize)]
 struct Stray {
     name: LockName,
@@ -59,7 +74,7 @@ struct Stray {
 }
 
 pub fn run(arguments: &Arguments) -> Result<bool> {
-    let status = collect()?;
+    let status = collect(&arguments.scope)?;
     if arguments.json {
         print_json(&status)?;
     } else {
@@ -68,7 +83,7 @@ pub fn run(arguments: &Arguments) -> Result<bool> {
     Ok(true)
 }
 
-fn collect() -> Result<Status> {
+fn collect(scope: &Scope) -> Result<Status> {
     let store = Store::open()?;
     let listed = store.as_ref().map_or_else(|| Ok(Vec::new()), Store::list)?;
     let (mut records, mut unreadable) = (Vec::new(), Vec::new());
@@ -80,11 +95,14 @@ fn collect() -> Result<Status> {
                 .push(Unreadable { id: id.to_string(), why: format!("{:#}", anyhow::Error::new(error)) }),
         }
     }
-    let (tables, stock_rules) = strays(&records).unwrap_or_else(|error| {
-        warn(&format!("{error:#}"));
-        (Vec::new(), 0)
-    });
-    Ok(Status { records, unreadable, tables, stock_rules })
+    let mut strays = Vec::new();
+    for place in scope.places()? {
+        match strays_in(&place, &records) {
+            Ok(found) => strays.extend(found),
+            Err(error) => warn(&format!("{error:#}")),
+        }
+    }
+    Ok(Status { records, unreadable, strays })
 }
 
 /// A record that tells of nothing any more, since stock CRIU has restored the dump: it may go.
@@ -102,19 +120,38 @@ fn entry(record: Record) -> Entry {
         images_there: record.images.is_there(),
         criu_lives: record.criu.lives(),
         agent_lives: record.agent.lives(),
+        locked_by_criu: locked_by_criu(&record),
         record,
     }
 }
 
-fn strays(records: &[Entry]) -> Result<(Vec<Stray>, usize)> {
-    let here = NetNs::current()?;
-    let id = NsId::from(&here);
-    let locks = records.iter().flat_map(|entry| &entry.record.locks).filter(|lock| lock.ns == id);
+/// Those that are locked, and those that the record names: while criu lives they are about to be.
+fn locked_by_criu(record: &Record) -> Vec<NsId> {
+    let locked = |ns: &NetNs| stock::find_namespace_locks(ns).is_ok_and(|locks| !locks.is_empty());
+    let found = record::locked_by_criu(record).into_iter().filter(locked).map(|ns| NsId::from(&ns));
+    let all: BTreeSet<_> = found.chain(record.criu_locks.iter().copied()).collect();
+    all.into_iter().collect()
+}
+
+/// `None`: there are none.
+fn strays_in(place: &Place, records: &[Entry]) -> Result<Option<Strays>> {
+    let ns = NsId::from(&place.ns);
+    let locks = records.iter().flat_map(|entry| &entry.record.locks).filter(|lock| lock.ns == ns);
     // Of an iptables lock only the id is known.
     let known: HashSet<&str> = locks.map(|lock| lock.name.id()).collect();
-    let found = lock::list(&here)?.into_iter().filter(|lock| !known.contains(lock.name.id()));
-    let strays = found.map(|lock| Stray { name: lock.name, method: lock.method, entries: lock.entries });
-    Ok((strays.collect(), stock::find_rules(&here)?.len()))
+    let whole = stock::find_namespace_locks(&place.ns)?;
+    let is_stray = |lock: &lock::LockInfo| {
+        !known.contains(lock.name.id()) && !whole.contains(&NamespaceLock::Table(lock.name.clone()))
+    };
+    let found = lock::list(&place.ns)?.into_iter().filter(is_stray);
+    let tables = found.map(|lock| Stray { name: lock.name, method: lock.method, entries: lock.entries });
+    let tables: Vec<_> = tables.collect();
+    let rules = stock::find_rules(&place.ns)?.len();
+    let is_known = records.iter().any(|entry| entry.locked_by_criu.contains(&ns));
+    let namespace_locks: Vec<_> = whole.iter().filter(|_| !is_known).map(ToString::to_string).collect();
+    let nothing = tables.is_empty() && rules == 0 && namespace_locks.is_empty();
+    let strays = || Strays { ns, path: place.path.clone(), tables, rules, namespace_locks };
+    Ok((!nothing).then(strays))
 }
 
 fn print(status: &Status) -> std::io::Result<()> {
@@ -128,25 +165,37 @@ fn print(status: &Status) -> std::io::Result<()> {
     for Unreadable { id, why } in &status.unreadable {
         writeln!(out, "{id}: unreadable: {why}")?;
     }
-    if !status.tables.is_empty() || status.stock_rules > 0 {
-        writeln!(out, "{NOT_OURS}")?;
+    status.strays.iter().try_for_each(|strays| print_strays(strays, &mut out))
+}
+
+fn print_strays(strays: &Strays, out: &mut impl Write) -> std::io::Result<()> {
+    let there = strays.path.as_ref().map(|path| path.display().to_string());
+    let option = there.as_ref().map_or_else(String::new, |path| format!(" --netns {path}"));
+    match there {
+        None => writeln!(out, "Not ours, in this network namespace:")?,
+        Some(path) => writeln!(out, "Not ours, in {} ({path}):", strays.ns)?,
     }
-    for Stray { name, method, entries } in &status.tables {
-        let entries = entries.to_string();
-        writeln!(out, "  {name} ({method:?}, {entries} entries); `soccr clean --table {name}` removes it")?;
+    for lock in &strays.namespace_locks {
+        let remedy = format!("`soccr clean --stock-rules{option}` removes it");
+        writeln!(out, "  CRIU's lock of the whole namespace ({lock}); {remedy}")?;
     }
-    if status.stock_rules > 0 {
-        let count = status.stock_rules;
-        writeln!(out, "  {count} iptables rules of stock CRIU; `soccr clean --stock-rules` removes them")?;
+    for Stray { name, method, entries } in &strays.tables {
+        let remedy = format!("`soccr clean --table {name}{option}` removes it");
+        writeln!(out, "  {name} ({method:?}, {entries} entries); {remedy}")?;
+    }
+    if strays.rules > 0 {
+        let remedy = format!("`soccr clean --stock-rules{option}` removes them");
+        writeln!(out, "  {} iptables rules of stock CRIU; {remedy}", strays.rules)?;
     }
     Ok(())
 }
 
 fn row(entry: &Entry) -> [String; 7] {
     let record = &entry.record;
-    let namespaces: HashSet<String> = record.locks.iter().map(|lock| lock.ns.to_string()).collect();
-    let mut namespaces: Vec<String> = namespaces.into_iter().collect();
-    namespaces.sort();
+    let locked = record.locks.iter().map(|lock| lock.ns.to_string());
+    let whole = entry.locked_by_criu.iter().map(|ns| format!("{ns} (whole)"));
+    let namespaces: BTreeSet<String> = locked.chain(whole).collect();
+    let namespaces: Vec<String> = namespaces.into_iter().collect();
     let gone = if entry.images_there { "" } else { " (gone)" };
     [
         record.id.to_string(),

@@ -12,7 +12,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 
 use serde_json::{Value, json};
-use soccr::criu::record::{ConnectionRecord, LockRecord, NsId, Phase, Recorder};
+use soccr::criu::record::{ConnectionRecord, LockRecord, NsId, Phase, Recorder, Store};
+use soccr::criu::stock::{self, NamespaceLock};
 use soccr::criu::tasks::{Finder, ProcessId, Task};
 use soccr::kernel::netns::NetNs;
 use soccr::kernel::sockopt;
@@ -35,6 +36,21 @@ impl Host {
 
     fn run_dir(&self) -> PathBuf {
         self.dir.path().join("run")
+    }
+
+    fn store(&self) -> Store {
+        Store::create_at(self.run_dir()).expect("the records")
+    }
+
+    /// What is written down of a dump of `task`, a tree in a namespace apart, whose criu is dead.
+    fn record_apart(&self, id: &str, phase: Phase, ns: Option<&NetNs>, task: Option<&Child>) {
+        let images = File::open(self.dir.path()).expect("the folder");
+        let recorder = Recorder::new(id, phase, images.as_fd(), std::process::id().cast_signed());
+        let mut recorder = recorder.expect("a record").keep_in(self.store());
+        ns.into_iter().for_each(|ns| recorder.add_criu_lock(ns));
+        task.into_iter().for_each(|task| recorder.add_task(task.id().cast_signed()));
+        recorder.save(phase).expect("written");
+        self.orphan(id);
     }
 
     fn soccr(&self, arguments: &[&str]) -> Output {
@@ -109,10 +125,9 @@ impl Echo {
     /// What a dump writes down before it locks this.
     fn record(&self, host: &Host, id: &str, phase: Phase) -> LockName {
         let images = File::open(host.dir.path()).expect("the folder");
-        let store = soccr::criu::record::Store::create_at(host.run_dir()).expect("the records");
         let pid = self.child.id().cast_signed();
         let recorder = Recorder::new(id, phase, images.as_fd(), std::process::id().cast_signed());
-        let mut recorder = recorder.expect("a record").keep_in(store);
+        let mut recorder = recorder.expect("a record").keep_in(host.store());
         let name = LockName::criu(id).expect("a name");
         let lock = LockRecord { ns: NsId::from(&here()), name: name.clone(), method: Method::Nftables };
         recorder.add_lock(lock);
@@ -170,7 +185,7 @@ fn what_a_killed_dump_left_is_shown_and_brought_back() {
         assert_eq!((&record["id"], &record["state"]), (&json!("crashed"), &json!("orphaned")));
         assert_eq!(record["connections"], json!(1));
         assert_eq!(record["tasks"][0]["pid"], json!(echo.child.id()));
-        assert_eq!(status["tables"], json!([]), "the lock is ours");
+        assert_eq!(status["strays"], json!([]), "the lock is ours");
         let shown = host.done(&["status"]);
         assert!(shown.contains("crashed  orphaned"), "{shown}");
 
@@ -259,6 +274,126 @@ fn a_dump_that_waits_is_shown_until_its_lock_is_gone() {
     });
 }
 
+/// A namespace that only we keep open: as one with a path, in which nobody is while a dump waits for its restore.
+fn empty_namespace() -> NetNs {
+    let unshare = || nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).map(|()| here());
+    std::thread::spawn(unshare).join().expect("no panic").expect("a namespace")
+}
+
+/// Locks the whole namespace as criu does by default, and with nftables.
+fn lock_as_criu(ns: &NetNs) -> [NamespaceLock; 2] {
+    const SCRIPT: &str = "printf '*filter\\n:CRIU - [0:0]\\n-I INPUT -j CRIU\\n-I OUTPUT -j CRIU\\n\
+        -A CRIU -m mark --mark 0xC114 -j ACCEPT\\n-A CRIU -j DROP\\nCOMMIT\\n' | iptables-restore -w -n &&
+        nft 'create table inet CRIU-61f2
+             add chain inet CRIU-61f2 output { type filter hook output priority 0; policy drop; }
+             add rule inet CRIU-61f2 output meta mark 0xC114 accept'";
+    let status = ns.run(|| Command::new("sh").args(["-c", SCRIPT]).status()).expect("entered");
+    assert!(status.expect("sh runs").success());
+    [NamespaceLock::Table("CRIU-61f2".parse().expect("a name")), NamespaceLock::Chain]
+}
+
+#[test]
+fn a_dump_of_a_namespace_with_a_path_is_shown_until_criu_unlocks_it() {
+    in_own_network(|| {
+        let host = Host::new();
+        let ns = empty_namespace();
+        host.record_apart("waits", Phase::Dumped, Some(&ns), None);
+        let locks = lock_as_criu(&ns);
+        let status = host.status();
+        assert_eq!(status["records"][0]["state"], json!("dumped"));
+        assert_eq!(status["records"][0]["locked_by_criu"][0]["ino"], json!(ns.inode()));
+        assert_eq!(status["strays"], json!([]), "the lock belongs to the dump");
+        assert!(host.done(&["status"]).contains(&format!("{ns} (whole)")));
+        let why = host.refused(&["clean", "--stock-rules"]);
+        assert!(why.contains("it belongs to waits: `soccr clean waits`"), "{why}");
+        assert_eq!(stock::find_namespace_locks(&ns).expect("locks"), locks);
+        // As criu does at the end of the restore.
+        assert_eq!(stock::remove_namespace_locks(&ns).expect("removed"), locks);
+        assert_eq!(host.status()["records"], json!([]));
+        assert!(!host.record("waits").exists());
+    });
+}
+
+#[test]
+fn a_dump_of_a_namespace_with_a_path_can_be_given_up() {
+    in_own_network(|| {
+        let host = Host::new();
+        let (ns, other) = (empty_namespace(), empty_namespace());
+        host.record_apart("waits", Phase::Dumped, Some(&ns), None);
+        lock_as_criu(&ns);
+        lock_as_criu(&other);
+        let would = host.done(&["clean", "waits", "--dry-run"]);
+        assert!(
+            would.contains("lock of the whole namespace (iptables chain CRIU) would be removed"),
+            "{would}"
+        );
+        assert_eq!(stock::find_namespace_locks(&ns).expect("locks").len(), 2);
+        let told = host.done(&["clean", "waits"]);
+        assert!(
+            told.contains(&format!(
+                "{ns}: CRIU's lock of the whole namespace (table inet CRIU-61f2) removed"
+            ))
+        );
+        assert_eq!(stock::find_namespace_locks(&ns).expect("locks"), []);
+        assert!(!host.record("waits").exists());
+        assert_eq!(stock::find_namespace_locks(&other).expect("locks").len(), 2, "that of another dump");
+    });
+}
+
+/// The record may be of a soccr that did not know that CRIU locks: the task that lives leads to its namespace.
+#[test]
+fn crius_lock_goes_with_the_record_of_a_killed_dump() {
+    in_own_network(|| {
+        let host = Host::new();
+        let ns = empty_namespace();
+        let mut task =
+            ns.run(|| Command::new("cat").stdin(Stdio::piped()).spawn()).expect("entered").expect("cat");
+        host.record_apart("crashed", Phase::Saving, None, Some(&task));
+        lock_as_criu(&ns);
+        // Another container in the same namespace waits for its restore.
+        host.record_apart("neighbour", Phase::Dumped, Some(&ns), None);
+        host.done(&["clean", "crashed", "--dry-run"]);
+        host.done(&["clean", "--orphans"]);
+        assert_eq!(stock::find_namespace_locks(&ns).expect("locks").len(), 2, "the neighbour needs them");
+        fs::remove_file(host.record("neighbour")).expect("removed");
+        host.record_apart("crashed", Phase::Saving, None, Some(&task));
+        assert_eq!(host.status()["records"][0]["locked_by_criu"][0]["ino"], json!(ns.inode()));
+        let told = host.done(&["clean", "--orphans"]);
+        assert!(told.contains("lock of the whole namespace (iptables chain CRIU) removed"), "{told}");
+        assert_eq!(stock::find_namespace_locks(&ns).expect("locks"), []);
+        task.kill().expect("killed");
+        task.wait().expect("its end");
+    });
+}
+
+#[test]
+fn what_stock_criu_left_is_found_in_every_namespace() {
+    in_own_network(|| {
+        let host = Host::new();
+        let (ns, other) = (empty_namespace(), empty_namespace());
+        let mut task =
+            ns.run(|| Command::new("cat").stdin(Stdio::piped()).spawn()).expect("entered").expect("cat");
+        lock_as_criu(&ns);
+        lock_as_criu(&other);
+        let shown = host.done(&["status"]);
+        let path = format!("/proc/{}/ns/net", task.id());
+        assert!(shown.contains(&format!("Not ours, in {ns} ({path}):")), "{shown}");
+        assert!(shown.contains(&format!("`soccr clean --stock-rules --netns {path}` removes it")), "{shown}");
+        assert_eq!(host.status()["strays"].as_array().expect("a list").len(), 2);
+        let only = host.done(&["status", "--pid", &task.id().to_string()]);
+        assert!(only.contains(&path) && !only.contains(&other.to_string()), "{only}");
+        host.done(&["clean", "--stock-rules", "--dry-run"]);
+        host.done(&["clean", "--stock-rules", "--netns", &path]);
+        assert_eq!(stock::find_namespace_locks(&ns).expect("locks"), []);
+        assert_eq!(stock::find_namespace_locks(&other).expect("locks").len(), 2);
+        host.done(&["clean", "--stock-rules"]);
+        assert_eq!(stock::find_namespace_locks(&other).expect("locks"), []);
+        assert_eq!(host.done(&["clean", "--stock-rules"]), "there is nothing of stock CRIU\n");
+        task.kill().expect("killed");
+        task.wait().expect("its end");
+    });
+}
+
 #[test]
 fn a_killed_restore_waits_for_another_try() {
     in_own_network(|| {
@@ -296,7 +431,7 @@ fn locks_without_a_record_go_only_by_name() {
         let mut echo = Echo::start();
         echo.lock(&LockName::criu("foreign").expect("a name"));
         let status = host.status();
-        assert_eq!(status["tables"][0]["name"], json!("CRIU-foreign"));
+        assert_eq!(status["strays"][0]["tables"][0]["name"], json!("CRIU-foreign"));
         let shown = host.done(&["status"]);
         assert!(
             shown.starts_with("Not ours") && shown.contains("soccr clean --table CRIU-foreign"),

@@ -7,6 +7,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use super::namespaces::{Namespaces, find};
 use super::{LockRecord, NsId, Phase, Record, State, Store, current_boot};
 use crate::chain;
+use crate::criu::stock::{self, NamespaceLock};
 use crate::criu::tasks::{Task, Walker};
 use crate::kernel::netns::NetNs;
 use crate::kernel::{sockopt, tcp};
@@ -27,6 +28,8 @@ pub struct Report {
     pub revived: Vec<String>,
     /// Locks that were removed, with their namespaces.
     pub unlocked: Vec<LockRecord>,
+    /// CRIU's locks of whole namespaces that were removed.
+    pub criu_unlocked: Vec<(NsId, NamespaceLock)>,
     /// Locks that were not there any more.
     pub absent: Vec<LockRecord>,
     /// Namespaces that are in use by nobody here; their locks went with them.
@@ -37,8 +40,8 @@ pub struct Report {
     pub problems: Vec<String>,
 }
 
-/// Undoes what `record` tells, and removes it when that was possible: removes its locks, brings back connections
-/// that were left in repair mode, and removes rules for forged segments.
+/// Undoes what `record` tells, and removes it when that was possible: removes its locks and, if its criu is dead,
+/// those of CRIU itself, brings back connections that were left in repair mode, and removes rules for forged segments.
 ///
 /// Each connection goes on as soon as it is unlocked: what was lost meanwhile is sent again, and a window probe makes
 /// the peer speak.
@@ -52,6 +55,7 @@ pub fn clean(store: &Store, record: &Record, options: Options) -> Report {
         let reusing = Reusing::of(store, record);
         let sockets = broken(record, &reusing, &mut report);
         unlock(store, record, options, &mut report);
+        unlock_namespaces(store, record, options, &mut report);
         for socket in sockets {
             let reuse = reusing.has(socket.as_fd());
             if tcp::in_repair(socket.as_fd()).unwrap_or(false) {
@@ -89,11 +93,37 @@ pub fn is_undone(record: &Record) -> bool {
     let waits = record.boot == current_boot() && record.phase == Phase::Dumped;
     waits && {
         let namespaces = namespaces_of(record);
-        record.locks.iter().all(|lock| match namespaces.get(lock.ns) {
-            Some(ns) => is_absent(ns, lock),
-            None => namespaces.is_gone(lock.ns),
-        })
+        let gone = |id: NsId, is_unlocked: &dyn Fn(&NetNs) -> bool| {
+            namespaces.get(id).map_or_else(|| namespaces.is_gone(id), is_unlocked)
+        };
+        record.locks.iter().all(|lock| gone(lock.ns, &|ns| is_absent(ns, lock)))
+            && record.criu_locks.iter().all(|id| gone(*id, &is_unlocked_by_criu))
     }
+}
+
+fn is_unlocked_by_criu(ns: &NetNs) -> bool {
+    stock::find_namespace_locks(ns).is_ok_and(|locks| locks.is_empty())
+}
+
+/// The namespaces that CRIU may have locked as a whole for this dump or restore: those that the record names, and
+/// those of its tasks that live. None while its criu lives, which unlocks them itself.
+#[must_use]
+pub fn locked_by_criu(record: &Record) -> Vec<NetNs> {
+    if record.boot != current_boot() || record.criu.lives() {
+        return Vec::new();
+    }
+    let named = find(&record.criu_locks);
+    let mut namespaces: Vec<NetNs> = named.iter().map(|(ns, _)| ns.clone()).collect();
+    for task in &record.tasks {
+        // Of the task that was recorded only if that lives after the file was opened.
+        if let Ok(ns) = NetNs::of_task(task.pid.cast_unsigned())
+            && task.lives()
+            && !namespaces.contains(&ns)
+        {
+            namespaces.push(ns);
+        }
+    }
+    namespaces
 }
 
 fn is_absent(ns: &NetNs, wanted: &LockRecord) -> bool {
@@ -110,7 +140,8 @@ fn is_same(found: &lock::LockInfo, wanted: &LockRecord) -> bool {
 }
 
 fn namespaces_of(record: &Record) -> Namespaces {
-    let wanted: Vec<NsId> = record.locks.iter().map(|lock| lock.ns).collect();
+    let locked = record.locks.iter().map(|lock| lock.ns);
+    let wanted: Vec<NsId> = locked.chain(record.criu_locks.iter().copied()).collect();
     find(&wanted)
 }
 
@@ -214,8 +245,8 @@ fn unlock(store: &Store, record: &Record, options: Options, report: &mut Report)
     }
     // Only a restore opens a way for forged segments.
     if matches!(record.phase, Phase::Restoring | Phase::Waking) && !options.dry_run {
-        for (id, ns) in namespaces.iter() {
-            if another_restores(store, record, id) {
+        for (ns, _) in namespaces.iter() {
+            if another_restores(store, record, ns.into()) {
                 continue;
             }
             match lock::passage::sweep(ns) {
@@ -233,9 +264,32 @@ fn remove(ns: &NetNs, wanted: &LockRecord, options: Options) -> Result<bool, loc
     lock::remove(ns, wanted.method, &wanted.name)
 }
 
+fn unlock_namespaces(store: &Store, record: &Record, options: Options, report: &mut Report) {
+    for ns in locked_by_criu(record) {
+        let id = NsId::from(&ns);
+        // Containers can share a namespace.
+        if others(store, record)
+            .any(|other| other.state() != State::Orphaned && other.criu_locks.contains(&id))
+        {
+            continue;
+        }
+        let locks = match options.dry_run {
+            true => stock::find_namespace_locks(&ns),
+            false => stock::remove_namespace_locks(&ns),
+        };
+        match locks {
+            Ok(locks) => report.criu_unlocked.extend(locks.into_iter().map(|lock| (id, lock))),
+            Err(error) => report.problems.push(chain(&error)),
+        }
+    }
+}
+
 fn another_restores(store: &Store, record: &Record, ns: NsId) -> bool {
-    let others = store.list().unwrap_or_default().into_iter().filter_map(|listed| listed.record.ok());
-    let mut others =
-        others.filter(|other| other.id != record.id && other.locks.iter().any(|lock| lock.ns == ns));
-    others.any(|other| other.state() == State::Restoring)
+    others(store, record)
+        .any(|other| other.state() == State::Restoring && other.locks.iter().any(|lock| lock.ns == ns))
+}
+
+fn others(store: &Store, record: &Record) -> impl Iterator<Item = Record> {
+    let all = store.list().unwrap_or_default().into_iter().filter_map(|listed| listed.record.ok());
+    all.filter(|other| other.id != record.id)
 }

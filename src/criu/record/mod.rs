@@ -33,8 +33,9 @@ use crate::kernel::process::RemoteFd;
 use crate::kernel::sockopt;
 use crate::lock::{LockName, Method};
 
-pub use clean::{Options as CleanOptions, Report, clean, is_undone, remove_locks};
+pub use clean::{Options as CleanOptions, Report, clean, is_undone, locked_by_criu, remove_locks};
 pub use error::RecordError;
+pub use namespaces::{Namespaces, all_namespaces};
 pub use recorder::{RECORD_VARIABLE, Recorder};
 pub use state::State;
 pub use store::{DEFAULT_FOLDER, FOLDER_VARIABLE, Listed, Store};
@@ -60,6 +61,9 @@ pub struct Record {
     pub agent: ProcessId,
     /// The locks, those that are about to be made included.
     pub locks: Vec<LockRecord>,
+    /// The namespaces that CRIU itself locks as a whole: that of a tree which does not share criu's.
+    #[serde(default)]
+    pub criu_locks: Vec<NsId>,
     /// The tasks that the connections belong to. While a dump waits for its restore: those that were dumped.
     pub tasks: Vec<ProcessId>,
     /// What the tasks' death will make of the locks: `true`, they stay for the restore.
@@ -71,6 +75,14 @@ pub struct Record {
 
 fn yes() -> bool {
     true
+}
+
+impl Record {
+    /// Whether it tells of a lock, by us or by CRIU.
+    #[must_use]
+    pub fn has_locks(&self) -> bool {
+        !self.locks.is_empty() || !self.criu_locks.is_empty()
+    }
 }
 
 /// How far a dump or a restore has come.

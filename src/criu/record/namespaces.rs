@@ -12,16 +12,17 @@ use crate::kernel::netns::NetNs;
 
 /// The namespaces that were found.
 #[derive(Debug, Default)]
-pub(super) struct Namespaces {
-    found: HashMap<NsId, NetNs>,
+pub struct Namespaces {
+    found: HashMap<NsId, (NetNs, PathBuf)>,
     /// Some process could not be looked at, so what was not found may still be there.
     hidden: bool,
 }
 
 impl Namespaces {
     /// The namespace, if it was found.
-    pub(super) fn get(&self, id: NsId) -> Option<&NetNs> {
-        self.found.get(&id)
+    #[must_use]
+    pub fn get(&self, id: NsId) -> Option<&NetNs> {
+        self.found.get(&id).map(|(ns, _)| ns)
     }
 
     /// Whether the namespace has certainly ended.
@@ -29,17 +30,27 @@ impl Namespaces {
         !self.hidden && !self.found.contains_key(&id)
     }
 
-    /// All that were found.
-    pub(super) fn iter(&self) -> impl Iterator<Item = (NsId, &NetNs)> {
-        self.found.iter().map(|(id, ns)| (*id, ns))
+    /// All that were found, each with a file that leads to it.
+    pub fn iter(&self) -> impl Iterator<Item = (&NetNs, &Path)> {
+        self.found.values().map(|(ns, path)| (ns, path.as_path()))
     }
 }
 
 /// Finds namespaces that are in use: ours, those of processes, those that are mounted where a process sees them (as
 /// `ip netns` and container managers do), and those that a process keeps open. It looks no further than necessary.
 pub(super) fn find(wanted: &[NsId]) -> Namespaces {
+    search(Some(wanted))
+}
+
+/// All namespaces that are in use on this host, as far as this user can see them.
+#[must_use]
+pub fn all_namespaces() -> Namespaces {
+    search(None)
+}
+
+fn search(wanted: Option<&[NsId]>) -> Namespaces {
     let mut search = Search { wanted, namespaces: Namespaces::default() };
-    search.consider(NetNs::current().ok());
+    search.look_at(Path::new("/proc/self/ns/net"));
     for place in [of_process, mounted, kept_open] {
         let mut views = HashSet::new();
         for pid in pids() {
@@ -56,27 +67,24 @@ pub(super) fn find(wanted: &[NsId]) -> Namespaces {
 type Views = HashSet<PathBuf>;
 
 struct Search<'a> {
-    wanted: &'a [NsId],
+    /// `None`: all.
+    wanted: Option<&'a [NsId]>,
     namespaces: Namespaces,
 }
 
 impl Search<'_> {
     fn is_complete(&self) -> bool {
-        self.wanted.iter().all(|id| self.namespaces.found.contains_key(id))
+        self.wanted.is_some_and(|wanted| wanted.iter().all(|id| self.namespaces.found.contains_key(id)))
     }
 
     fn look_at(&mut self, path: &Path) {
-        if !self.is_complete() {
-            self.consider(NetNs::open(path).ok());
+        if self.is_complete() {
+            return;
         }
-    }
-
-    fn consider(&mut self, ns: Option<NetNs>) {
-        if let Some(ns) = ns {
-            let id = NsId::from(&ns);
-            if self.wanted.contains(&id) {
-                self.namespaces.found.insert(id, ns);
-            }
+        let Ok(ns) = NetNs::open(path) else { return };
+        let id = NsId::from(&ns);
+        if self.wanted.is_none_or(|wanted| wanted.contains(&id)) {
+            self.namespaces.found.entry(id).or_insert_with(|| (ns, path.to_owned()));
         }
     }
 

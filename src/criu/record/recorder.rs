@@ -45,6 +45,7 @@ impl Recorder {
             criu: identify(criu)?,
             agent: identify(std::process::id().cast_signed())?,
             locks: Vec::new(),
+            criu_locks: Vec::new(),
             tasks: Vec::new(),
             kept_after_death: true,
             connections: 0,
@@ -123,6 +124,19 @@ impl Recorder {
         if !self.record.locks.contains(&lock) {
             self.record.locks.push(lock);
         }
+    }
+
+    /// Adds a namespace that CRIU is about to lock as a whole.
+    pub fn add_criu_lock(&mut self, ns: &NetNs) {
+        let ns = NsId::from(ns);
+        if !self.record.criu_locks.contains(&ns) {
+            self.record.criu_locks.push(ns);
+        }
+    }
+
+    /// Says that CRIU's own locks are removed.
+    pub fn forget_criu_locks(&mut self) {
+        self.record.criu_locks.clear();
     }
 
     /// Says which locks there are.

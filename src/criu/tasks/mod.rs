@@ -13,6 +13,7 @@ use procfs::process::{ProcState, Process};
 use procfs::{ProcError, ProcResult};
 
 use crate::kernel::SysError;
+use crate::kernel::netns::NetNs;
 use crate::kernel::process::{self, RemoteFd};
 
 pub use identity::ProcessId;
@@ -138,6 +139,22 @@ pub fn holders(inode: u64) -> ProcResult<Vec<i32>> {
         }
     }
     Ok(holders)
+}
+
+/// A task that lives in this network namespace and is traced, and who traces it.
+///
+/// # Errors
+/// When `/proc` cannot be read.
+pub fn traced_in(ns: &NetNs) -> ProcResult<Option<(i32, i32)>> {
+    for process in procfs::process::all_processes()? {
+        // One that is gone meanwhile, or that we may not look at, is none of ours.
+        let Ok(status) = process.and_then(|process| process.status()) else { continue };
+        if status.tracerpid != 0 && NetNs::of_task(status.pid.cast_unsigned()).is_ok_and(|found| found == *ns)
+        {
+            return Ok(Some((status.pid, status.tracerpid)));
+        }
+    }
+    Ok(None)
 }
 
 /// The task `root` and all its descendants, whoever traces them.

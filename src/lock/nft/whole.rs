@@ -13,7 +13,8 @@
 use nix::errno::Errno;
 
 use super::abi;
-use super::client::{Client, NftError};
+use super::client::Client;
+use super::error::NftError;
 use super::expr::{MARK, number};
 use super::table::FAMILY;
 use super::wire::{Attributes, Malformed, Value, Writer};

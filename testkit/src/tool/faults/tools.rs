@@ -65,7 +65,7 @@ impl Status {
 
     pub fn is_empty(&self) -> bool {
         let none = |key: &str| self.0[key].as_array().is_some_and(Vec::is_empty);
-        none("records") && none("unreadable") && none("tables") && self.0["stock_rules"] == 0
+        none("records") && none("unreadable") && none("strays")
     }
 }
 
