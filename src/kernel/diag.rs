@@ -48,7 +48,7 @@ fn destroy(socket: &NetlinkSocket, tuple: &FourTuple) -> SysResult<bool> {
     let Some(found) = find(socket, tuple)?.filter(|found| !found.owned) else { return Ok(false) };
     let mut id = sock_id(tuple);
     id[COOKIE].copy_from_slice(&found.cookie);
-    match ask(socket, SOCK_DESTROY, NLM_F_REQUEST | NLM_F_ACK, tuple, &id) {
+    match ask(socket, Request::DESTROY, tuple, &id) {
         Ok(_) => Ok(true),
         Err(SysError { errno: Errno::ENOENT, .. }) => Ok(true), // it is gone by itself
         Err(error) => Err(error),
@@ -73,6 +73,37 @@ pub fn find_owned(tuples: &[FourTuple]) -> SysResult<Option<FourTuple>> {
     Ok(None)
 }
 
+/// Whether the segments of the socket with these addresses in the current network namespace are signed by keys of its
+/// program (TCP_MD5SIG, RFC 2385). A listener's remote address is the unspecified one, with port 0.
+///
+/// # Errors
+/// EPERM without CAP_NET_ADMIN, by which alone the kernel tells; ENOENT without such a socket.
+pub fn has_md5_keys(tuple: &FourTuple) -> SysResult<bool> {
+    const INET_DIAG_MD5SIG: u16 = 18;
+    const INET_DIAG_MARK: u16 = 15;
+    const INET_DIAG_INFO: u8 = 2;
+    // What a protocol adds comes with its information only.
+    let request = Request { extensions: 1 << (INET_DIAG_INFO - 1), ..Request::FIND };
+    let found = ask(&NetlinkSocket::sock_diag()?, request, tuple, &sock_id(tuple))?;
+    let kinds = attribute_kinds(found.get(HEADER + REPLY..).unwrap_or_default());
+    // A mark is told to the same callers as keys are, whether or not there is one.
+    if !kinds.contains(&INET_DIAG_MARK) {
+        return Err(SysError { call: "ask the socket monitor for keys", errno: Errno::EPERM });
+    }
+    Ok(kinds.contains(&INET_DIAG_MD5SIG))
+}
+
+/// The types of all netlink attributes in a row.
+fn attribute_kinds(mut attributes: &[u8]) -> Vec<u16> {
+    let mut kinds = Vec::new();
+    while let [l0, l1, k0, k1, ..] = *attributes {
+        kinds.push(u16::from_ne_bytes([k0, k1]));
+        let length = usize::from(u16::from_ne_bytes([l0, l1])).max(4).next_multiple_of(4);
+        attributes = attributes.get(length..).unwrap_or_default();
+    }
+    kinds
+}
+
 struct FoundSocket {
     owned: bool,
     cookie: [u8; 8],
@@ -81,7 +112,7 @@ struct FoundSocket {
 /// The socket with exactly these addresses, listeners left out.
 fn find(socket: &NetlinkSocket, tuple: &FourTuple) -> SysResult<Option<FoundSocket>> {
     let id = sock_id(tuple);
-    let found = match ask(socket, SOCK_DIAG_BY_FAMILY, NLM_F_REQUEST, tuple, &id) {
+    let found = match ask(socket, Request::FIND, tuple, &id) {
         Err(SysError { errno: Errno::ENOENT, .. }) => return Ok(None),
         other => other?,
     };
@@ -118,11 +149,24 @@ fn put_ip(field: &mut [u8], addr: SocketAddr) {
     }
 }
 
+/// What is asked for.
+#[derive(Clone, Copy)]
+struct Request {
+    kind: u16,
+    flags: u16,
+    /// A bit for each kind of attribute that is wanted.
+    extensions: u8,
+}
+
+impl Request {
+    const FIND: Self = Self { kind: SOCK_DIAG_BY_FAMILY, flags: NLM_F_REQUEST, extensions: 0 };
+    const DESTROY: Self = Self { kind: SOCK_DESTROY, flags: NLM_F_REQUEST | NLM_F_ACK, extensions: 0 };
+}
+
 /// Sends one request and returns the answer's message; an acknowledgement of success is an empty one.
 fn ask(
     socket: &NetlinkSocket,
-    kind: u16,
-    flags: u16,
+    request: Request,
     tuple: &FourTuple,
     id: &[u8; SOCK_ID],
 ) -> SysResult<Vec<u8>> {
@@ -133,10 +177,10 @@ fn ask(
     const { assert!(HEADER + REQUEST == 16 + 56) };
     let mut message = Vec::with_capacity(HEADER + REQUEST);
     message.extend(length.to_ne_bytes());
-    message.extend(kind.to_ne_bytes());
-    message.extend(flags.to_ne_bytes());
+    message.extend(request.kind.to_ne_bytes());
+    message.extend(request.flags.to_ne_bytes());
     message.extend([0; 8]); // sequence and port
-    message.extend([family, TCP, 0, 0]);
+    message.extend([family, TCP, request.extensions, 0]);
     message.extend(u32::MAX.to_ne_bytes()); // in any state
     message.extend(id);
     socket.send(&message)?;

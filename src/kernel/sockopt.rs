@@ -172,6 +172,14 @@ pub fn cookie(fd: BorrowedFd<'_>) -> SysResult<u64> {
     get(fd, libc::SOL_SOCKET, libc::SO_COOKIE, "get SO_COOKIE")
 }
 
+/// Whether the socket is bound to a device (SO_BINDTODEVICE).
+///
+/// # Errors
+/// The kernel's answer.
+pub fn is_bound_to_device(fd: BorrowedFd<'_>) -> SysResult<bool> {
+    Ok(get_bytes(fd, libc::SOL_SOCKET, libc::SO_BINDTODEVICE)?.first().is_some_and(|byte| *byte != 0))
+}
+
 /// Which buffer of a socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Buffer {

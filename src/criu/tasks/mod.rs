@@ -69,7 +69,10 @@ impl Task {
             let entry = entry?;
             let Some(fd) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
             // A descriptor of a frozen task does not go away; one of a thread group that ends may.
-            let Ok(target) = fs::read_link(entry.path()) else { continue };
+            let target = match fs::read_link(entry.path()) {
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound || self.gone() => continue,
+                target => target?,
+            };
             if let Some(inode) = target.to_str().and_then(socket_inode) {
                 sockets.push((RemoteFd(fd), inode));
             }
