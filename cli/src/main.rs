@@ -4,8 +4,16 @@
 
 mod check;
 mod clean;
+mod config;
+mod enable;
+mod failure;
+mod host;
+mod list;
+mod plugins;
+mod runtime;
 mod scope;
 mod show;
+mod sockets;
 mod status;
 mod table;
 
@@ -13,6 +21,7 @@ use std::io::Write;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+use failure::Capability;
 
 /// Looks after TCP connections that soccr has frozen, dumped or restored on this host.
 #[derive(Debug, Parser)]
@@ -30,24 +39,52 @@ enum Command {
     Clean(clean::Arguments),
     /// Show the connections in a folder of CRIU's images.
     Show(show::Arguments),
-    /// Check what this kernel offers, in a network namespace of its own.
+    /// List the TCP sockets of running tasks: states, queues, options, descriptors.
+    List(list::Arguments),
+    /// Check what this kernel offers, which criu each runtime starts, and what of a task cannot be carried.
     Check(check::Arguments),
+    /// Have the criu that a runtime starts load the plugin: adds lines to its configuration file.
+    Enable(enable::EnableArguments),
+    /// Take back what `soccr enable` did.
+    Disable(enable::DisableArguments),
 }
 
 fn main() -> ExitCode {
-    let done = match Arguments::parse().command {
-        Command::Status(arguments) => status::run(&arguments),
-        Command::Clean(arguments) => clean::run(&arguments),
-        Command::Show(arguments) => show::run(&arguments),
-        Command::Check(arguments) => check::run(&arguments),
-    };
-    match done {
+    let command = Arguments::parse().command;
+    match run(&command) {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::FAILURE,
+        // Who reads our output has seen enough.
+        Err(error) if failure::is_closed_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
-            warn(&format!("{error:#}"));
+            let missing = failure::missing_capability(&error, capability(&command));
+            warn(&format!(
+                "{error:#}{}",
+                missing.map(|name| format!("; {name} is missing: run it as root")).unwrap_or_default()
+            ));
             ExitCode::FAILURE
         }
+    }
+}
+
+fn run(command: &Command) -> anyhow::Result<bool> {
+    match command {
+        Command::Status(arguments) => status::run(arguments),
+        Command::Clean(arguments) => clean::run(arguments),
+        Command::Show(arguments) => show::run(arguments),
+        Command::List(arguments) => list::run(arguments),
+        Command::Check(arguments) => check::run(arguments),
+        Command::Enable(arguments) => enable::enable(arguments),
+        Command::Disable(arguments) => enable::disable(arguments),
+    }
+}
+
+/// What the command needs beyond an ordinary user's rights.
+fn capability(command: &Command) -> Capability {
+    match command {
+        Command::Status(_) | Command::Clean(_) => Capability::NetAdmin,
+        Command::List(_) | Command::Check(_) => Capability::SysPtrace,
+        Command::Show(_) | Command::Enable(_) | Command::Disable(_) => Capability::DacOverride,
     }
 }
 
