@@ -6,12 +6,13 @@ use std::os::fd::{AsFd, FromRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::thread::JoinHandle;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{MsgFlags, recv, setsockopt, sockopt};
 
 use crate::netns::NetNs;
+use crate::sockets::get;
 
 /// What a capture saw of TCP.
 #[derive(Clone, Debug, Default)]
@@ -88,6 +89,9 @@ fn watch(socket: &OwnedFd, mut stopped: &UnixStream) -> Result<Seen> {
         drain(socket, &mut seen)?;
         if stop {
             stopped.read_exact(&mut [0])?;
+            // `struct tpacket_stats`: those seen, those lost, any of which may have been a reset.
+            let [_, lost] = get::<[u32; 2]>(socket, libc::SOL_PACKET, libc::PACKET_STATISTICS)?;
+            ensure!(lost == 0, "the capture has lost {lost} packets");
             return Ok(seen);
         }
     }

@@ -3,16 +3,15 @@
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::os::fd::{AsFd, AsRawFd};
-use std::os::unix::net::UnixStream;
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::poll::{PollFd, PollFlags, poll};
 use nix::sys::socket::{
     AddressFamily, SockFlag, SockType, SockaddrStorage, connect, setsockopt, socket, sockopt,
 };
 
+use crate::fleet::Talk;
 use crate::pattern::Pattern;
 
 /// How long a client waits for one byte before it calls the connection dead.
@@ -25,6 +24,10 @@ pub struct Client {
     port: u16,
     sent: u64,
     received: u64,
+    greedy: bool,
+    /// Since then it waits for what is due.
+    asked: Instant,
+    silence: Duration,
 }
 
 impl Client {
@@ -54,7 +57,8 @@ impl Client {
         stream.set_write_timeout(Some(PATIENCE))?;
         stream.set_nodelay(true)?;
         let port = stream.local_addr()?.port();
-        Ok(Self { stream, port, sent: 0, received: 0 })
+        let (asked, silence) = (Instant::now(), Duration::ZERO);
+        Ok(Self { stream, port, sent: 0, received: 0, greedy: false, asked, silence })
     }
 
     /// The client's own port, which names its two patterns.
@@ -73,6 +77,18 @@ impl Client {
     #[must_use]
     pub fn received(&self) -> u64 {
         self.received
+    }
+
+    /// In a [`crate::Fleet`]: sends as much as it can and reads nothing until the end, which fills all queues.
+    #[must_use]
+    pub fn greedy(self, greedy: bool) -> Self {
+        Self { greedy, ..self }
+    }
+
+    /// The longest time for which it waited in a [`crate::Fleet`] for bytes that were due.
+    #[must_use]
+    pub fn silence(&self) -> Duration {
+        self.silence
     }
 
     /// Sends `len` bytes of this client's stream and has an echo server send them back.
@@ -119,12 +135,17 @@ impl Client {
     fn write_until_blocked(&mut self) -> Result<()> {
         // The buffers grow while the peer's kernel takes data in: full means full for a while.
         while poll(&mut [PollFd::new(self.stream.as_fd(), PollFlags::POLLOUT)], 300_u16)? != 0 {
-            let bytes = Pattern::to_server(self.port).bytes(self.sent, 64 << 10);
-            match self.stream.write(&bytes) {
-                Ok(len) => self.sent += len as u64,
-                Err(error) if error.kind() == ErrorKind::WouldBlock => {}
-                Err(error) => return Err(error).with_context(|| self.at("cannot send")),
-            }
+            self.write_once(64 << 10)?;
+        }
+        Ok(())
+    }
+
+    fn write_once(&mut self, len: usize) -> Result<()> {
+        let bytes = Pattern::to_server(self.port).bytes(self.sent, len);
+        match self.stream.write(&bytes) {
+            Ok(len) => self.sent += len as u64,
+            Err(error) if error.kind() == ErrorKind::WouldBlock => {}
+            Err(error) => return Err(error).with_context(|| self.at("cannot send")),
         }
         Ok(())
     }
@@ -171,87 +192,35 @@ impl Client {
         Ok(())
     }
 
-    fn at(&self, what: &str) -> String {
+    pub(crate) fn at(&self, what: &str) -> String {
         format!("client {}: {what} ({} bytes sent, {} received)", self.port, self.sent, self.received)
     }
 }
 
-/// Clients that talk to an echo server all the time, on a thread of their own.
-#[derive(Debug)]
-pub struct Busy {
-    stop: UnixStream,
-    thread: JoinHandle<Result<(Vec<Client>, Silence)>>,
-}
-
-/// The longest time in which a busy client got nothing.
-pub type Silence = Duration;
-
-/// Bytes that a busy client has under way at most.
+/// Bytes that a client has under way at most.
 const IN_FLIGHT: u64 = 16 << 10;
 
-impl Busy {
-    /// Starts them.
-    ///
-    /// # Errors
-    /// When there is no thread or no descriptor to be had.
-    pub fn start(clients: Vec<Client>) -> Result<Self> {
-        let (stop, stopped) = UnixStream::pair()?;
-        let thread = std::thread::spawn(move || talk(clients, &stopped));
-        Ok(Self { stop, thread })
-    }
-
-    /// Lets every echo come in and gives the clients back, all of them alive.
-    ///
-    /// # Errors
-    /// When a connection died or a byte was wrong.
-    pub fn stop(mut self) -> Result<(Vec<Client>, Silence)> {
-        // Where that fails the thread has ended, and says why.
-        let _ = self.stop.write_all(&[0]);
-        self.thread.join().expect("busy clients do not panic")
-    }
-}
-
-fn talk(mut clients: Vec<Client>, stopped: &UnixStream) -> Result<(Vec<Client>, Silence)> {
-    for client in &clients {
-        client.stream.set_nonblocking(true)?;
-    }
-    let mut silence = Duration::ZERO;
-    let mut heard = vec![Instant::now(); clients.len()];
-    let mut stopping = false;
-    while !(stopping && clients.iter().all(|client| client.received == client.sent)) {
-        let ready = poll_all(&clients, stopped, stopping)?;
-        stopping |= ready[clients.len()];
-        for ((client, heard), ready) in clients.iter_mut().zip(&mut heard).zip(ready) {
-            if !stopping && client.sent - client.received < IN_FLIGHT {
-                client.write_some()?;
+/// After [`Client::set_nonblocking`]: a client of an echo server.
+impl Talk for Client {
+    fn turn(&mut self, more: bool) -> Result<()> {
+        if more && self.greedy {
+            let mut before = u64::MAX;
+            while self.sent != before {
+                before = self.sent;
+                self.write_some()?;
             }
-            if ready && client.read_some()? {
-                silence = silence.max(heard.elapsed());
-                *heard = Instant::now();
-            }
-            if heard.elapsed() > PATIENCE && client.received < client.sent {
-                bail!(client.at("heard nothing for too long"));
-            }
+            return Ok(());
         }
+        while self.read_some()? {}
+        if more && self.sent - self.received < IN_FLIGHT {
+            self.write_some()?;
+        }
+        Ok(())
     }
-    for client in &clients {
-        client.stream.set_nonblocking(false)?;
-    }
-    Ok((clients, silence))
-}
 
-/// Which clients have something to read or room to write, and last whether to stop.
-fn poll_all(clients: &[Client], stopped: &UnixStream, stopping: bool) -> Result<Vec<bool>> {
-    let interest = |client: &Client| {
-        let room = !stopping && client.sent - client.received < IN_FLIGHT;
-        if room { PollFlags::POLLIN | PollFlags::POLLOUT } else { PollFlags::POLLIN }
-    };
-    let mut fds: Vec<_> =
-        clients.iter().map(|client| PollFd::new(client.stream.as_fd(), interest(client))).collect();
-    let stop = if stopping { PollFlags::empty() } else { PollFlags::POLLIN };
-    fds.push(PollFd::new(stopped.as_fd(), stop));
-    poll(&mut fds, PollTimeout::from(500_u16))?;
-    Ok(fds.iter().map(|fd| fd.any() == Some(true)).collect())
+    fn waits(&self) -> bool {
+        self.received < self.sent
+    }
 }
 
 /// For who polls: after [`Client::set_nonblocking`] nothing here waits.
@@ -269,13 +238,10 @@ impl Client {
     /// # Errors
     /// When the connection is dead.
     pub fn write_some(&mut self) -> Result<()> {
-        let bytes = Pattern::to_server(self.port).bytes(self.sent, 1 << 10);
-        match self.stream.write(&bytes) {
-            Ok(len) => self.sent += len as u64,
-            Err(error) if error.kind() == ErrorKind::WouldBlock => {}
-            Err(error) => return Err(error).with_context(|| self.at("cannot send")),
+        if !self.waits() {
+            self.asked = Instant::now();
         }
-        Ok(())
+        self.write_once(1 << 10)
     }
 
     /// Receives and checks what an echo server has sent back by now; whether that was anything.
@@ -290,6 +256,8 @@ impl Client {
                 let pattern = Pattern::to_server(self.port);
                 pattern.check(self.received, &buf[..len]).with_context(|| self.at("wrong content"))?;
                 self.received += len as u64;
+                self.silence = self.silence.max(self.asked.elapsed());
+                self.asked = Instant::now();
                 Ok(true)
             }
             Err(error) if error.kind() == ErrorKind::WouldBlock => Ok(false),

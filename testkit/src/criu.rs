@@ -13,6 +13,9 @@ use nix::unistd::Pid;
 use crate::netns::NetNs;
 use crate::task::{self, Task};
 
+/// The environment variable that says where records are; also what marks the processes of a [`crate::Stage`].
+pub const RUN_DIR: &str = "SOCCR_RUN_DIR";
+
 /// How connections are kept still while their process does not exist.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Lock {
@@ -45,11 +48,12 @@ pub enum Side {
     Plugin(Lock),
 }
 
-/// The `criu` program and the plugin's folder.
+/// The `criu` program, the plugin's folder, and where that keeps its records.
 #[derive(Clone, Debug)]
 pub struct Criu {
     bin: PathBuf,
     plugins: PathBuf,
+    records: Option<PathBuf>,
 }
 
 /// One call of criu, to be refined and run.
@@ -62,6 +66,7 @@ pub struct Call<'a> {
     ns: Option<&'a NetNs>,
     args: Vec<OsString>,
     env: Vec<(&'static str, OsString)>,
+    plugins: PathBuf,
     inherit: Vec<(OwnedFd, String)>,
     limit: Duration,
     verbosity: &'static str,
@@ -80,15 +85,27 @@ impl Criu {
     /// These two paths.
     #[must_use]
     pub fn new(bin: impl Into<PathBuf>, plugins: impl Into<PathBuf>) -> Self {
-        Self { bin: bin.into(), plugins: plugins.into() }
+        Self { bin: bin.into(), plugins: plugins.into(), records: None }
+    }
+
+    /// The same with records of its own, not the host's in `/run/soccr`.
+    #[must_use]
+    pub fn with_records(&self, records: &Path) -> Self {
+        Self { records: Some(records.to_owned()), ..self.clone() }
+    }
+
+    /// The same with another plugin: one in which faults can be injected.
+    #[must_use]
+    pub fn with_plugins(&self, plugins: impl Into<PathBuf>) -> Self {
+        Self { plugins: plugins.into(), ..self.clone() }
     }
 
     /// The criu of `$CRIU_BIN` or `target/criu`, the plugin of `$SOCCR_PLUGIN_DIR` or
     /// `target/plugins`, where `make criu` and `make` put them.
     #[must_use]
     pub fn from_env() -> Self {
-        let target = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target");
-        let path = |name, default| std::env::var_os(name).map_or_else(|| target.join(default), PathBuf::from);
+        let path =
+            |name, default| std::env::var_os(name).map_or_else(|| target().join(default), PathBuf::from);
         Self::new(path("CRIU_BIN", "criu/criu/criu"), path("SOCCR_PLUGIN_DIR", "plugins"))
     }
 
@@ -135,6 +152,17 @@ impl Criu {
         Ok(())
     }
 
+    /// Whether the plugin is what these sources make, where it is the one of `target/plugins`.
+    ///
+    /// # Errors
+    /// Says why not, and what to do.
+    pub fn check_fresh(&self) -> Result<()> {
+        if self.plugins.canonicalize()? != target().join("plugins").canonicalize()? {
+            return Ok(());
+        }
+        is_fresh(&self.plugin()).context("the plugin is not that of these sources: run `make`")
+    }
+
     /// `criu dump` of the tree that starts at `pid` into the folder `images`.
     #[must_use]
     pub fn dump<'a>(&'a self, side: Side, pid: Pid, images: &'a Path) -> Call<'a> {
@@ -150,7 +178,8 @@ impl Criu {
     fn call<'a>(&'a self, action: &'static str, side: Side, images: &'a Path) -> Call<'a> {
         let limit = Duration::from_secs(60);
         let (args, env, inherit) = (Vec::new(), Vec::new(), Vec::new());
-        Call { criu: self, action, side, images, ns: None, args, env, inherit, limit, verbosity: "-v4" }
+        let (plugins, verbosity) = (self.plugins.clone(), "-v4");
+        Call { criu: self, action, side, images, ns: None, args, env, plugins, inherit, limit, verbosity }
     }
 }
 
@@ -214,7 +243,7 @@ impl<'a> Call<'a> {
     pub fn run(self) -> Result<Done> {
         let log = self.log();
         let (action, side, limit) = (self.action, self.side, self.limit);
-        let (status, took) = task::run(&mut self.into_command()?, limit)
+        let (status, took) = task::run(&mut self.command(), limit)
             .with_context(|| format!("criu {action} ({side:?}):\n{}", last_errors(&log)))?;
         if !status.success() {
             bail!("criu {action} ({side:?}): {status}:\n{}", last_errors(&log));
@@ -252,6 +281,13 @@ impl<'a> Call<'a> {
         Ok((Task::adopt(Pid::from_raw(pid)), done))
     }
 
+    /// Another plugin: one in which faults can be injected.
+    #[must_use]
+    pub fn plugins(mut self, plugins: impl Into<PathBuf>) -> Self {
+        self.plugins = plugins.into();
+        self
+    }
+
     /// Starts criu and comes back at once, with the log's path.
     ///
     /// # Errors
@@ -259,22 +295,16 @@ impl<'a> Call<'a> {
     pub fn spawn(self) -> Result<(std::process::Child, PathBuf)> {
         let log = self.log();
         let bin = self.criu.bin.display().to_string();
-        Ok((self.into_command()?.spawn().with_context(|| format!("cannot run {bin}"))?, log))
-    }
-
-    /// The command, for who wants to change more about it. What this call refers to must live until it is spawned.
-    ///
-    /// # Errors
-    /// None yet.
-    pub fn command(self) -> Result<Command> {
-        self.into_command()
+        Ok((self.command().spawn().with_context(|| format!("cannot run {bin}"))?, log))
     }
 
     fn log(&self) -> PathBuf {
         self.images.join(format!("{}.log", self.action))
     }
 
-    fn into_command(self) -> Result<Command> {
+    /// The command, for who wants to change more about it. What this call refers to must live until it is spawned.
+    #[must_use]
+    pub fn command(self) -> Command {
         let mut command =
             self.ns.map_or_else(|| Command::new(&self.criu.bin), |ns| ns.command(&self.criu.bin));
         command.arg(self.action).arg("--no-default-config");
@@ -285,17 +315,52 @@ impl<'a> Call<'a> {
                 // No plugin that somebody installed on this machine.
                 command.arg("--lib").arg(self.images);
             }
-            Side::Plugin(lock) => {
-                command.arg("--tcp-close").arg("--lib").arg(&self.criu.plugins);
-                command.env("SOCCR_LOCK", lock.name());
+            Side::Plugin(_) => {
+                command.arg("--tcp-close").arg("--lib").arg(&self.plugins);
             }
         }
-        command.env_remove("CRIU_LIBS_DIR").env_remove("SOCCR_TCP");
+        // Whatever whoever runs this has set for criu; what marks our processes stays.
+        let is_set = |name: &OsString| {
+            let name = name.to_string_lossy();
+            name == "CRIU_LIBS_DIR" || name.starts_with("SOCCR_") && !name.starts_with("SOCCR_TEST_")
+        };
+        for (name, _) in std::env::vars_os().filter(|(name, _)| is_set(name)) {
+            command.env_remove(name);
+        }
+        if let Side::Plugin(lock) = self.side {
+            command.env("SOCCR_LOCK", lock.name());
+        }
+        if let Some(records) = &self.criu.records {
+            command.env(RUN_DIR, records);
+        }
         command.args(&self.args).envs(self.env);
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
         inherit(&mut command, self.inherit);
-        Ok(command)
+        command
     }
+}
+
+/// `target/`.
+fn target() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../target")
+}
+
+/// Whether the plugin is what cargo has built last, and newer than all that cargo has built it of.
+fn is_fresh(plugin: &Path) -> Result<()> {
+    let built = target().join("release/libsoccr_plugin.so");
+    let list = built.with_extension("d");
+    let sources = fs::read_to_string(&list).with_context(|| format!("cannot read {}", list.display()))?;
+    let age = fs::metadata(&built)?.modified()?;
+    for source in sources.split_whitespace().skip(1) {
+        // One that is gone was not needed, or cargo will say so.
+        if fs::metadata(source).is_ok_and(|it| it.modified().is_ok_and(|modified| modified > age)) {
+            bail!("{source} is newer than {}", built.display());
+        }
+    }
+    if fs::read(plugin)? != fs::read(&built)? {
+        bail!("{} is not {}", plugin.display(), built.display());
+    }
+    Ok(())
 }
 
 /// `--inherit-fd fd[N]:KEY` for each, with N open in the child.

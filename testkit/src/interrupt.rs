@@ -8,7 +8,7 @@ use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction
 
 static INTERRUPTED: AtomicBool = AtomicBool::new(false);
 
-/// From now on SIGINT and SIGTERM do not end this process; [`pause`] tells of them.
+/// From now on SIGINT and SIGTERM do not end this process; [`check`] and all that waits tell of them.
 ///
 /// # Errors
 /// The kernel's.
@@ -24,6 +24,13 @@ pub fn notice() -> Result<()> {
     Ok(())
 }
 
+/// # Errors
+/// After a signal.
+pub fn check() -> Result<()> {
+    ensure!(!INTERRUPTED.load(Ordering::Relaxed), "interrupted");
+    Ok(())
+}
+
 /// Lets this time pass.
 ///
 /// # Errors
@@ -31,7 +38,7 @@ pub fn notice() -> Result<()> {
 pub fn pause(time: Duration) -> Result<()> {
     let end = Instant::now() + time;
     loop {
-        ensure!(!INTERRUPTED.load(Ordering::Relaxed), "interrupted");
+        check()?;
         let left = end.saturating_duration_since(Instant::now());
         if left.is_zero() {
             return Ok(());

@@ -7,19 +7,24 @@
 pub mod capture;
 pub mod client;
 pub mod criu;
+pub mod fleet;
 pub mod interrupt;
 pub mod leftovers;
 pub mod netns;
 pub mod pattern;
 pub mod relay;
 pub mod server;
+pub mod skip;
 pub mod sockets;
+pub mod stage;
 pub mod task;
 
 pub use capture::Capture;
-pub use client::{Busy, Client};
+pub use client::Client;
 pub use criu::{Criu, Lock, Side};
+pub use fleet::{Fleet, Pace};
 pub use netns::NetNs;
 pub use pattern::Pattern;
 pub use server::Server;
+pub use stage::{Place, Stage};
 pub use task::Task;

@@ -58,6 +58,14 @@ impl NetNs {
         Ok(Self { fd: file.into(), inode })
     }
 
+    /// The same namespace once more.
+    ///
+    /// # Errors
+    /// When there is no descriptor to be had.
+    pub fn try_clone(&self) -> Result<Self> {
+        Ok(Self { fd: self.fd.try_clone()?, inode: self.inode })
+    }
+
     /// The inode number, which is how CRIU names a namespace (`net[INODE]`).
     #[must_use]
     pub fn inode(&self) -> u64 {

@@ -40,6 +40,16 @@ pub struct TaskSocket {
 /// # Errors
 /// When the process is gone or may not be looked into.
 pub fn tcp_sockets(pid: Pid) -> Result<Vec<TaskSocket>> {
+    let mut found = sockets(pid)?;
+    found.retain(|socket| is_tcp(&socket.socket));
+    Ok(found)
+}
+
+/// All its sockets.
+///
+/// # Errors
+/// When the process is gone or may not be looked into.
+pub fn sockets(pid: Pid) -> Result<Vec<TaskSocket>> {
     let pidfd = pidfd_open(pid)?;
     let dir = format!("/proc/{pid}/fd");
     let mut found = Vec::new();
@@ -48,12 +58,8 @@ pub fn tcp_sockets(pid: Pid) -> Result<Vec<TaskSocket>> {
         let is_socket =
             fs::read_link(entry.path()).is_ok_and(|link| link.to_string_lossy().starts_with("socket:"));
         let Some(number) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
-        if !is_socket {
-            continue;
-        }
-        let socket = pidfd_getfd(&pidfd, number)?;
-        if is_tcp(&socket) {
-            found.push(TaskSocket { number, socket });
+        if is_socket {
+            found.push(TaskSocket { number, socket: pidfd_getfd(&pidfd, number)? });
         }
     }
     found.sort_by_key(|socket| socket.number);
@@ -112,6 +118,23 @@ impl TaskSocket {
         self.queue(libc::TIOCOUTQ)
     }
 
+    /// Of these, bytes that have not been sent once.
+    ///
+    /// # Errors
+    /// The kernel's (EINVAL on a listener).
+    pub fn unsent(&self) -> Result<usize> {
+        self.queue(SIOCOUTQNSD)
+    }
+
+    /// Whether data waits to be read, and more to be sent than the peer's window takes: nothing is under way.
+    ///
+    /// # Errors
+    /// The kernel's (EINVAL on a listener).
+    pub fn is_stuck(&self) -> Result<bool> {
+        let unsent = self.unsent()?;
+        Ok(self.unread()? > 0 && unsent > 0 && self.unacked()? == unsent)
+    }
+
     /// The other end; `None` where there is none.
     #[must_use]
     pub fn peer(&self) -> Option<SocketAddr> {
@@ -154,12 +177,16 @@ fn is_tcp(socket: &OwnedFd) -> bool {
     inet && get(socket, libc::SOL_SOCKET, libc::SO_PROTOCOL).is_ok_and(|it: i32| it == libc::IPPROTO_TCP)
 }
 
+/// linux/sockios.h
+const SIOCOUTQNSD: libc::Ioctl = 0x894B;
+
 /// Types that any bytes are a value of.
-trait Plain: Copy {}
+pub(crate) trait Plain: Copy {}
 impl Plain for i32 {}
+impl Plain for [u32; 2] {}
 impl Plain for [u8; 20] {}
 
-fn get<T: Plain>(socket: &OwnedFd, level: i32, name: i32) -> io::Result<T> {
+pub(crate) fn get<T: Plain>(socket: &OwnedFd, level: i32, name: i32) -> io::Result<T> {
     let mut value = MaybeUninit::<T>::zeroed();
     let mut len = libc::socklen_t::try_from(size_of::<T>()).expect("a small type");
     // SAFETY: the kernel writes at most `len` bytes to `value`, which has that size.

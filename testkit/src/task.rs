@@ -14,6 +14,8 @@ use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid, waitpid};
 use nix::unistd::Pid;
 
+use crate::interrupt;
+
 /// Makes this process the parent of orphans among its descendants: what CRIU restores and leaves
 /// then belongs to us, and a dumped process is reaped when we wait for it, not when PID 1 does.
 ///
@@ -31,11 +33,12 @@ pub fn run(command: &mut Command, limit: Duration) -> Result<(ExitStatus, Durati
     let name = command.get_program().to_string_lossy().into_owned();
     let start = Instant::now();
     let mut child = command.spawn().with_context(|| format!("cannot run {name}"))?;
-    let in_time = wait_readable(&pidfd_of(&child)?, limit)?;
+    let ended = pidfd_of(&child).and_then(|pidfd| wait_readable(&pidfd, limit));
     let took = start.elapsed();
-    if !in_time {
+    if !matches!(ended, Ok(true)) {
         child.kill().with_context(|| format!("cannot kill {name}"))?;
         child.wait()?;
+        ended?;
         bail!("{name} was killed after {limit:?}");
     }
     Ok((child.wait()?, took))
@@ -57,15 +60,26 @@ pub fn pidfd_open(pid: Pid) -> Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(i32::try_from(fd)?) })
 }
 
+/// From `/proc/PID/stat`; `None` when the process is gone.
+#[must_use]
+pub fn name_and_state(pid: Pid) -> Option<(String, char)> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    let (start, rest) = stat.rsplit_once(')')?;
+    let name = start.split_once('(')?.1.to_owned();
+    Some((name, rest.trim_start().chars().next()?))
+}
+
 /// Waits until `fd` is readable; false at the deadline.
 ///
 /// # Errors
-/// The kernel's.
+/// The kernel's, or after a Ctrl-C that is waited for.
 pub fn wait_readable(fd: &impl AsFd, limit: Duration) -> Result<bool> {
     let end = Instant::now() + limit;
     loop {
+        interrupt::check()?;
         let left = end.saturating_duration_since(Instant::now());
-        let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
+        // A signal that comes just before poll() does not end it.
+        let timeout = PollTimeout::try_from(left.min(Duration::from_millis(100)))?;
         match poll(&mut [PollFd::new(fd.as_fd(), PollFlags::POLLIN)], timeout) {
             Err(Errno::EINTR) => {}
             Ok(0) if left.is_zero() => return Ok(false),
@@ -84,6 +98,7 @@ pub fn wait_readable(fd: &impl AsFd, limit: Duration) -> Result<bool> {
 pub fn wait_until(what: &str, limit: Duration, mut done: impl FnMut() -> Result<bool>) -> Result<()> {
     let end = Instant::now() + limit;
     while !done().with_context(|| format!("while waiting until {what}"))? {
+        interrupt::check()?;
         if Instant::now() > end {
             bail!("waited {limit:?} in vain until {what}");
         }

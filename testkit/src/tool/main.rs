@@ -50,6 +50,9 @@ impl Programs {
         let plugins = self.plugins.clone().unwrap_or_else(|| default.plugin().with_file_name(""));
         let criu = Criu::new(bin.canonicalize().unwrap_or(bin), plugins.canonicalize().unwrap_or(plugins));
         criu.check(with_plugin)?;
+        if with_plugin {
+            criu.check_fresh()?;
+        }
         Ok(criu)
     }
 }

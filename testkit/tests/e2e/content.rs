@@ -1,34 +1,76 @@
 //! Whatever is under way when the server is frozen arrives whole, checked by content.
 
 use std::net::SocketAddr;
+use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
-use soccr_testkit::sockets::{TaskSocket, state, tcp_sockets};
+use soccr_testkit::capture::Seen as OnWire;
+use soccr_testkit::fleet::Seen;
+use soccr_testkit::interrupt::pause;
+use soccr_testkit::sockets::{TaskSocket, sockets, state, tcp_sockets};
 use soccr_testkit::task::wait_until;
-use soccr_testkit::{Busy, Capture, Client, Server};
+use soccr_testkit::{Capture, Client, Fleet, Lock, Place, Server, Side};
 
-use crate::world::{PATIENCE, PLUGIN, Place, SERVER_V4, World};
+use crate::world::{BUSY, PATIENCE, PLUGIN, SERVER_V4, stage};
 
 /// Clients that go on sending while the server is frozen and while it is restored.
-const BUSY: usize = 20;
+const CLIENTS: usize = 20;
 
 /// `listen` is the server's address, `reach` the clients' way to it.
 fn busy_peers(listen: &str, reach: &str) -> Result<()> {
-    let Some(mut world) = World::new(Place::Host, &[PLUGIN])? else { return Ok(()) };
-    let server = world.serve(listen, &["--mode", "echo"])?;
+    let Some((seen, capture)) = frozen_for(Duration::ZERO, listen, reach, PLUGIN)? else { return Ok(()) };
+    let clients = seen.whole()?;
+    ensure!(capture.resets.is_empty(), "{} (and {} more)", capture.resets[0], capture.resets.len() - 1);
+    ensure!(capture.segments > CLIENTS, "the capture saw only {} segments", capture.segments);
+    ensure!(clients.iter().all(|client| client.received() > 0), "a client never got anything");
+    Ok(())
+}
+
+/// What busy clients, and the wire, saw of a freeze of at least this time.
+fn frozen_for(time: Duration, listen: &str, reach: &str, side: Side) -> Result<Option<(Seen, OnWire)>> {
+    let Some(mut stage) = stage(Place::Host, &[side])? else { return Ok(None) };
+    let server = stage.serve(listen, &["--mode", "echo"])?;
     let mut reach: SocketAddr = reach.parse()?;
     reach.set_port(server.address.port());
-    let clients = (0..BUSY).map(|_| world.connect(reach)).collect::<Result<_>>()?;
-    let capture = Capture::start(&world.peer)?;
-    let busy = Busy::start(clients)?;
+    let clients = (0..CLIENTS).map(|_| stage.connect(reach)).collect::<Result<_>>()?;
+    let capture = Capture::start(&stage.peer)?;
+    let busy = Fleet::echoes(clients, BUSY)?;
 
-    let server = world.freeze_and_thaw(server, PLUGIN, PLUGIN)?;
-    let (clients, _) = busy.stop()?;
-    let seen = capture.stop()?;
-    ensure!(seen.resets.is_empty(), "{} (and {} more)", seen.resets[0], seen.resets.len() - 1);
-    ensure!(seen.segments > BUSY, "the capture saw only {} segments", seen.segments);
-    ensure!(clients.iter().all(|client| client.received() > 0), "a client never got anything");
-    world.wait_until_clean(&server)
+    let images = stage.images()?;
+    let frozen = Instant::now();
+    let address = stage.freeze(server, side, &images)?;
+    pause(time)?;
+    let server = stage.thaw(address, side, &images)?;
+    let frozen = frozen.elapsed();
+    let seen = busy.stop(PATIENCE);
+    let limit = 2 * frozen + SLACK;
+    ensure!(seen.silence <= limit, "a client got nothing for {:?}: frozen for {frozen:?}", seen.silence);
+    stage.wait_until_clean(Some(&server))?;
+    Ok(Some((seen, capture.stop()?)))
+}
+
+/// A peer retransmits into the lock after 0.2 s, and then each time after twice as long: if the lock goes away just after
+/// such a try, the next comes when about as much time again has passed. That is how long stock's peers wait. This much
+/// more is for a machine that does other things, too.
+const SLACK: Duration = Duration::from_secs(1);
+
+#[test]
+fn peers_wait_no_longer_than_with_stock() -> Result<()> {
+    let freeze = Duration::from_millis(1500);
+    let Some((seen, _)) = frozen_for(freeze, SERVER_V4, "10.9.0.1:0", PLUGIN)? else { return Ok(()) };
+    ensure!(seen.silence >= freeze, "the clients were not frozen");
+    seen.whole().map(drop)
+}
+
+/// What the others are checked for can be seen: without a lock busy peers are reset.
+#[test]
+fn busy_peers_without_a_lock() -> Result<()> {
+    let skip = Side::Plugin(Lock::Skip);
+    let freeze = Duration::from_millis(300);
+    let Some((seen, capture)) = frozen_for(freeze, SERVER_V4, "10.9.0.1:0", skip)? else { return Ok(()) };
+    ensure!(!capture.resets.is_empty(), "no reset among {} segments", capture.segments);
+    ensure!(!seen.lost.is_empty(), "{} resets, and all clients are alive", capture.resets.len());
+    Ok(())
 }
 
 #[test]
@@ -55,14 +97,14 @@ fn busy_peers_over_ipv4_mapped_addresses() -> Result<()> {
 #[test]
 fn unread_900_kb() -> Result<()> {
     const UNREAD: usize = 900_000;
-    let Some(mut world) = World::new(Place::Host, &[PLUGIN])? else { return Ok(()) };
+    let Some(mut stage) = stage(Place::Host, &[PLUGIN])? else { return Ok(()) };
     let args = ["--mode", "stream", "--conns", "1", "--hold", "--rcvbuf", "4000000"];
-    let server = world.serve(SERVER_V4, &args)?;
-    let mut client = world.connect(server.address)?;
+    let server = stage.serve(SERVER_V4, &args)?;
+    let mut client = stage.connect(server.address)?;
     client.send(UNREAD)?;
     wait_for_socket(&server, "all is there and unread", |socket| Ok(socket.unread()? == UNREAD))?;
 
-    let server = world.freeze_and_thaw(server, PLUGIN, PLUGIN)?;
+    let server = stage.freeze_and_thaw(server, PLUGIN, PLUGIN)?;
     client.send(100_000)?;
     server.release()?;
     client.finish()?;
@@ -74,19 +116,21 @@ fn unread_900_kb() -> Result<()> {
 /// takes. (With both so, each end's answers lie beyond the other's window, and Linux from 6.17 on may
 /// drop them: CRIU's own test of that hangs now and then.)
 fn both_ends(join: &str) -> Result<()> {
-    let Some(mut world) = World::new(Place::Host, &[PLUGIN])? else { return Ok(()) };
+    let Some(mut stage) = stage(Place::Host, &[PLUGIN])? else { return Ok(()) };
     let conns = if join == "self" { "2" } else { "1" };
     let args = ["--mode", "stream", "--conns", conns, "--hold", "--send", "300000", "--sndbuf", "1000000"];
     let client = ["--join", join, "--back", "20000"];
-    let server = world.serve("127.0.0.1:0", &[args.as_slice(), &client].concat())?;
-    for pid in server.task.tree() {
-        wait_until("data waits at this end", PATIENCE, || {
-            let waits =
-                |socket: &TaskSocket| Ok(socket.state()? == state::ESTABLISHED && socket.unread()? > 0);
-            any(pid, waits)
-        })?;
-    }
-    let server = world.freeze_and_thaw(server, PLUGIN, PLUGIN)?;
+    let server = stage.serve("127.0.0.1:0", &[args.as_slice(), &client].concat())?;
+    wait_until("data waits at both ends", PATIENCE, || {
+        let mut ends = 0;
+        for pid in server.task.tree() {
+            for socket in tcp_sockets(pid)? {
+                ends += usize::from(socket.state()? == state::ESTABLISHED && socket.unread()? > 0);
+            }
+        }
+        Ok(ends == 2)
+    })?;
+    let server = stage.freeze_and_thaw(server, PLUGIN, PLUGIN)?;
     server.release()?;
     server.wait_verified()
 }
@@ -104,16 +148,17 @@ fn two_processes_of_one_tree() -> Result<()> {
 /// Sockets that are in no descriptor table: SCM_RIGHTS messages that nobody has received yet.
 #[test]
 fn sockets_in_flight_in_unix_sockets() -> Result<()> {
-    let Some(mut world) = World::new(Place::Host, &[PLUGIN])? else { return Ok(()) };
-    let server = world.serve(SERVER_V4, &["--mode", "inflight"])?;
-    let mut clients: Vec<_> = (0..3).map(|_| world.connect(server.address)).collect::<Result<_>>()?;
+    let Some(mut stage) = stage(Place::Host, &[PLUGIN])? else { return Ok(()) };
+    let server = stage.serve(SERVER_V4, &["--mode", "inflight"])?;
+    let mut clients: Vec<_> = (0..3).map(|_| stage.connect(server.address)).collect::<Result<_>>()?;
     clients.iter_mut().try_for_each(|client| client.send(5000))?;
     wait_until("all are in flight", PATIENCE, || {
-        let unix = std::fs::read_dir(format!("/proc/{}/fd", server.pid()))?.count();
-        Ok(tcp_sockets(server.pid())?.len() == 1 && unix >= 3 + 2 * clients.len())
+        // The listener, and both ends of each unix socket.
+        let sockets = sockets(server.pid())?.len();
+        Ok(tcp_sockets(server.pid())?.len() == 1 && sockets == 1 + 2 * clients.len())
     })?;
 
-    let server = world.freeze_and_thaw(server, PLUGIN, PLUGIN)?;
+    let server = stage.freeze_and_thaw(server, PLUGIN, PLUGIN)?;
     server.release()?;
     for client in &mut clients {
         client.receive_echo(5000)?;
@@ -126,12 +171,12 @@ fn sockets_in_flight_in_unix_sockets() -> Result<()> {
 /// and SO_REUSEPORT, which it leaves on.
 #[test]
 fn segment_size_and_reuse_flags_stay() -> Result<()> {
-    let Some(mut world) = World::new(Place::Host, &[PLUGIN])? else { return Ok(()) };
-    let server = world.serve(SERVER_V4, &["--mode", "echo"])?;
-    let mut client = world.connect(server.address)?;
+    let Some(mut stage) = stage(Place::Host, &[PLUGIN])? else { return Ok(()) };
+    let server = stage.serve(SERVER_V4, &["--mode", "echo"])?;
+    let mut client = stage.connect(server.address)?;
     client.ping(20_000)?;
     let before = looks(server.pid())?;
-    let server = world.freeze_and_thaw(server, PLUGIN, PLUGIN)?;
+    let server = stage.freeze_and_thaw(server, PLUGIN, PLUGIN)?;
     client.ping(20_000)?;
     let after = looks(server.pid())?;
     ensure!(before.len() == 1 && before == after, "{before:?} became {after:?}");
@@ -157,14 +202,14 @@ fn half_closed(
     before: impl FnOnce(&mut Client, &Server) -> Result<()>,
     after: impl FnOnce(&mut Client) -> Result<()>,
 ) -> Result<()> {
-    let Some(mut world) = World::new(Place::Host, &[PLUGIN])? else { return Ok(()) };
+    let Some(mut stage) = stage(Place::Host, &[PLUGIN])? else { return Ok(()) };
     let args = [&["--mode", "stream", "--conns", "1"], args].concat();
-    let server = world.serve(SERVER_V4, &args)?;
-    let mut client = world.peer.run(|| Client::connect_small(server.address, 20_000))?;
+    let server = stage.serve(SERVER_V4, &args)?;
+    let mut client = stage.peer.run(|| Client::connect_small(server.address, 20_000))?;
     before(&mut client, &server)?;
     wait_for_socket(&server, "the server is half closed", |socket| Ok(socket.state()? == state))?;
 
-    let server = world.freeze_and_thaw(server, PLUGIN, PLUGIN)?;
+    let server = stage.freeze_and_thaw(server, PLUGIN, PLUGIN)?;
     ensure!(any(server.pid(), |socket| Ok(socket.state()? == state))?, "the state is another one now");
     after(&mut client)?;
     server.release()?;

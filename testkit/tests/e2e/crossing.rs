@@ -1,46 +1,38 @@
 //! Images cross over: what one side dumps the other restores.
 
 use anyhow::Result;
-use soccr_testkit::sockets::{state, tcp_sockets};
+use soccr_testkit::sockets::{TaskSocket, tcp_sockets};
 use soccr_testkit::task::wait_until;
-use soccr_testkit::{Client, Server, Side};
+use soccr_testkit::{Client, Place, Server, Side};
 
-use crate::world::{PATIENCE, PLUGIN, PLUGIN_IPTABLES, Place, SERVER_V4, STOCK, STOCK_IPTABLES, World};
+use crate::world::{PATIENCE, PLUGIN, PLUGIN_IPTABLES, SERVER_V4, STOCK, STOCK_IPTABLES, stage};
 
 /// More than either end's buffers take, so that both windows close and both send queues stay full.
 const MORE_THAN_FITS: u64 = 2 << 20;
 
 fn full_queues_cross(place: Place, dump: Side, restore: Side) -> Result<()> {
-    let Some(mut world) = World::new(place, &[dump, restore])? else { return Ok(()) };
+    let Some(mut stage) = stage(place, &[dump, restore])? else { return Ok(()) };
     let send = MORE_THAN_FITS.to_string();
     let args = ["--mode", "stream", "--conns", "1", "--hold", "--send", &send, "--rcvbuf", "20000"];
-    let server = world.serve(SERVER_V4, &args)?;
-    let mut client = world.peer.run(|| Client::connect_small(server.address, 20_000))?;
+    let server = stage.serve(SERVER_V4, &args)?;
+    let mut client = stage.peer.run(|| Client::connect_small(server.address, 20_000))?;
     client.fill()?;
-    wait_until_stuck(&server)?;
+    wait_until_stuck(&server, &client)?;
 
-    let server = world.freeze_and_thaw(server, dump, restore)?;
+    let server = stage.freeze_and_thaw(server, dump, restore)?;
     server.release()?;
     client.finish()?;
     client.receive_to_end(MORE_THAN_FITS)?;
     server.wait_verified()
 }
 
-/// Waits until the server has data in both queues and neither moves.
-fn wait_until_stuck(server: &Server) -> Result<()> {
-    let mut before = (0, 0);
-    let mut same = 0;
+/// Waits until both ends have data in both queues and neither moves.
+fn wait_until_stuck(server: &Server, client: &Client) -> Result<()> {
     wait_until("both queues are full", PATIENCE, || {
-        let sockets = tcp_sockets(server.pid())?;
-        for socket in &sockets {
-            if socket.state()? == state::ESTABLISHED {
-                let now = (socket.unread()?, socket.unacked()?);
-                same = if now == before && now.0 > 0 && now.1 > 0 { same + 1 } else { 0 };
-                before = now;
-                return Ok(same > 20);
-            }
-        }
-        Ok(false)
+        let mut ends = tcp_sockets(server.pid())?;
+        ends.retain(|socket| socket.peer().is_some());
+        ends.push(TaskSocket::of(client)?);
+        ends.iter().try_fold(ends.len() == 2, |stuck, end| Ok(stuck && end.is_stuck()?))
     })
 }
 

@@ -6,19 +6,19 @@ use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
-use soccr_testkit::Criu;
 use soccr_testkit::sockets::{state, tcp_sockets};
 use soccr_testkit::task::wait_until;
+use soccr_testkit::{Criu, Place};
 
-use crate::world::{PATIENCE, PLUGIN, Place, SERVER_V4, STOCK, World};
+use crate::world::{PATIENCE, PLUGIN, SERVER_V4, STOCK, stage};
 
 /// Two dumps of one process that stands still, by us and by CRIU, differ in the timestamp only.
 #[test]
 fn crit_shows_what_stock_would_have_written() -> Result<()> {
-    let Some(mut world) = World::new(Place::Host, &[PLUGIN, STOCK])? else { return Ok(()) };
+    let Some(stage) = stage(Place::Host, &[PLUGIN, STOCK])? else { return Ok(()) };
     let args = ["--mode", "stream", "--hold", "--send", "30000", "--sndbuf", "1000000"];
-    let server = world.serve(SERVER_V4, &args)?;
-    let mut clients: Vec<_> = (0..3).map(|_| world.connect(server.address)).collect::<Result<_>>()?;
+    let server = stage.serve(SERVER_V4, &args)?;
+    let mut clients: Vec<_> = (0..3).map(|_| stage.connect(server.address)).collect::<Result<_>>()?;
     clients.iter_mut().try_for_each(|client| client.send(12_345))?;
     wait_until("nothing is under way", PATIENCE, || {
         let mut quiet = 0;
@@ -32,10 +32,10 @@ fn crit_shows_what_stock_would_have_written() -> Result<()> {
 
     let mut shown = Vec::new();
     for side in [PLUGIN, STOCK] {
-        let images = world.images()?;
-        let call = world.criu.dump(side, server.pid(), &images).inside(world.host());
+        let images = stage.images()?;
+        let call = stage.dump(side, server.pid(), &images);
         call.arg("--leave-running").run()?;
-        shown.push(show_all(&world.criu, &images)?);
+        shown.push(show_all(&stage.criu, &images)?);
     }
     ensure!(shown[1].len() == clients.len(), "stock wrote {} images", shown[1].len());
     let files = |at: usize| shown[at].keys().cloned().collect::<Vec<_>>();

@@ -5,21 +5,22 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
-use soccr_testkit::leftovers;
+use soccr_testkit::criu::RUN_DIR;
 use soccr_testkit::server::sibling_binary;
 use soccr_testkit::sockets::{state, tcp_sockets};
 use soccr_testkit::task::{self, Task, wait_until};
+use soccr_testkit::{Place, Stage, leftovers};
 
-use crate::world::{PATIENCE, PLUGIN, Place, SERVER_V4, World};
+use crate::world::{PATIENCE, PLUGIN, SERVER_V4, stage};
 
 /// The file's id in the images; any number will do.
 const ID: &str = "77";
 
 #[test]
 fn one_descriptor_as_an_external_file() -> Result<()> {
-    let Some(mut world) = World::new(Place::Host, &[PLUGIN])? else { return Ok(()) };
-    let server = world.serve(SERVER_V4, &["--mode", "stream", "--hold"])?;
-    let mut client = world.connect(server.address)?;
+    let Some(stage) = stage(Place::Host, &[PLUGIN])? else { return Ok(()) };
+    let server = stage.serve(SERVER_V4, &["--mode", "stream", "--hold"])?;
+    let mut client = stage.connect(server.address)?;
     client.send(5000)?;
     let mut connection = None;
     wait_until("data waits to be read", PATIENCE, || {
@@ -30,40 +31,41 @@ fn one_descriptor_as_an_external_file() -> Result<()> {
         }
         Ok(connection.is_some())
     })?;
-    let images = world.images()?;
+    let images = stage.images()?;
 
-    let mut dump = host(&world, &images)?;
+    let mut dump = host(&stage, &images)?;
     dump.arg("dump").arg(server.pid().to_string()).arg(connection.expect("found above"));
-    run(&mut dump, &world)?;
+    run(&mut dump, &stage)?;
     server.task.wait(PATIENCE)?;
     client.send(3000)?; // into the lock
 
-    let mut restored = host(&world, &images)?.arg("restore").spawn()?;
+    let mut restored = host(&stage, &images)?.arg("restore").spawn()?;
     let guard = Task::adopt(nix::unistd::Pid::from_raw(i32::try_from(restored.id())?));
     client.receive_echo(8000)?;
     client.ping(2000)?;
     leftovers::no_repair(guard.pid())?;
-    leftovers::no_rules(world.host())?;
+    leftovers::no_rules(stage.host())?;
     client.finish()?;
     let status = restored.wait()?;
-    ensure!(status.success(), "{status}:\n{}", said(&world));
+    ensure!(status.success(), "{status}:\n{}", said(&stage));
     Ok(())
 }
 
-fn host(world: &World, images: &std::path::Path) -> Result<Command> {
-    let mut command = world.host().command(sibling_binary("soccr-test")?);
-    command.arg("plugin-host").arg(world.criu.plugin()).arg(images).arg(ID);
-    let errors = fs::File::options().create(true).append(true).open(world.dir().join("pluginhost.err"))?;
+fn host(stage: &Stage, images: &std::path::Path) -> Result<Command> {
+    let mut command = stage.host().command(sibling_binary("soccr-test")?);
+    command.arg("plugin-host").arg(stage.criu.plugin()).arg(images).arg(ID);
+    let errors = fs::File::options().create(true).append(true).open(stage.dir().join("pluginhost.err"))?;
+    command.env(RUN_DIR, stage.records());
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(errors);
     Ok(command)
 }
 
-fn run(command: &mut Command, world: &World) -> Result<()> {
+fn run(command: &mut Command, stage: &Stage) -> Result<()> {
     let (status, _) = task::run(command, Duration::from_secs(15))?;
-    ensure!(status.success(), "{status}:\n{}", said(world));
+    ensure!(status.success(), "{status}:\n{}", said(stage));
     Ok(())
 }
 
-fn said(world: &World) -> String {
-    fs::read_to_string(world.dir().join("pluginhost.err")).unwrap_or_default()
+fn said(stage: &Stage) -> String {
+    fs::read_to_string(stage.dir().join("pluginhost.err")).unwrap_or_default()
 }

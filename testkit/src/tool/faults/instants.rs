@@ -8,14 +8,14 @@ use fastrand::Rng;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use soccr_testkit::criu::last_errors;
+use soccr_testkit::stage::PATIENCE;
 use soccr_testkit::task::{pidfd_open, wait_readable, wait_until};
-use soccr_testkit::{Client, Server};
+use soccr_testkit::{Client, Fleet, Place, Server, interrupt};
 
-use crate::faults::fleet::Fleet;
 use crate::faults::outcome::{self, Kind, Verdict};
+use crate::faults::prefix;
 use crate::faults::report::Report;
-use crate::faults::stage::{PATIENCE, Stage};
-use crate::faults::tools::Tools;
+use crate::faults::scene::{PLUGIN, Scene, Tools};
 
 const CONNECTIONS: usize = 1000;
 /// Each sends this often.
@@ -34,27 +34,28 @@ struct Outcomes {
     cleaned: usize,
 }
 
-pub fn run(tools: &Tools, report: &mut Report, count: usize, seed: u64) -> Result<()> {
-    let mut stage = Stage::new(tools)?;
-    stage.keep_in_memory()?;
+pub fn run(tools: &Tools, place: Place, report: &mut Report, count: usize, seed: u64) -> Result<()> {
+    let scene = Scene::new(tools, place)?;
+    scene.keep_in_memory()?;
     let mut rng = Rng::with_seed(seed);
-    let mut living = Some(fresh(&stage)?);
-    let whole = duration(&mut stage, &mut living)?;
+    let mut living = Some(scene.plain(CONNECTIONS)?);
+    let whole = duration(&scene, &mut living)?;
     println!("a whole dump takes {whole:?}");
     for victim in [Victim::Criu, Victim::Agent] {
         let mut seen = Outcomes { lives: 0, restored: 0, breakpoint: 0, cleaned: 0 };
         let (mut hits, mut misses) = (0, 0);
         let wanted = if victim == Victim::Criu { count.div_ceil(2) } else { count / 2 };
         while hits < wanted {
+            interrupt::check()?;
             let (server, clients) = match living.take() {
                 Some(living) => living,
-                None => fresh(&stage)?,
+                None => scene.plain(CONNECTIONS)?,
             };
-            let fleet = Fleet::start(clients, 0, PERIOD)?;
+            let fleet = scene.busy(&server, clients, 0, PERIOD)?;
             // A bit longer, since a dump takes longer now and then: those that come too late do not count.
             let instant = whole.mul_f64(1.25 * rng.f64());
-            let name = format!("{victim:?} killed after {instant:?}");
-            let (hit, verdict) = match once(&mut stage, server, fleet, victim, instant) {
+            let name = format!("{}{victim:?} killed after {instant:?}", prefix(place));
+            let (hit, verdict) = match once(&scene, server, fleet, victim, instant) {
                 Ok((hit, verdict)) => (hit, Ok(verdict)),
                 Err(error) => (true, Err(error)),
             };
@@ -73,11 +74,11 @@ pub fn run(tools: &Tools, report: &mut Report, count: usize, seed: u64) -> Resul
                 }
                 Ok(verdict) => {
                     drop(verdict);
-                    stage.sweep()?;
+                    scene.sweep()?;
                 }
-                Err(_) => stage.sweep()?,
+                Err(_) => scene.sweep()?,
             }
-            stage.reap(living.as_ref().map(|(server, _)| server.pid()))?;
+            scene.reap(living.as_ref().map(|(server, _)| server.pid()))?;
         }
         let Outcomes { lives, restored, breakpoint, cleaned } = seen;
         println!(
@@ -100,23 +101,17 @@ impl Outcomes {
     }
 }
 
-fn fresh(stage: &Stage) -> Result<(Server, Vec<Client>)> {
-    let server = stage.serve_plain()?;
-    let clients = stage.connect_plain(&server, CONNECTIONS)?;
-    Ok((server, clients))
-}
-
 /// The longest of three whole dumps.
-fn duration(stage: &mut Stage, living: &mut Option<(Server, Vec<Client>)>) -> Result<Duration> {
+fn duration(scene: &Scene, living: &mut Option<(Server, Vec<Client>)>) -> Result<Duration> {
     let mut took = Vec::new();
     for _ in 0..3 {
         let (server, clients) = living.take().context("the server lives")?;
-        let fleet = Fleet::start(clients, 0, PERIOD)?;
-        let images = stage.images()?;
+        let fleet = scene.busy(&server, clients, 0, PERIOD)?;
+        let images = scene.images()?;
         let (address, pid) = (server.address, server.pid());
-        let done = stage.dump(&stage.tools.criu, pid, &images).quiet().dump_and_wait(server.task)?;
+        let done = scene.dump(PLUGIN, pid, &images).quiet().dump_and_wait(server.task)?;
         took.push(done.took);
-        let server = stage.restore_all(&images, address)?;
+        let server = scene.restore_all(&images, address)?;
         let seen = fleet.stop(PATIENCE);
         anyhow::ensure!(seen.lost.is_empty(), "without a fault: {}", seen.lost.join("\n"));
         *living = Some((server, seen.alive));
@@ -126,20 +121,19 @@ fn duration(stage: &mut Stage, living: &mut Option<(Server, Vec<Client>)>) -> Re
 
 /// One dump and one death in it, and whether that came in time.
 fn once(
-    stage: &mut Stage,
+    scene: &Scene,
     server: Server,
-    fleet: Fleet,
+    fleet: Fleet<Client>,
     victim: Victim,
     instant: Duration,
 ) -> Result<(bool, Verdict)> {
-    let images = stage.images()?;
-    let stage = &*stage;
-    let (mut criu, log) = stage.dump(&stage.tools.criu, server.pid(), &images).quiet().spawn()?;
+    let images = scene.images()?;
+    let (mut criu, log) = scene.dump(PLUGIN, server.pid(), &images).quiet().spawn()?;
     let hit = match victim {
         Victim::Criu => kill_at(&mut criu, instant)?,
-        Victim::Agent => kill_agent_at(stage, &mut criu, instant)?,
+        Victim::Agent => kill_agent_at(scene, &mut criu, instant)?,
     };
-    let verdict = outcome::of_dump(stage, server, fleet, &images, false)
+    let verdict = outcome::of_dump(scene, server, fleet, &images, false)
         .with_context(|| format!("{} {}", log.display(), last_errors(&log)))?;
     Ok((hit, verdict))
 }
@@ -155,11 +149,11 @@ fn kill_at(criu: &mut Child, instant: Duration) -> Result<bool> {
 }
 
 /// The agent dies at `instant` after its start, and criu ends as it likes.
-fn kill_agent_at(stage: &Stage, criu: &mut Child, instant: Duration) -> Result<bool> {
+fn kill_agent_at(scene: &Scene, criu: &mut Child, instant: Duration) -> Result<bool> {
     let start = Instant::now();
     let mut agent = None;
     wait_until("the agent is there", PATIENCE, || {
-        agent = stage.agents()?.first().map(|agent| agent.pid);
+        agent = scene.agents()?.first().map(|agent| agent.pid);
         Ok(agent.is_some() || criu.try_wait()?.is_some())
     })?;
     let mut hit = false;

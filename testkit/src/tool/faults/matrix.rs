@@ -13,23 +13,22 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::resource::{Resource, setrlimit};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use soccr_testkit::criu::{Call, last_errors};
+use soccr_testkit::criu::{Call, RUN_DIR, last_errors};
 use soccr_testkit::netns::{End, veth};
 use soccr_testkit::server::sibling_binary;
 use soccr_testkit::sockets::{TaskSocket, tcp_sockets};
-use soccr_testkit::task::{run as run_command, wait_until};
-use soccr_testkit::{NetNs, Server};
+use soccr_testkit::stage::{PATIENCE, V4, V6};
+use soccr_testkit::task::{name_and_state, run as run_command, wait_until};
+use soccr_testkit::{Client, Fleet, NetNs, Pace, Place, Server, interrupt};
 
-use crate::faults::fleet::Fleet;
+use crate::faults::kernel;
 use crate::faults::outcome::{self, Kind};
 use crate::faults::report::Report;
-use crate::faults::stage::{PATIENCE, Stage};
-use crate::faults::tools::{RUN_DIR, Tools, name_and_state};
-use crate::faults::{kernel, stage};
+use crate::faults::scene::{PLUGIN, Scene, Tools};
 
 /// How many connections were checked, and what is worth telling.
 type Told = Result<(usize, String)>;
-type Case = fn(&mut Stage) -> Told;
+type Case = fn(&Scene) -> Told;
 
 const CASES: [(&str, Case); 19] = [
     ("the disk is full", full_disk),
@@ -66,22 +65,22 @@ pub fn run(tools: &Tools, report: &mut Report, only: Option<&str>) -> Result<()>
         if only.is_some_and(|only| !name.contains(only)) {
             continue;
         }
-        let mut stage = Stage::new(tools)?;
-        report.case(name, &case(&mut stage));
-        stage.reap(None)?;
+        interrupt::check()?;
+        let scene = Scene::new(tools, Place::Host)?;
+        report.case(name, &case(&scene));
+        scene.reap(None)?;
     }
     Ok(())
 }
 
-fn busy(stage: &Stage, count: usize, full: usize) -> Result<(Server, Fleet)> {
-    let server = stage.serve()?;
-    let clients = stage.connect(&server, count)?;
-    let fleet = stage.busy(&server, clients, full, PERIOD)?;
+fn busy(scene: &Scene, count: usize, full: usize) -> Result<(Server, Fleet<Client>)> {
+    let (server, clients) = scene.small(count)?;
+    let fleet = scene.busy(&server, clients, full, PERIOD)?;
     Ok((server, fleet))
 }
 
-fn both(stage: &Stage) -> Result<(Server, Fleet)> {
-    busy(stage, CONNECTIONS, FULL)
+fn both(scene: &Scene) -> Result<(Server, Fleet<Client>)> {
+    busy(scene, CONNECTIONS, FULL)
 }
 
 /// Runs a criu that must fail; what it said, which must have each of `words` in it.
@@ -97,39 +96,38 @@ fn fails(mut command: Command, log: &Path, words: &[&str]) -> Result<String> {
     Ok(first.split_once("): ").map_or(*first, |(_, said)| said).to_owned())
 }
 
-fn lives(stage: &Stage, server: Server, fleet: Fleet, images: &Path) -> Result<usize> {
-    ends(stage, server, fleet, images, Kind::Lives)
+fn lives(scene: &Scene, server: Server, fleet: Fleet<Client>, images: &Path) -> Result<usize> {
+    ends(scene, server, fleet, images, Kind::Lives)
 }
 
-fn comes_back(stage: &Stage, server: Server, fleet: Fleet, images: &Path) -> Result<usize> {
-    ends(stage, server, fleet, images, Kind::Restored)
+fn comes_back(scene: &Scene, server: Server, fleet: Fleet<Client>, images: &Path) -> Result<usize> {
+    ends(scene, server, fleet, images, Kind::Restored)
 }
 
-fn ends(stage: &Stage, server: Server, fleet: Fleet, images: &Path, kind: Kind) -> Result<usize> {
-    let verdict = outcome::of_dump(stage, server, fleet, images, false)?;
+fn ends(scene: &Scene, server: Server, fleet: Fleet<Client>, images: &Path, kind: Kind) -> Result<usize> {
+    let verdict = outcome::of_dump(scene, server, fleet, images, false)?;
     ensure!(verdict.lost.is_empty(), "lost:\n{}", verdict.lost.join("\n"));
     ensure!(verdict.kind == kind, "{:?} instead of {kind:?}", verdict.kind);
     Ok(verdict.connections)
 }
 
 /// After a dump and a failed restore: a second one brings all back.
-fn second_try(stage: &Stage, address: SocketAddr, fleet: Fleet, images: &Path) -> Result<usize> {
-    stage.wait_until_quiet()?;
-    let server = stage.restore_all(images, address)?;
-    all_alive(stage, &server, fleet)
+fn second_try(scene: &Scene, address: SocketAddr, fleet: Fleet<Client>, images: &Path) -> Result<usize> {
+    scene.wait_until_quiet()?;
+    let server = scene.restore_all(images, address)?;
+    all_alive(scene, &server, fleet)
 }
 
-fn all_alive(stage: &Stage, server: &Server, fleet: Fleet) -> Result<usize> {
-    let seen = fleet.stop(PATIENCE);
-    ensure!(seen.lost.is_empty(), "lost:\n{}", seen.lost.join("\n"));
-    stage.wait_until_quiet()?;
-    stage.check_spotless(Some(server))?;
-    Ok(seen.alive.len())
+fn all_alive(scene: &Scene, server: &Server, fleet: Fleet<Client>) -> Result<usize> {
+    let alive = fleet.stop(PATIENCE).whole()?;
+    scene.wait_until_quiet()?;
+    scene.check_spotless(Some(server))?;
+    Ok(alive.len())
 }
 
-fn dump(stage: &Stage, server: Server, images: &Path) -> Result<SocketAddr> {
+fn dump(scene: &Scene, server: Server, images: &Path) -> Result<SocketAddr> {
     let address = server.address;
-    stage.dump(&stage.tools.criu, server.pid(), images).dump_and_wait(server.task)?;
+    scene.dump(PLUGIN, server.pid(), images).dump_and_wait(server.task)?;
     Ok(address)
 }
 
@@ -142,30 +140,30 @@ impl Drop for Mounted {
     }
 }
 
-fn full_disk(stage: &mut Stage) -> Told {
-    let images = stage.images()?;
+fn full_disk(scene: &Scene) -> Told {
+    let images = scene.images()?;
     mount(Some("none"), &images, Some("tmpfs"), MsFlags::empty(), Some("size=64k"))?;
     let _mounted = Mounted(images.clone());
-    let (server, fleet) = both(stage)?;
-    let log = stage.dir().join("elsewhere.log");
-    let call = stage.dump(&stage.tools.criu, server.pid(), &images).arg("-o").arg(&log);
-    let said = fails(call.command()?, &log, &["tcp-stream-", "→", "No space left"])?;
-    Ok((lives(stage, server, fleet, &images)?, said))
+    let (server, fleet) = both(scene)?;
+    let log = scene.dir().join("elsewhere.log");
+    let call = scene.dump(PLUGIN, server.pid(), &images).arg("-o").arg(&log);
+    let said = fails(call.command(), &log, &["tcp-stream-", "→", "No space left"])?;
+    Ok((lives(scene, server, fleet, &images)?, said))
 }
 
 /// Of a folder that is read-only from the start CRIU itself complains before any hook.
-fn read_only(stage: &mut Stage) -> Told {
-    let images = stage.images()?;
+fn read_only(scene: &Scene) -> Told {
+    let images = scene.images()?;
     let flags = MsFlags::MS_BIND;
     mount(Some(&images), &images, None::<&str>, flags, None::<&str>)?;
     let _mounted = Mounted(images.clone());
     let read_only = flags | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
     mount(None::<&str>, &images, None::<&str>, read_only, None::<&str>)?;
-    let (server, fleet) = both(stage)?;
-    let log = stage.dir().join("elsewhere.log");
-    let call = stage.dump(&stage.tools.criu, server.pid(), &images).arg("-o").arg(&log);
-    let said = fails(call.command()?, &log, &["tcp-stream-", "→", "Read-only file system"])?;
-    Ok((lives(stage, server, fleet, &images)?, said))
+    let (server, fleet) = both(scene)?;
+    let log = scene.dir().join("elsewhere.log");
+    let call = scene.dump(PLUGIN, server.pid(), &images).arg("-o").arg(&log);
+    let said = fails(call.command(), &log, &["tcp-stream-", "→", "Read-only file system"])?;
+    Ok((lives(scene, server, fleet, &images)?, said))
 }
 
 /// `socket(AF_NETLINK, …, NETLINK_NETFILTER)` fails as in a kernel without nf_tables.
@@ -186,90 +184,94 @@ fn few_descriptors(command: &mut Command) {
     }
 }
 
-fn crippled_dump(stage: &mut Stage, count: usize, cripple: fn(&mut Command), words: &[&str]) -> Told {
-    let images = stage.images()?;
-    let (server, fleet) = busy(stage, count, FULL)?;
-    let mut command = stage.dump(&stage.tools.criu, server.pid(), &images).command()?;
+fn crippled_dump(scene: &Scene, count: usize, cripple: fn(&mut Command), words: &[&str]) -> Told {
+    let images = scene.images()?;
+    let (server, fleet) = busy(scene, count, FULL)?;
+    let mut command = scene.dump(PLUGIN, server.pid(), &images).command();
     cripple(&mut command);
     let said = fails(command, &images.join("dump.log"), words)?;
-    Ok((lives(stage, server, fleet, &images)?, said))
+    Ok((lives(scene, server, fleet, &images)?, said))
 }
 
-fn crippled_restore(stage: &mut Stage, count: usize, cripple: fn(&mut Command), words: &[&str]) -> Told {
-    let images = stage.images()?;
-    let (server, fleet) = busy(stage, count, FULL)?;
-    let address = dump(stage, server, &images)?;
-    let mut command = stage.restore(&stage.tools.criu, &images).command()?;
+fn crippled_restore(scene: &Scene, count: usize, cripple: fn(&mut Command), words: &[&str]) -> Told {
+    let images = scene.images()?;
+    let (server, fleet) = busy(scene, count, FULL)?;
+    let address = dump(scene, server, &images)?;
+    let mut command = scene.restore(PLUGIN, &images)?.command();
     cripple(&mut command);
     let said = fails(command, &images.join("restore.log"), words)?;
-    Ok((second_try(stage, address, fleet, &images)?, said))
+    Ok((second_try(scene, address, fleet, &images)?, said))
 }
 
-fn no_nftables_dump(stage: &mut Stage) -> Told {
-    crippled_dump(stage, CONNECTIONS, without_nftables, &["nf_tables"])
+fn no_nftables_dump(scene: &Scene) -> Told {
+    crippled_dump(scene, CONNECTIONS, without_nftables, &["nf_tables"])
 }
 
-fn no_nftables_restore(stage: &mut Stage) -> Told {
-    crippled_restore(stage, CONNECTIONS, without_nftables, &["nf_tables"])
+fn no_nftables_restore(scene: &Scene) -> Told {
+    crippled_restore(scene, CONNECTIONS, without_nftables, &["nf_tables"])
 }
 
-fn no_buffers_dump(stage: &mut Stage) -> Told {
-    crippled_dump(stage, CONNECTIONS, without_buffers, &["net:["])
+fn no_buffers_dump(scene: &Scene) -> Told {
+    crippled_dump(scene, CONNECTIONS, without_buffers, &["net:["])
 }
 
-fn no_buffers_restore(stage: &mut Stage) -> Told {
-    crippled_restore(stage, CONNECTIONS, without_buffers, &["net:["])
+fn no_buffers_restore(scene: &Scene) -> Told {
+    crippled_restore(scene, CONNECTIONS, without_buffers, &["net:["])
 }
 
-fn few_descriptors_dump(stage: &mut Stage) -> Told {
-    crippled_dump(stage, 100, few_descriptors, &["Too many open files"])
+fn few_descriptors_dump(scene: &Scene) -> Told {
+    crippled_dump(scene, 100, few_descriptors, &["Too many open files"])
 }
 
-fn few_descriptors_restore(stage: &mut Stage) -> Told {
-    let images = stage.images()?;
-    let (server, fleet) = busy(stage, 100, FULL)?;
-    let address = dump(stage, server, &images)?;
-    let mut command = stage.restore(&stage.tools.criu, &images).command()?;
+fn few_descriptors_restore(scene: &Scene) -> Told {
+    let images = scene.images()?;
+    let (server, fleet) = busy(scene, 100, FULL)?;
+    let address = dump(scene, server, &images)?;
+    let mut command = scene.restore(PLUGIN, &images)?.command();
     few_descriptors(&mut command);
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
     // CRIU's own descriptors run out, too, and which come first is its business.
     let (status, _) = run_command(&mut command, LIMIT)?;
     ensure!(!status.success(), "criu restores 100 connections with 64 descriptors");
     let said = last_errors(&images.join("restore.log"));
-    Ok((second_try(stage, address, fleet, &images)?, said.lines().next().unwrap_or_default().to_owned()))
+    let about = said.lines().find(|line| DESCRIPTORS.iter().any(|word| line.contains(word)));
+    let about = about.with_context(|| format!("none of {DESCRIPTORS:?} in the errors:\n{said}"))?;
+    Ok((second_try(scene, address, fleet, &images)?, about.to_owned()))
 }
+
+/// How whoever runs out of descriptors says so.
+const DESCRIPTORS: [&str; 2] = ["Too many open files", "EMFILE"];
 
 /// Peers that are silent meanwhile notice nothing. (One that speaks meets no socket and is reset: that is what the
 /// lock is for.)
-fn lock_deleted(stage: &mut Stage) -> Told {
-    let images = stage.images()?;
-    let (server, fleet) = busy(stage, CONNECTIONS, 0)?;
-    let seen = fleet.stop(PATIENCE);
-    ensure!(seen.lost.is_empty(), "lost:\n{}", seen.lost.join("\n"));
+fn lock_deleted(scene: &Scene) -> Told {
+    let images = scene.images()?;
+    let (server, fleet) = busy(scene, CONNECTIONS, 0)?;
+    let clients = fleet.stop(PATIENCE).whole()?;
     // A late acknowledgement that nothing stops is answered with a reset while the sockets are gone.
     wait_until("the peers are silent", PATIENCE, || {
         let mut sockets = tcp_sockets(server.pid())?;
         sockets.retain(|socket| socket.peer().is_some());
-        for client in &seen.alive {
+        for client in &clients {
             sockets.push(TaskSocket::of(client)?);
         }
         sockets.iter().try_fold(true, |silent, socket| Ok(silent && socket.unacked()? == 0))
     })?;
-    let address = dump(stage, server, &images)?;
-    let flushed = stage.host.command("nft").args(["flush", "ruleset"]).status()?;
+    let address = dump(scene, server, &images)?;
+    let flushed = scene.host().command("nft").args(["flush", "ruleset"]).status()?;
     ensure!(flushed.success(), "nft: {flushed}");
-    let server = stage.restore_all(&images, address)?;
-    let fleet = stage.busy(&server, seen.alive, FULL, PERIOD)?;
-    Ok((all_alive(stage, &server, fleet)?, "with silent peers".into()))
+    let server = scene.restore_all(&images, address)?;
+    let fleet = scene.busy(&server, clients, FULL, PERIOD)?;
+    Ok((all_alive(scene, &server, fleet)?, "with silent peers".into()))
 }
 
-fn two_at_once(stage: &mut Stage) -> Told {
-    let trees = [busy(stage, CONNECTIONS, FULL)?, busy(stage, CONNECTIONS, FULL)?];
-    let folders = [0, 1].map(|nth| stage.dir().join(format!("tree-{nth}")));
+fn two_at_once(scene: &Scene) -> Told {
+    let trees = [busy(scene, CONNECTIONS, FULL)?, busy(scene, CONNECTIONS, FULL)?];
+    let folders = [0, 1].map(|nth| scene.dir().join(format!("tree-{nth}")));
     let mut calls = Vec::new();
     for ((server, _), images) in trees.iter().zip(&folders) {
         fs::create_dir(images)?;
-        calls.push(stage.dump(&stage.tools.criu, server.pid(), images).spawn()?.0);
+        calls.push(scene.dump(PLUGIN, server.pid(), images).spawn()?.0);
     }
     for (criu, images) in calls.into_iter().zip(&folders) {
         succeeds(criu).with_context(|| last_errors(&images.join("dump.log")))?;
@@ -280,15 +282,15 @@ fn two_at_once(stage: &mut Stage) -> Told {
         server.task.wait(PATIENCE)?;
         dumped.push((address, fleet));
     }
-    let states = stage.status()?.states();
+    let states = scene.status()?.states();
     ensure!(states == ["dumped", "dumped"], "soccr status: {states:?}");
     let mut restored = Vec::new();
     for ((address, fleet), images) in dumped.into_iter().zip(&folders) {
-        restored.push((stage.restore_all(images, address)?, fleet));
+        restored.push((scene.restore_all(images, address)?, fleet));
     }
     let mut checked = 0;
     for (server, fleet) in restored {
-        checked += all_alive(stage, &server, fleet)?;
+        checked += all_alive(scene, &server, fleet)?;
     }
     Ok((checked, "both restored".into()))
 }
@@ -300,24 +302,24 @@ fn succeeds(mut criu: Child) -> Result<()> {
     Ok(())
 }
 
-fn restored_twice(stage: &mut Stage) -> Told {
-    let images = stage.images()?;
-    let (server, fleet) = both(stage)?;
-    let address = dump(stage, server, &images)?;
-    let server = stage.restore_all(&images, address)?;
-    let again = stage.restore(&stage.tools.criu, &images).command()?;
+fn restored_twice(scene: &Scene) -> Told {
+    let images = scene.images()?;
+    let (server, fleet) = both(scene)?;
+    let address = dump(scene, server, &images)?;
+    let server = scene.restore_all(&images, address)?;
+    let again = scene.restore(PLUGIN, &images)?.command();
     let said = fails(again, &images.join("restore.log"), &["→", "is alive"])?;
-    stage.wait_until_quiet()?;
-    Ok((all_alive(stage, &server, fleet)?, said))
+    scene.wait_until_quiet()?;
+    Ok((all_alive(scene, &server, fleet)?, said))
 }
 
-fn records_gone(stage: &mut Stage) -> Told {
-    let images = stage.images()?;
-    let (server, fleet) = both(stage)?;
-    let address = dump(stage, server, &images)?;
-    fs::remove_dir_all(stage.records())?;
-    let server = stage.restore_all(&images, address)?;
-    Ok((all_alive(stage, &server, fleet)?, "restored without them".into()))
+fn records_gone(scene: &Scene) -> Told {
+    let images = scene.images()?;
+    let (server, fleet) = both(scene)?;
+    let address = dump(scene, server, &images)?;
+    fs::remove_dir_all(scene.records())?;
+    let server = scene.restore_all(&images, address)?;
+    Ok((all_alive(scene, &server, fleet)?, "restored without them".into()))
 }
 
 fn reap_orphans(command: &mut Command) {
@@ -328,55 +330,51 @@ fn reap_orphans(command: &mut Command) {
 }
 
 fn run_as_subreaper(call: Call<'_>, log: &Path) -> Result<()> {
-    let mut command = call.command()?;
+    let mut command = call.command();
     reap_orphans(&mut command);
     let (status, _) = run_command(&mut command, LIMIT)?;
     ensure!(status.success(), "criu: {status}\n{}", last_errors(log));
     Ok(())
 }
 
-fn subreaper(stage: &mut Stage) -> Told {
-    let images = stage.images()?;
-    let (server, fleet) = both(stage)?;
+fn subreaper(scene: &Scene) -> Told {
+    let images = scene.images()?;
+    let (server, fleet) = both(scene)?;
     let (address, pid) = (server.address, server.pid());
-    run_as_subreaper(stage.dump(&stage.tools.criu, pid, &images), &images.join("dump.log"))?;
+    run_as_subreaper(scene.dump(PLUGIN, pid, &images), &images.join("dump.log"))?;
     server.task.wait(PATIENCE)?;
-    run_as_subreaper(stage.restore(&stage.tools.criu, &images), &images.join("restore.log"))?;
-    let server = Server::restored(address, soccr_testkit::Task::adopt(pid), stage.dir());
-    Ok((all_alive(stage, &server, fleet)?, "dump and restore".into()))
+    run_as_subreaper(scene.restore(PLUGIN, &images)?, &images.join("restore.log"))?;
+    let server = Server::restored(address, soccr_testkit::Task::adopt(pid), scene.dir());
+    Ok((all_alive(scene, &server, fleet)?, "dump and restore".into()))
 }
 
 /// criu is started by `exec` from the init of a PID namespace. The server's pid must be free when criu and the agent
 /// are there before it.
-fn first_process(stage: &mut Stage) -> Told {
-    let images = stage.images()?;
-    let dir = stage.dir().to_owned();
+fn first_process(scene: &Scene) -> Told {
+    let images = scene.images()?;
+    let dir = scene.dir().to_owned();
     let (ready, go) = (dir.join("ready"), dir.join("go"));
     nix::unistd::mkfifo(&go, nix::sys::stat::Mode::S_IRWXU)?;
     let script = "echo 1000 >/proc/sys/kernel/ns_last_pid; \"$SERVER\" server --listen $LISTEN --also $ALSO \
                   </dev/null >$READY 2>$ERRORS & SERVED=$!; read GO <$GO; exec \"$@\" -t $SERVED";
-    let also = SocketAddr::new(stage::V6.parse()?, 7000).to_string();
-    let listen = SocketAddr::new(stage::V4.parse()?, 7000).to_string();
-    let mut command = in_pid_namespace(stage);
-    command.args(["sh", "-c", script, "sh"]).args(criu_words(stage, "dump", &images));
+    let [listen, also] = [format!("{V4}:7000"), format!("[{V6}]:7000")];
+    let mut command = in_pid_namespace(scene);
+    command.args(["sh", "-c", script, "sh"]).args(criu_words(scene, "dump", &images));
     command.env("SERVER", sibling_binary("soccr-test")?).env("LISTEN", &listen).env("ALSO", also);
     command.env("READY", &ready).env("ERRORS", dir.join("server.err")).env("GO", &go);
     let criu = Guard(command.spawn()?);
     wait_until("the server is up", PATIENCE, || {
         Ok(fs::read_to_string(&ready).unwrap_or_default().starts_with("ready"))
     })?;
-    let clients = stage.peer.run(|| {
-        let connect = |_| soccr_testkit::Client::connect(listen.parse()?);
-        (0..CONNECTIONS).map(connect).collect::<Result<Vec<_>>>()
-    })?;
-    let fleet = Fleet::start(clients, 0, PERIOD)?;
+    let clients = scene.connect_all(&[listen.parse()?], CONNECTIONS, Client::connect)?;
+    let fleet = Fleet::echoes(clients, Pace { period: PERIOD, parts: 10 })?;
     fs::OpenOptions::new().write(true).open(&go)?.write_all(b"go\n")?;
     criu.succeeds().with_context(|| last_errors(&images.join("dump.log")))?;
-    let states = stage.status()?.states();
+    let states = scene.status()?.states();
     ensure!(states == ["dumped"], "soccr status: {states:?}");
 
-    let mut command = in_pid_namespace(stage);
-    command.args(criu_words(stage, "restore", &images));
+    let mut command = in_pid_namespace(scene);
+    command.args(criu_words(scene, "restore", &images));
     let criu = Guard(command.spawn()?);
     let seen = fleet.stop(PATIENCE);
     ensure!(
@@ -385,24 +383,24 @@ fn first_process(stage: &mut Stage) -> Told {
         seen.lost.join("\n"),
         last_errors(&images.join("restore.log"))
     );
-    let status = stage.status()?;
+    let status = scene.status()?;
     ensure!(status.is_empty(), "soccr status: {status}");
-    soccr_testkit::leftovers::no_rules(&stage.host)?;
+    soccr_testkit::leftovers::no_rules(scene.host())?;
     criu.end_server()?;
-    stage.wait_until_quiet()?;
+    scene.wait_until_quiet()?;
     Ok((seen.alive.len(), "dump and restore".into()))
 }
 
-fn in_pid_namespace(stage: &Stage) -> Command {
-    let mut command = stage.host.command("unshare");
+fn in_pid_namespace(scene: &Scene) -> Command {
+    let mut command = scene.host().command("unshare");
     command.args(["--pid", "--fork", "--mount-proc", "--kill-child", "--"]);
-    command.env(RUN_DIR, stage.records()).env("SOCCR_LOCK", "nftables");
+    command.env(RUN_DIR, scene.records()).env("SOCCR_LOCK", "nftables");
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
     command
 }
 
-fn criu_words(stage: &Stage, action: &str, images: &Path) -> Vec<String> {
-    let criu = &stage.tools.criu;
+fn criu_words(scene: &Scene, action: &str, images: &Path) -> Vec<String> {
+    let criu = &scene.tools.criu;
     let words = [
         criu.bin().display().to_string(),
         action.into(),
@@ -451,108 +449,105 @@ impl Drop for Guard {
     }
 }
 
-fn leave_stopped(stage: &mut Stage) -> Result<(Server, Fleet, PathBuf)> {
-    let images = stage.images()?;
-    let (server, fleet) = both(stage)?;
-    stage.dump(&stage.tools.criu, server.pid(), &images).arg("--leave-stopped").run()?;
-    let states = stage.status()?.states();
+fn leave_stopped(scene: &Scene) -> Result<(Server, Fleet<Client>, PathBuf)> {
+    let images = scene.images()?;
+    let (server, fleet) = both(scene)?;
+    scene.dump(PLUGIN, server.pid(), &images).arg("--leave-stopped").run()?;
+    let states = scene.status()?.states();
     ensure!(states == ["left stopped"], "soccr status: {states:?}");
     Ok((server, fleet, images))
 }
 
-fn left_stopped_continued(stage: &mut Stage) -> Told {
-    let (server, fleet, images) = leave_stopped(stage)?;
+fn left_stopped_continued(scene: &Scene) -> Told {
+    let (server, fleet, images) = leave_stopped(scene)?;
     server.task.signal(Signal::SIGCONT)?;
-    Ok((lives(stage, server, fleet, &images)?, "the server lives".into()))
+    Ok((lives(scene, server, fleet, &images)?, "the server lives".into()))
 }
 
-fn left_stopped_killed(stage: &mut Stage) -> Told {
-    let (server, fleet, images) = leave_stopped(stage)?;
+fn left_stopped_killed(scene: &Scene) -> Told {
+    let (server, fleet, images) = leave_stopped(scene)?;
     server.task.signal(Signal::SIGKILL)?;
-    Ok((comes_back(stage, server, fleet, &images)?, "restored".into()))
+    Ok((comes_back(scene, server, fleet, &images)?, "restored".into()))
 }
 
-fn given_up(stage: &mut Stage) -> Told {
-    let images = stage.images()?;
-    let (server, fleet) = both(stage)?;
-    dump(stage, server, &images)?;
-    stage.tools.soccr(&stage.host, &stage.records(), &["clean", "--orphans"])?;
-    let states = stage.status()?.states();
+fn given_up(scene: &Scene) -> Told {
+    let images = scene.images()?;
+    let (server, fleet) = both(scene)?;
+    dump(scene, server, &images)?;
+    scene.soccr(&["clean", "--orphans"])?;
+    let states = scene.status()?.states();
     ensure!(states == ["dumped"], "clean --orphans ends a dump that waits: {states:?}");
-    stage.tools.soccr(&stage.host, &stage.records(), &["clean", "--all"])?;
-    stage.wait_until_quiet()?;
-    stage.check_spotless(None)?;
-    drop(fleet.stop(Duration::ZERO));
+    scene.soccr(&["clean", "--all"])?;
+    scene.wait_until_quiet()?;
+    scene.check_spotless(None)?;
+    drop(fleet);
     Ok((0, "nothing is left".into()))
 }
 
 /// A server in a namespace of its own, which criu takes for an external one.
 struct Outside {
     ns: NetNs,
-    fleet: Fleet,
+    fleet: Fleet<Client>,
     images: PathBuf,
     address: SocketAddr,
 }
 
-fn inner_namespace(stage: &Stage) -> Result<NetNs> {
+fn inner_namespace(scene: &Scene) -> Result<NetNs> {
     let ns = NetNs::new()?;
     veth(
         End { ns: &ns, name: "eth0", addresses: &["10.8.0.1/24"] },
-        End { ns: &stage.peer, name: "inner", addresses: &[] },
+        End { ns: &scene.peer, name: "inner", addresses: &[] },
     )?;
     Ok(ns)
 }
 
 /// The peers reach the namespace from here on.
-fn open_way(stage: &Stage) -> Result<()> {
-    stage.peer.ip("addr add 10.8.0.2/24 dev inner")
+fn open_way(scene: &Scene) -> Result<()> {
+    scene.peer.ip("addr add 10.8.0.2/24 dev inner")
 }
 
-fn dump_outside(stage: &mut Stage) -> Result<Outside> {
-    let images = stage.images()?;
-    let ns = inner_namespace(stage)?;
-    open_way(stage)?;
+fn dump_outside(scene: &Scene) -> Result<Outside> {
+    let images = scene.images()?;
+    let ns = inner_namespace(scene)?;
+    open_way(scene)?;
     let address = "10.8.0.1:7000".parse()?;
-    let server = Server::start(&ns, address, stage.dir(), ["--reuse-half"])?;
-    let clients = stage.peer.run(|| {
-        let connect = |_| soccr_testkit::Client::connect(address);
-        (0..CONNECTIONS).map(connect).collect::<Result<Vec<_>>>()
-    })?;
-    let fleet = Fleet::start(clients, 0, PERIOD)?;
-    let call = stage.dump(&stage.tools.criu, server.pid(), &images);
+    let server = Server::start(&ns, address, scene.dir(), ["--reuse-half"])?;
+    let clients = scene.connect_all(&[address], CONNECTIONS, Client::connect)?;
+    let fleet = Fleet::echoes(clients, Pace { period: PERIOD, parts: 10 })?;
+    let call = scene.dump(PLUGIN, server.pid(), &images);
     call.args(["--external", &format!("net[{}]:inner", ns.inode())]).dump_and_wait(server.task)?;
     Ok(Outside { ns, fleet, images, address })
 }
 
 /// Ends the namespace, and waits until its end of the wire has gone with it. The lock goes before the wire, so that is cut
 /// first: a packet that came between would be answered with a reset.
-fn end_namespace(stage: &Stage, ns: NetNs) -> Result<()> {
-    stage.peer.ip("link set inner down")?;
+fn end_namespace(scene: &Scene, ns: NetNs) -> Result<()> {
+    scene.peer.ip("link set inner down")?;
     drop(ns);
     wait_until("the namespace is gone", PATIENCE, || {
-        let mut show = stage.peer.command("ip");
+        let mut show = scene.peer.command("ip");
         show.args(["link", "show", "inner"]).stdout(Stdio::null()).stderr(Stdio::null());
         Ok(!show.status()?.success())
     })
 }
 
-fn namespace_gone(stage: &mut Stage) -> Told {
-    let Outside { ns, fleet, .. } = dump_outside(stage)?;
-    end_namespace(stage, ns)?;
-    stage.tools.soccr(&stage.host, &stage.records(), &["clean", "--all"])?;
-    stage.check_spotless(None)?;
-    drop(fleet.stop(Duration::ZERO));
+fn namespace_gone(scene: &Scene) -> Told {
+    let Outside { ns, fleet, .. } = dump_outside(scene)?;
+    end_namespace(scene, ns)?;
+    scene.soccr(&["clean", "--all"])?;
+    scene.check_spotless(None)?;
+    drop(fleet);
     Ok((0, "nothing is left".into()))
 }
 
-fn namespace_made_anew(stage: &mut Stage) -> Told {
-    let Outside { ns, fleet, images, address } = dump_outside(stage)?;
-    end_namespace(stage, ns)?;
-    let ns = inner_namespace(stage)?;
-    let (task, _) = stage.restore(&stage.tools.criu, &images).inherit(&ns, "inner")?.restore()?;
-    open_way(stage)?;
-    let server = Server::restored(address, task, stage.dir());
-    let checked = all_alive(stage, &server, fleet)?;
+fn namespace_made_anew(scene: &Scene) -> Told {
+    let Outside { ns, fleet, images, address } = dump_outside(scene)?;
+    end_namespace(scene, ns)?;
+    let ns = inner_namespace(scene)?;
+    let (task, _) = scene.restore(PLUGIN, &images)?.inherit(&ns, "inner")?.restore()?;
+    open_way(scene)?;
+    let server = Server::restored(address, task, scene.dir());
+    let checked = all_alive(scene, &server, fleet)?;
     soccr_testkit::leftovers::no_rules(&ns)?;
     Ok((checked, "restored into a new one".into()))
 }

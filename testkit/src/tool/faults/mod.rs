@@ -1,15 +1,13 @@
 //! `make faults`: whatever dies, whenever, every connection lives on in the running server or in a complete image.
 
-mod fleet;
 mod instants;
 mod kernel;
 mod matrix;
 mod outcome;
 mod points;
 mod report;
-mod stage;
+mod scene;
 mod stock;
-mod tools;
 
 use std::time::{Duration, Instant};
 
@@ -17,16 +15,21 @@ use anyhow::{Result, ensure};
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
-use soccr_testkit::task;
+use soccr_testkit::{Place, task};
+
+use crate::Programs;
 
 use report::Report;
-use tools::Tools;
+use scene::Tools;
 
 /// Kills, stops and starves everybody at every moment of dump and restore: no connection may be lost
 ///
+/// Points and instants are gone through twice: with criu in the server's network namespace, and outside of it.
 /// Without options: points, matrix and 200 instants. Fails when a connection was lost or anything was left.
 #[derive(clap::Args)]
 pub struct Options {
+    #[command(flatten)]
+    programs: Programs,
     /// SIGKILL and SIGSTOP of criu, of the agent and of the server, and errors, at every named point
     #[arg(long)]
     points: bool,
@@ -50,21 +53,24 @@ pub struct Options {
 pub fn run(options: &Options) -> Result<()> {
     let all = !(options.points || options.matrix || options.stock || options.instants.is_some());
     let instants = options.instants.unwrap_or(if all { 200 } else { 0 });
-    let tools = Tools::find()?;
+    let tools = Tools::find(options.programs.find(true)?)?;
     prepare()?;
     let start = Instant::now();
     let mut report = Report::default();
     let only = options.only.as_deref();
-    if options.points || all {
-        println!("=== at every named point, 8 busy connections each");
-        points::run(&tools, &mut report, only)?;
-    }
-    if instants > 0 {
-        println!(
-            "=== at {instants} random instants of a dump of 1000 busy connections, seed {}",
-            options.seed
-        );
-        instants::run(&tools, &mut report, instants, options.seed)?;
+    for place in [Place::Host, Place::External] {
+        let prefix = prefix(place);
+        if options.points || all {
+            println!("=== {prefix}at every named point, 8 busy connections each");
+            points::run(&tools, place, &mut report, only)?;
+        }
+        if instants > 0 {
+            let seed = options.seed;
+            println!(
+                "=== {prefix}at {instants} random instants of a dump of 1000 busy connections, seed {seed}"
+            );
+            instants::run(&tools, place, &mut report, instants, seed)?;
+        }
     }
     if options.matrix || all {
         println!("=== the rest of the matrix");
@@ -79,6 +85,11 @@ pub fn run(options: &Options) -> Result<()> {
     task::no_children(Duration::from_secs(5))?;
     ensure!(report.is_good(), "see above");
     Ok(())
+}
+
+/// How the cases of a place are called.
+fn prefix(place: Place) -> &'static str {
+    if place == Place::Host { "" } else { "outside " }
 }
 
 /// A mount namespace of our own, so that no mount outlives us; images in memory, where the disk costs no time.

@@ -2,18 +2,17 @@
 
 use std::net::SocketAddr;
 use std::path::Path;
-use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use soccr_testkit::criu::last_errors;
-use soccr_testkit::task::{Task, wait_until};
-use soccr_testkit::{Client, Server};
+use soccr_testkit::fleet::Seen;
+use soccr_testkit::stage::PATIENCE;
+use soccr_testkit::task::{Task, name_and_state, wait_until};
+use soccr_testkit::{Client, Fleet, Server};
 
-use crate::faults::fleet::{Fleet, Seen};
-use crate::faults::stage::{PATIENCE, Stage};
-use crate::faults::tools::name_and_state;
+use crate::faults::scene::Scene;
 
 /// How a case ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,16 +38,22 @@ pub struct Verdict {
 }
 
 /// After a dump, whatever became of it. `killed`: the case killed the server before the images were complete.
-pub fn of_dump(stage: &Stage, server: Server, fleet: Fleet, images: &Path, killed: bool) -> Result<Verdict> {
-    stage.wait_until_quiet()?;
+pub fn of_dump(
+    scene: &Scene,
+    server: Server,
+    fleet: Fleet<Client>,
+    images: &Path,
+    killed: bool,
+) -> Result<Verdict> {
+    scene.wait_until_quiet()?;
     wait_until("the server is traced no more", PATIENCE, || Ok(!server.task.is_traced()))?;
-    let cleaned = stage.clean_orphans()?;
+    let cleaned = scene.clean_orphans()?;
     let connections = fleet.size();
     if server.task.is_alive()? {
         go_on(server.pid());
-        let Seen { alive, lost } = fleet.stop(PATIENCE);
+        let Seen { alive, lost, .. } = fleet.stop(PATIENCE);
         if lost.is_empty() || server.task.is_alive()? {
-            stage.check_spotless(Some(&server))?;
+            scene.check_spotless(Some(&server))?;
             return Ok(Verdict {
                 kind: Kind::Lives,
                 living: Some((server, alive)),
@@ -59,82 +64,82 @@ pub fn of_dump(stage: &Stage, server: Server, fleet: Fleet, images: &Path, kille
         }
         // It was about to die when we looked.
         return match server.task.end()? {
-            Some(Signal::SIGTRAP) => over(stage, server, Kind::Breakpoint, connections, cleaned),
+            Some(Signal::SIGTRAP) => over(scene, server, Kind::Breakpoint, connections, cleaned),
             end => bail!("the server died ({end:?}) after it had been let go:\n{}", lost.join("\n")),
         };
     }
     if server.task.end()? == Some(Signal::SIGTRAP) {
-        drop(fleet.stop(Duration::ZERO));
-        return over(stage, server, Kind::Breakpoint, connections, cleaned);
+        drop(fleet);
+        return over(scene, server, Kind::Breakpoint, connections, cleaned);
     }
     if killed {
-        drop(fleet.stop(Duration::ZERO));
-        return over(stage, server, Kind::EndedWithTask, connections, cleaned);
+        drop(fleet);
+        return over(scene, server, Kind::EndedWithTask, connections, cleaned);
     }
     let address = server.address;
     server.task.wait(PATIENCE)?;
-    restored(stage, address, fleet, images, cleaned)
+    restored(scene, address, fleet, images, cleaned)
 }
 
 /// After a restore, whatever became of it. `killed`: the case killed the restored server after it was complete.
 pub fn of_restore(
-    stage: &Stage,
+    scene: &Scene,
     pid: Pid,
     address: SocketAddr,
-    fleet: Fleet,
+    fleet: Fleet<Client>,
     images: &Path,
     killed: bool,
 ) -> Result<Verdict> {
-    stage.wait_until_quiet()?;
-    let cleaned = stage.clean_orphans()?;
-    let status = stage.status()?;
+    scene.wait_until_quiet()?;
+    let cleaned = scene.clean_orphans()?;
+    let status = scene.status()?;
     let connections = fleet.size();
     if status.has("dumped") {
         // What there is of the server is not whole.
         if kill(pid, None).is_ok() {
             drop(Task::adopt(pid));
         }
-        return restored(stage, address, fleet, images, cleaned);
+        return restored(scene, address, fleet, images, cleaned);
     }
     ensure!(status.states().is_empty(), "soccr status: {status}");
     let alive = name_and_state(pid).is_some_and(|(_, state)| state != 'Z');
     if !alive {
-        drop(fleet.stop(Duration::ZERO));
+        drop(fleet);
         ensure!(killed, "the server is gone, and no record says that the dump waits for its restore");
         drop(Task::adopt(pid));
-        stage.check_spotless(None)?;
+        scene.check_spotless(None)?;
         let kind = Kind::EndedWithTask;
         return Ok(Verdict { kind, living: None, connections, lost: Vec::new(), cleaned });
     }
-    let server = Server::restored(address, Task::adopt(pid), stage.dir());
+    let server = Server::restored(address, Task::adopt(pid), scene.dir());
     wait_until("the server is traced no more", PATIENCE, || Ok(!server.task.is_traced()))?;
     go_on(pid);
-    let Seen { alive, lost } = fleet.stop(PATIENCE);
-    stage.check_spotless(Some(&server))?;
+    let Seen { alive, lost, .. } = fleet.stop(PATIENCE);
+    scene.check_spotless(Some(&server))?;
     Ok(Verdict { kind: Kind::Lives, living: Some((server, alive)), connections, lost, cleaned })
 }
 
 fn restored(
-    stage: &Stage,
+    scene: &Scene,
     address: SocketAddr,
-    fleet: Fleet,
+    fleet: Fleet<Client>,
     images: &Path,
     cleaned: bool,
 ) -> Result<Verdict> {
     let connections = fleet.size();
-    let server = stage.restore_all(images, address).with_context(|| {
+    let server = scene.restore_all(images, address).with_context(|| {
         let log = last_errors(&images.join("dump.log"));
         format!("all {connections} connections are lost; of the dump:\n{log}")
     })?;
-    let Seen { alive, lost } = fleet.stop(PATIENCE);
-    stage.wait_until_quiet()?;
-    stage.check_spotless(Some(&server))?;
+    let Seen { alive, lost, .. } = fleet.stop(PATIENCE);
+    scene.wait_until_quiet()?;
+    scene.check_spotless(Some(&server))?;
     Ok(Verdict { kind: Kind::Restored, living: Some((server, alive)), connections, lost, cleaned })
 }
 
-fn over(stage: &Stage, server: Server, kind: Kind, connections: usize, cleaned: bool) -> Result<Verdict> {
+fn over(scene: &Scene, server: Server, kind: Kind, connections: usize, cleaned: bool) -> Result<Verdict> {
     server.task.wait(PATIENCE)?;
-    stage.check_spotless(None)?;
+    scene.check_spotless(None)?;
     Ok(Verdict { kind, living: None, connections, lost: Vec::new(), cleaned })
 }
 

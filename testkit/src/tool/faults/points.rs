@@ -9,14 +9,15 @@ use anyhow::{Context, Result, ensure};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use soccr_testkit::criu::{Call, last_errors};
-use soccr_testkit::task::wait_until;
-use soccr_testkit::{Client, Server};
+use soccr_testkit::interrupt;
+use soccr_testkit::stage::PATIENCE;
+use soccr_testkit::task::{name_and_state, wait_until};
+use soccr_testkit::{Client, Fleet, Place, Server};
 
-use crate::faults::fleet::Fleet;
 use crate::faults::outcome::{self, Verdict};
+use crate::faults::prefix;
 use crate::faults::report::Report;
-use crate::faults::stage::{PATIENCE, Stage};
-use crate::faults::tools::{Tools, name_and_state};
+use crate::faults::scene::{PLUGIN, Scene, Tools};
 
 const DUMP: [&str; 16] = [
     "dump.init",
@@ -126,74 +127,73 @@ const CONNECTIONS: usize = 8;
 const FULL: usize = 4;
 const PERIOD: Duration = Duration::from_millis(40);
 
-pub fn run(tools: &Tools, report: &mut Report, only: Option<&str>) -> Result<()> {
-    let mut stage = Stage::new(tools)?;
+pub fn run(tools: &Tools, place: Place, report: &mut Report, only: Option<&str>) -> Result<()> {
+    let scene = Scene::new(tools, place)?;
     let mut living = None;
     for point in DUMP.into_iter().chain(RESTORE) {
         let mut line = Vec::new();
+        interrupt::check()?;
         for action in ACTIONS.into_iter().filter(|action| action.suits(point)) {
-            let name = format!("{point}:{}", action.name());
+            let name = format!("{}{point}:{}", prefix(place), action.name());
             if only.is_some_and(|only| !name.contains(only)) {
                 continue;
             }
             let (server, clients) = match living.take() {
                 Some(living) => living,
-                None => fresh(&stage)?,
+                None => scene.small(CONNECTIONS)?,
             };
-            let fleet = stage.busy(&server, clients, FULL, PERIOD)?;
+            let fleet = scene.busy(&server, clients, FULL, PERIOD)?;
             let start = Instant::now();
             let verdict = if DUMP.contains(&point) {
-                in_dump(&mut stage, server, fleet, point, action)
+                in_dump(&scene, server, fleet, point, action)
             } else {
-                in_restore(&mut stage, server, fleet, point, action)
+                in_restore(&scene, server, fleet, point, action)
             };
             let ended = report.fault(action.name(), &name, &verdict);
             line.push(format!("{ended} {:.1} s", start.elapsed().as_secs_f64()));
             match verdict {
                 Ok(verdict) if verdict.lost.is_empty() => living = verdict.living,
-                _ => stage.sweep()?,
+                _ => scene.sweep()?,
             }
-            stage.reap(living.as_ref().map(|(server, _)| server.pid()))?;
+            scene.reap(living.as_ref().map(|(server, _)| server.pid()))?;
         }
         if !line.is_empty() {
-            println!("{point:21} {}", line.join(", "));
+            println!("{:29} {}", format!("{}{point}", prefix(place)), line.join(", "));
         }
     }
     Ok(())
 }
 
-fn fresh(stage: &Stage) -> Result<(Server, Vec<Client>)> {
-    let server = stage.serve()?;
-    let clients = stage.connect(&server, CONNECTIONS)?;
-    Ok((server, clients))
-}
-
-fn in_dump(stage: &mut Stage, server: Server, fleet: Fleet, point: &str, action: Action) -> Result<Verdict> {
-    let images = stage.images()?;
-    let stage = &*stage;
-    let call = stage.dump(&stage.tools.faulty, server.pid(), &images);
-    run_with_fault(stage, call, point, action, &images.join("dump.log"))?;
-    let complete = DUMP.iter().position(|it| *it == point) >= DUMP.iter().position(|it| *it == COMPLETE);
-    let killed = action == Action::KillTask && !complete;
-    outcome::of_dump(stage, server, fleet, &images, killed).with_context(|| log_of(&images, "dump.log"))
-}
-
-fn in_restore(
-    stage: &mut Stage,
+fn in_dump(
+    scene: &Scene,
     server: Server,
-    fleet: Fleet,
+    fleet: Fleet<Client>,
     point: &str,
     action: Action,
 ) -> Result<Verdict> {
-    let images = stage.images()?;
-    let stage = &*stage;
+    let images = scene.images()?;
+    let call = scene.dump(PLUGIN, server.pid(), &images).plugins(&scene.tools.faulty);
+    run_with_fault(scene, call, point, action, &images.join("dump.log"))?;
+    let complete = DUMP.iter().position(|it| *it == point) >= DUMP.iter().position(|it| *it == COMPLETE);
+    let killed = action == Action::KillTask && !complete;
+    outcome::of_dump(scene, server, fleet, &images, killed).with_context(|| log_of(&images, "dump.log"))
+}
+
+fn in_restore(
+    scene: &Scene,
+    server: Server,
+    fleet: Fleet<Client>,
+    point: &str,
+    action: Action,
+) -> Result<Verdict> {
+    let images = scene.images()?;
     let (pid, address) = (server.pid(), server.address);
-    stage.dump(&stage.tools.criu, pid, &images).dump_and_wait(server.task)?;
-    let call = stage.restore(&stage.tools.faulty, &images);
-    run_with_fault(stage, call, point, action, &images.join("restore.log"))?;
+    scene.dump(PLUGIN, pid, &images).dump_and_wait(server.task)?;
+    let call = scene.restore(PLUGIN, &images)?.plugins(&scene.tools.faulty);
+    run_with_fault(scene, call, point, action, &images.join("restore.log"))?;
     let position = |wanted| RESTORE.iter().position(|it| *it == wanted);
     let killed = action == Action::KillTask && position(point) >= position(GIVEN_BACK);
-    outcome::of_restore(stage, pid, address, fleet, &images, killed)
+    outcome::of_restore(scene, pid, address, fleet, &images, killed)
         .with_context(|| log_of(&images, "restore.log"))
 }
 
@@ -202,8 +202,8 @@ fn log_of(images: &Path, name: &str) -> String {
 }
 
 /// Runs criu with a fault in it to its end, whatever that is.
-fn run_with_fault(stage: &Stage, call: Call, point: &str, action: Action, log: &Path) -> Result<()> {
-    let told = stage.dir().join("told");
+fn run_with_fault(scene: &Scene, call: Call, point: &str, action: Action, log: &Path) -> Result<()> {
+    let told = scene.dir().join("told");
     let _ = fs::remove_file(&told);
     let fault = format!("{point}:{}", action.word());
     let call = call.env("SOCCR_FAULT", &fault).env("SOCCR_FAULT_TOLD", &told);

@@ -8,12 +8,11 @@ use nix::sys::signal::Signal;
 use nix::unistd::Pid;
 use soccr_testkit::criu::Call;
 use soccr_testkit::sockets::tcp_sockets;
+use soccr_testkit::stage::PATIENCE;
 use soccr_testkit::task::{Task, pidfd_open, wait_readable, wait_until};
-use soccr_testkit::{Lock, Server, Side, leftovers};
+use soccr_testkit::{Client, Fleet, Lock, Place, Server, Side, leftovers};
 
-use crate::faults::fleet::Fleet;
-use crate::faults::stage::{PATIENCE, Stage};
-use crate::faults::tools::{RUN_DIR, Tools};
+use crate::faults::scene::{Scene, Tools};
 
 const CONNECTIONS: usize = 100;
 const INSTANTS: usize = 20;
@@ -62,49 +61,48 @@ impl Totals {
     }
 }
 
-fn dump<'a>(stage: &'a Stage, lock: Lock, pid: Pid, images: &'a std::path::Path) -> Call<'a> {
-    let call = stage.tools.criu.dump(Side::Stock(lock), pid, images);
-    call.inside(&stage.host).env(RUN_DIR, stage.records()).quiet()
+fn dump<'a>(scene: &'a Scene, lock: Lock, pid: Pid, images: &'a std::path::Path) -> Call<'a> {
+    scene.dump(Side::Stock(lock), pid, images).quiet()
 }
 
-fn start(stage: &Stage) -> Result<(Server, Fleet)> {
-    let server = stage.serve_plain()?;
-    let clients = stage.connect_plain(&server, CONNECTIONS)?;
-    Ok((server, Fleet::start(clients, 0, PERIOD)?))
+fn start(scene: &Scene) -> Result<(Server, Fleet<Client>)> {
+    let (server, clients) = scene.plain(CONNECTIONS)?;
+    let fleet = scene.busy(&server, clients, 0, PERIOD)?;
+    Ok((server, fleet))
 }
 
 fn duration(tools: &Tools, lock: Lock) -> Result<Duration> {
-    let mut stage = Stage::new(tools)?;
-    stage.keep_in_memory()?;
-    let images = stage.images()?;
-    let (server, fleet) = start(&stage)?;
-    let took = dump(&stage, lock, server.pid(), &images).dump_and_wait(server.task)?.took;
-    drop(fleet.stop(Duration::ZERO));
+    let scene = Scene::new(tools, Place::Host)?;
+    scene.keep_in_memory()?;
+    let images = scene.images()?;
+    let (server, fleet) = start(&scene)?;
+    let took = dump(&scene, lock, server.pid(), &images).dump_and_wait(server.task)?.took;
+    drop(fleet);
     Ok(took)
 }
 
 fn once(tools: &Tools, lock: Lock, instant: Duration, totals: &mut Totals) -> Result<()> {
-    let mut stage = Stage::new(tools)?;
-    stage.keep_in_memory()?;
-    let images = stage.images()?;
-    let (server, fleet) = start(&stage)?;
-    let (mut criu, _) = dump(&stage, lock, server.pid(), &images).spawn()?;
+    let scene = Scene::new(tools, Place::Host)?;
+    scene.keep_in_memory()?;
+    let images = scene.images()?;
+    let (server, fleet) = start(&scene)?;
+    let (mut criu, _) = dump(&scene, lock, server.pid(), &images).spawn()?;
     let pidfd = pidfd_open(Pid::from_raw(i32::try_from(criu.id())?))?;
     wait_readable(&pidfd, instant)?;
     criu.kill()?;
     criu.wait()?;
-    stage.wait_until_quiet()?;
+    scene.wait_until_quiet()?;
     wait_until("the server is traced no more", PATIENCE, || Ok(!server.task.is_traced()))?;
-    settle(&stage, lock, server, fleet, &images, totals).context("after stock criu was killed")?;
-    totals.rules += leftovers::rules(&stage.host)?.len();
-    stage.reap(None)
+    settle(&scene, lock, server, fleet, &images, totals).context("after stock criu was killed")?;
+    totals.rules += leftovers::rules(scene.host())?.len();
+    scene.reap(None)
 }
 
 fn settle(
-    stage: &Stage,
+    scene: &Scene,
     lock: Lock,
     server: Server,
-    fleet: Fleet,
+    fleet: Fleet<Client>,
     images: &std::path::Path,
     totals: &mut Totals,
 ) -> Result<()> {
@@ -125,19 +123,18 @@ fn settle(
     }
     if server.task.end()? == Some(Signal::SIGTRAP) {
         totals.breakpoint += 1;
-        drop(fleet.stop(Duration::ZERO));
+        drop(fleet);
         return Ok(());
     }
     server.task.wait(PATIENCE)?;
-    let call = stage.tools.criu.restore(Side::Stock(lock), images).inside(&stage.host);
-    match call.env(RUN_DIR, stage.records()).restore() {
+    match scene.restore(Side::Stock(lock), images)?.restore() {
         Ok((task, _)) => {
             totals.lost += fleet.stop(SILENCE).lost.len();
             totals.restored += 1;
             drop::<Task>(task);
         }
         Err(_) => {
-            drop(fleet.stop(Duration::ZERO));
+            drop(fleet);
             totals.lost += CONNECTIONS;
             totals.unrestorable += 1;
         }

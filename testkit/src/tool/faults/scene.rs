@@ -1,0 +1,138 @@
+//! A stage with an echo server on it, whose clients never rest.
+
+use std::cell::Cell;
+use std::net::SocketAddr;
+use std::ops::Deref;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use soccr_testkit::server::reuses;
+use soccr_testkit::sockets::{state, tcp_sockets};
+use soccr_testkit::stage::{PATIENCE, V4, V6};
+use soccr_testkit::task::wait_until;
+use soccr_testkit::{Client, Criu, Fleet, Lock, Pace, Place, Server, Side, Stage};
+
+/// Who carries the connections.
+pub const PLUGIN: Side = Side::Plugin(Lock::Nftables);
+/// The buffers of connections whose queues are to be full soon.
+const SMALL: usize = 16 << 10;
+
+/// The programs under test.
+pub struct Tools {
+    pub criu: Criu,
+    /// The plugin in which faults can be injected.
+    pub faulty: PathBuf,
+}
+
+impl Tools {
+    pub fn find(criu: Criu) -> Result<Self> {
+        let faulty = crate::target("plugins-fault");
+        let faulty = std::env::var_os("SOCCR_FAULT_PLUGIN_DIR").map_or(faulty, PathBuf::from);
+        criu.with_plugins(&faulty).check(true).context("scripts/build --with-faults makes it")?;
+        Ok(Self { criu, faulty: faulty.canonicalize()? })
+    }
+}
+
+pub struct Scene<'a> {
+    pub tools: &'a Tools,
+    stage: Stage,
+    /// Of the next server.
+    port: Cell<u16>,
+}
+
+impl Deref for Scene<'_> {
+    type Target = Stage;
+
+    fn deref(&self) -> &Stage {
+        &self.stage
+    }
+}
+
+impl<'a> Scene<'a> {
+    pub fn new(tools: &'a Tools, place: Place) -> Result<Self> {
+        Ok(Self { tools, stage: Stage::new(&tools.criu, place)?, port: Cell::new(7000) })
+    }
+
+    /// An echo server with small buffers on both addresses, and so many clients of it.
+    pub fn small(&self, count: usize) -> Result<(Server, Vec<Client>)> {
+        let small = SMALL.to_string();
+        self.start(&["--rcvbuf", &small, "--sndbuf", &small], count, |server| {
+            Client::connect_small(server, SMALL)
+        })
+    }
+
+    /// The same with buffers of the usual size.
+    pub fn plain(&self, count: usize) -> Result<(Server, Vec<Client>)> {
+        self.start(&[], count, Client::connect)
+    }
+
+    /// Each server has a port of its own: connections without SO_REUSEADDR hold theirs for a while after its death.
+    fn start(
+        &self,
+        args: &[&str],
+        count: usize,
+        connect: fn(SocketAddr) -> Result<Client>,
+    ) -> Result<(Server, Vec<Client>)> {
+        let port = self.port.replace(self.port.get() + 1);
+        let [v4, v6] = [V4, V6].map(|address| SocketAddr::new(address.parse().expect("an address"), port));
+        let also = v6.to_string();
+        let args = [&["--reuse-half", "--also", &also], args].concat();
+        let server = self.serve(&v4.to_string(), &args)?;
+        let clients = self.connect_all(&[v4, v6], count, connect)?;
+        Ok((server, clients))
+    }
+
+    /// Makes clients busy, and waits until the queues of the first `full` are full on both sides. Each other one sends
+    /// and reads once in `period`.
+    pub fn busy(
+        &self,
+        server: &Server,
+        clients: Vec<Client>,
+        full: usize,
+        period: Duration,
+    ) -> Result<Fleet<Client>> {
+        let clients = clients.into_iter().enumerate().map(|(nth, client)| client.greedy(nth < full));
+        let fleet = Fleet::echoes(clients.collect(), Pace { period, parts: 10 })?;
+        wait_until("the queues are full", PATIENCE, || {
+            let mut filled = 0;
+            for socket in tcp_sockets(server.pid())? {
+                let connected = socket.state()? != state::LISTEN;
+                filled += usize::from(connected && socket.unread()? > 0 && socket.unacked()? > 0);
+            }
+            Ok(filled >= full)
+        })?;
+        Ok(fleet)
+    }
+
+    /// Restores with the plugin as it is shipped.
+    pub fn restore_all(&self, images: &Path, address: SocketAddr) -> Result<Server> {
+        let (task, _) = self.restore(PLUGIN, images)?.restore()?;
+        Ok(Server::restored(address, task, self.dir()))
+    }
+
+    /// What a user does who finds something orphaned. Whether that was so.
+    pub fn clean_orphans(&self) -> Result<bool> {
+        let found = self.status()?.has("orphaned");
+        if found {
+            let said = self.soccr(&["clean", "--orphans"])?;
+            let left = self.status()?;
+            ensure!(!left.has("orphaned"), "soccr clean --orphans said {said} and left {left}");
+        }
+        Ok(found)
+    }
+
+    /// Nothing is left of a case whose server lives or is gone for good.
+    pub fn check_spotless(&self, server: Option<&Server>) -> Result<()> {
+        let status = self.status()?;
+        ensure!(status.is_empty(), "soccr status is not empty: {status}");
+        self.check_clean(server)?;
+        let sockets = server.map_or(Ok(Vec::new()), |server| tcp_sockets(server.pid()))?;
+        for (socket, peer) in sockets.iter().filter_map(|socket| Some((socket, socket.peer()?))) {
+            let has = socket.option(libc::SOL_SOCKET, libc::SO_REUSEADDR)?;
+            let had = i32::from(reuses(peer));
+            ensure!(has == had, "SO_REUSEADDR of the connection with {peer} is {has}, it was {had}");
+        }
+        Ok(())
+    }
+}
