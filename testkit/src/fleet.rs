@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use anyhow::{Error, Result, ensure};
+use anyhow::{Error, Result, anyhow, ensure};
 
 use crate::client::Client;
 use crate::task::wait_until;
@@ -20,6 +20,12 @@ pub trait Talk: Send + 'static {
 
     /// Whether anything is due still.
     fn waits(&self) -> bool;
+}
+
+/// Whether a connection broke; else a byte was wrong, missing or too many.
+#[must_use]
+pub fn is_dead(error: &Error) -> bool {
+    error.chain().any(|cause| cause.is::<std::io::Error>() || cause.is::<nix::errno::Errno>())
 }
 
 /// How often each client has its turn.
@@ -52,7 +58,9 @@ impl<T: Talk> Member<T> {
         }
     }
 
-    fn waits(&self) -> bool {
+    /// Whether it lives, and anything is due to it.
+    #[must_use]
+    pub fn waits(&self) -> bool {
         self.error.is_none() && self.client.waits()
     }
 }
@@ -130,22 +138,24 @@ impl<T> Drop for Fleet<T> {
 
 fn talk<T: Talk>(shared: &Shared<T>, pace: Pace) {
     let mut part = 0;
-    let mut next = Instant::now();
     loop {
-        let phase = shared.phase.load(Ordering::Relaxed);
-        if phase == OVER {
-            return;
-        }
+        let started = Instant::now();
+        // What is due shall come soon.
+        let (busy, Pace { period, parts }) = match shared.phase.load(Ordering::Relaxed) {
+            BUSY => (true, pace),
+            ENDING => (false, Pace { period: Duration::from_millis(1), parts: 1 }),
+            _ => return,
+        };
+        part = (part + 1) % parts;
         let mut members = shared.lock();
-        let size = members.len().div_ceil(pace.parts).max(1);
+        let size = members.len().div_ceil(parts).max(1);
         if let Some(members) = members.chunks_mut(size).nth(part) {
-            members.iter_mut().for_each(|member| member.turn(phase == BUSY));
+            members.iter_mut().for_each(|member| member.turn(busy));
         }
         drop(members);
-        part = (part + 1) % pace.parts;
         // A client that sends so many bytes in so much time waits for time, not for an event.
-        next = Instant::now().max(next + pace.period / u32::try_from(pace.parts).unwrap_or(u32::MAX));
-        thread::sleep(next.saturating_duration_since(Instant::now()));
+        let pause = period / u32::try_from(parts).unwrap_or(u32::MAX);
+        thread::sleep(pause.saturating_sub(started.elapsed()));
     }
 }
 
@@ -194,8 +204,9 @@ impl Fleet<Client> {
     #[must_use]
     pub fn stop(self, limit: Duration) -> Seen {
         self.end(limit);
-        for member in self.members().iter_mut().filter(|member| member.error.is_none()) {
-            member.error = member.client.write_some().err();
+        for Member { client, error } in self.members().iter_mut().filter(|member| member.error.is_none()) {
+            let silent = client.waits().then(|| anyhow!(client.at(&format!("silent for {limit:?}"))));
+            *error = silent.or_else(|| client.write_some().err());
         }
         self.end(limit);
         let mut seen = Seen { alive: Vec::new(), lost: Vec::new(), silence: Duration::ZERO };

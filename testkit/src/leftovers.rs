@@ -1,11 +1,11 @@
 //! What a dump or a restore must not leave: firewall rules and sockets in repair mode.
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use nix::unistd::Pid;
 use serde_json::Value;
 
 use crate::netns::NetNs;
-use crate::sockets::tcp_sockets;
+use crate::sockets::for_each;
 
 /// Everything in the firewall of a namespace that can stop a packet or names CRIU or soccr: rules,
 /// sets with their elements, and tables named so. iptables here is iptables-nft, whose rules show
@@ -44,10 +44,12 @@ pub fn no_rules(ns: &NetNs) -> Result<()> {
 /// # Errors
 /// When a TCP socket of the process is in repair mode.
 pub fn no_repair(pid: Pid) -> Result<()> {
-    for socket in tcp_sockets(pid)? {
-        if socket.in_repair()? {
-            bail!("descriptor {} of process {pid} is in repair mode", socket.number);
-        }
-    }
-    Ok(())
+    for_each(pid, |socket| {
+        ensure!(
+            !(socket.is_tcp() && socket.in_repair()?),
+            "descriptor {} of process {pid} is in repair mode",
+            socket.number
+        );
+        Ok(())
+    })
 }

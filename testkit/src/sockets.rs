@@ -41,7 +41,7 @@ pub struct TaskSocket {
 /// When the process is gone or may not be looked into.
 pub fn tcp_sockets(pid: Pid) -> Result<Vec<TaskSocket>> {
     let mut found = sockets(pid)?;
-    found.retain(|socket| is_tcp(&socket.socket));
+    found.retain(TaskSocket::is_tcp);
     Ok(found)
 }
 
@@ -50,20 +50,32 @@ pub fn tcp_sockets(pid: Pid) -> Result<Vec<TaskSocket>> {
 /// # Errors
 /// When the process is gone or may not be looked into.
 pub fn sockets(pid: Pid) -> Result<Vec<TaskSocket>> {
+    let mut found = Vec::new();
+    for_each(pid, |socket| {
+        found.push(socket);
+        Ok(())
+    })?;
+    found.sort_by_key(|socket| socket.number);
+    Ok(found)
+}
+
+/// Shows each socket of a process, one at a time: it may have more than we have descriptors left.
+///
+/// # Errors
+/// When the process is gone or may not be looked into, or what `look` returned.
+pub fn for_each(pid: Pid, mut look: impl FnMut(TaskSocket) -> Result<()>) -> Result<()> {
     let pidfd = pidfd_open(pid)?;
     let dir = format!("/proc/{pid}/fd");
-    let mut found = Vec::new();
     for entry in fs::read_dir(&dir).with_context(|| format!("cannot read {dir}"))? {
         let entry = entry?;
         let is_socket =
             fs::read_link(entry.path()).is_ok_and(|link| link.to_string_lossy().starts_with("socket:"));
         let Some(number) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
         if is_socket {
-            found.push(TaskSocket { number, socket: pidfd_getfd(&pidfd, number)? });
+            look(TaskSocket { number, socket: pidfd_getfd(&pidfd, number)? })?;
         }
     }
-    found.sort_by_key(|socket| socket.number);
-    Ok(found)
+    Ok(())
 }
 
 impl TaskSocket {
@@ -74,6 +86,15 @@ impl TaskSocket {
     pub fn of(socket: &impl AsFd) -> Result<Self> {
         let fd = socket.as_fd();
         Ok(Self { number: fd.as_raw_fd(), socket: fd.try_clone_to_owned()? })
+    }
+
+    /// Whether it is a TCP socket.
+    #[must_use]
+    pub fn is_tcp(&self) -> bool {
+        let inet = get(&self.socket, libc::SOL_SOCKET, libc::SO_DOMAIN)
+            .is_ok_and(|domain: i32| domain == libc::AF_INET || domain == libc::AF_INET6);
+        inet && get(&self.socket, libc::SOL_SOCKET, libc::SO_PROTOCOL)
+            .is_ok_and(|it: i32| it == libc::IPPROTO_TCP)
     }
 
     /// One of [`state`].
@@ -169,12 +190,6 @@ impl AsRawFd for TaskSocket {
     fn as_raw_fd(&self) -> RawFd {
         self.socket.as_raw_fd()
     }
-}
-
-fn is_tcp(socket: &OwnedFd) -> bool {
-    let inet = get(socket, libc::SOL_SOCKET, libc::SO_DOMAIN)
-        .is_ok_and(|domain: i32| domain == libc::AF_INET || domain == libc::AF_INET6);
-    inet && get(socket, libc::SOL_SOCKET, libc::SO_PROTOCOL).is_ok_and(|it: i32| it == libc::IPPROTO_TCP)
 }
 
 /// linux/sockios.h

@@ -10,13 +10,12 @@ mod trial;
 
 use std::path::PathBuf;
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
-use soccr_testkit::{Criu, Lock, Side};
+use soccr_testkit::{Criu, Lock, Side, interrupt};
 
 use crate::{Programs, target};
 use report::{Report, Row};
-use trial::Stage;
 
 /// Measures what a dump and a restore cost with the plugin, beside stock CRIU in the same run
 #[derive(clap::Args)]
@@ -51,19 +50,21 @@ pub fn run(options: &Options) -> Result<()> {
     }
     println!("\n{}", report.markdown());
     std::fs::create_dir_all(&options.out)?;
-    report.write(&options.out)
+    report.write(&options.out)?;
+    ensure!(report.is_good(), "a trial failed or a limit was exceeded, see above");
+    Ok(())
 }
 
 /// All sides with this many connections: first what is compared, in turns, then stock's other locks.
 fn measure(criu: &Criu, options: &Options, connections: usize, report: &mut Report) -> Result<()> {
-    let stage = Stage::new(criu, connections)?;
     let mut turns = vec![Row::new(connections, Side::Stock(Lock::Skip))];
     if !options.stock_only {
         turns.push(Row::new(connections, Side::Plugin(Lock::Nftables)));
     }
     for _ in 0..options.runs {
         for row in &mut turns {
-            row.add(stage.run(row.side));
+            interrupt::check()?;
+            row.add(trial::run(criu, connections, row.side));
         }
     }
     let mut others = vec![Lock::Nftables];
@@ -72,7 +73,7 @@ fn measure(criu: &Criu, options: &Options, connections: usize, report: &mut Repo
     }
     for lock in others {
         let mut row = Row::new(connections, Side::Stock(lock));
-        row.add(stage.run(row.side));
+        row.add(trial::run(criu, connections, row.side));
         turns.push(row);
     }
     report.rows.append(&mut turns);

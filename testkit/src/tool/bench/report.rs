@@ -166,6 +166,14 @@ impl Report {
         text
     }
 
+    /// Whether no trial of ours, or of what it is compared with, failed, and no limit was exceeded. Stock's other locks may
+    /// fail: some do.
+    pub fn is_good(&self) -> bool {
+        let compared = |row: &&Row| row.is_baseline() || row.is_ours();
+        self.rows.iter().filter(compared).all(|row| row.failure.is_none())
+            && self.ratios().iter().all(|it| it.frozen <= FROZEN_LIMIT && it.restore <= RESTORE_LIMIT)
+    }
+
     fn ratios(&self) -> Vec<Ratio> {
         let stocks = self.rows.iter().filter(|row| row.is_baseline());
         let ratio = |stock: &Row| {
@@ -267,7 +275,9 @@ mod tests {
 
     #[test]
     fn ratios_are_of_medians_and_say_when_a_limit_is_broken() {
-        let text = report(row(Side::Plugin(Lock::Nftables), &[70, 999, 60])).markdown();
+        let report = report(row(Side::Plugin(Lock::Nftables), &[70, 999, 60]));
+        assert!(!report.is_good());
+        let text = report.markdown();
         assert!(
             text.contains("frozen ours/stock = 1.75 at 1000 connections (within the limit 2.0)"),
             "{text}"
@@ -283,7 +293,7 @@ mod tests {
         let mut ours = row(Side::Plugin(Lock::Nftables), &[70, 60]);
         ours.failure = Some("criu dump: signal: 6\nmore".into());
         let report = report(ours);
-        assert!(report.ratios().is_empty());
+        assert!(report.ratios().is_empty() && !report.is_good());
         assert!(report.markdown().contains("failed: criu dump: signal: 6\n"));
         assert!(report.json()["rows"][1]["frozen_s"]["median"].is_null());
     }

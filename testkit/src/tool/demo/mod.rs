@@ -13,13 +13,16 @@ use nix::errno::Errno;
 use nix::sys::signal::kill;
 use nix::unistd::Pid;
 use soccr_testkit::criu::timed;
+use soccr_testkit::fleet::{Fleet, Member, Pace};
 use soccr_testkit::interrupt::pause;
-use soccr_testkit::{Criu, Lock, NetNs, Side, leftovers, task};
+use soccr_testkit::{Lock, Side, Stage, leftovers, task};
 
 use crate::{Programs, target};
-use load::{Client, Load};
+use load::Client;
 
 const BEFORE: Duration = Duration::from_secs(2);
+/// Each client asks again as soon as it has its answer, or nearly.
+const PACE: Pace = Pace { period: Duration::from_millis(1), parts: 1 };
 const AFTER: Duration = Duration::from_secs(3);
 
 /// Freezes, kills and brings back a real server with live clients, none of whom notices
@@ -41,15 +44,16 @@ pub struct Options {
     stock: bool,
 }
 
+/// For the last answers.
+const PATIENCE: Duration = Duration::from_secs(10);
+
 pub fn run(options: &Options) -> Result<()> {
     let criu = options.programs.find(!options.stock)?;
     let out = fresh_folder(&options.out)?;
-    let here = NetNs::current()?;
-    let rules = leftovers::rules(&here)?;
+    let stage = Stage::alone(&criu, &out)?;
 
-    let shown = freeze_and_thaw(&criu, options, &out)?;
-    let left = leftovers::rules(&here)?;
-    ensure!(left == rules, "the firewall is not what it was before:\n{}", left.join("\n"));
+    let shown = freeze_and_thaw(&stage, options)?;
+    stage.wait_until_clean(None)?;
     task::no_children(Duration::from_secs(5))?;
     println!("left behind          no process, no firewall rule");
     ensure!(shown, "not every client is well, see above");
@@ -57,40 +61,44 @@ pub fn run(options: &Options) -> Result<()> {
 }
 
 /// The show itself; whether every client got every answer.
-fn freeze_and_thaw(criu: &Criu, options: &Options, out: &Path) -> Result<bool> {
-    let images = out.join("images");
-    let clients = options.clients.get();
+fn freeze_and_thaw(stage: &Stage, options: &Options) -> Result<bool> {
+    let images = stage.images()?;
+    let count = options.clients.get();
     let side = if options.stock { Side::Stock(Lock::Nftables) } else { Side::Plugin(Lock::Nftables) };
-    let (name, task, address) = server::start(out, clients, options.builtin)?;
+    let (name, task, address) = server::start(stage, count, options.builtin)?;
     let pid = task.pid();
-    println!("soccr demo: {name}, {clients} clients, {}\n", with(side));
+    println!("soccr demo: {name}, {count} clients, {}\n", with(side));
 
-    let load = Load::start(address, clients)?;
+    let clients: Vec<_> =
+        stage.peer.run(|| (0..count).map(|i| Client::connect(address, i)).collect::<Result<_>>())?;
+    let load = Fleet::start(clients, PACE);
+    let answers = || load.members().iter().map(|member| member.client.value()).collect::<Vec<_>>();
     pause(BEFORE)?;
-    let before = load.answers();
+    let before = answers();
     let total = before.iter().sum::<u64>();
     println!(
         "1. {name} is process {pid} at {address}; its clients INCR all the time: {total} answers so far"
     );
 
     let start = Instant::now();
-    let (_, dump) = timed(|| criu.dump(side, pid, &images).dump_and_wait(task))?;
+    let (_, dump) = timed(|| stage.dump(side, pid, &images).dump_and_wait(task))?;
     println!("2. criu has dumped it: {} s", seconds(dump));
     show_gone(pid)?;
-    let at_thaw = load.answers();
+    let at_thaw = answers();
 
-    let ((task, _), restore) = timed(|| criu.restore(side, &images).restore())?;
+    let ((task, _), restore) = timed(|| stage.restore(side, &images)?.restore())?;
     let frozen = start.elapsed();
     ensure!(task.pid() == pid, "it came back as process {}", task.pid());
     println!("4. criu has restored it: {} s; process {pid} runs again", seconds(restore));
 
     pause(AFTER)?;
     leftovers::no_repair(pid)?;
-    let after = load.answers();
+    let after = answers();
     let on = after.iter().zip(&at_thaw).filter(|(after, then)| after > then).count();
     let more = after.iter().sum::<u64>() - at_thaw.iter().sum::<u64>();
     println!("5. {on} of {} clients go on over the same connections: {more} answers more\n", after.len());
-    let clients = load.stop()?;
+    load.end(PATIENCE);
+    let clients = load.take();
     drop(task);
     let times = format!("{} s (dump {} s, restore {} s)", seconds(frozen), seconds(dump), seconds(restore));
     let well = summary(&clients, &times);
@@ -107,17 +115,21 @@ fn show_gone(pid: Pid) -> Result<()> {
 }
 
 /// Prints what became of the clients; whether all is well.
-fn summary(clients: &[Client], times: &str) -> bool {
-    for (i, client) in clients.iter().enumerate() {
-        if let Some(why) = &client.dead {
-            println!("client {i} is dead: {why}");
+fn summary(clients: &[Member<Client>], times: &str) -> bool {
+    for (i, member) in clients.iter().enumerate() {
+        match &member.error {
+            Some(why) => println!("client {i} is dead: {why:#}"),
+            None if member.waits() => println!("client {i} is dead: no answer for {PATIENCE:?}"),
+            None => {}
         }
     }
-    let alive = clients.iter().filter(|client| client.dead.is_none()).count();
-    let answers: u64 = clients.iter().map(Client::value).sum();
-    let lost: u64 = clients.iter().map(|client| client.lost).sum();
-    let duplicated: u64 = clients.iter().map(|client| client.duplicated).sum();
-    let silence = clients.iter().map(|client| client.silence).max().unwrap_or_default();
+    let alive = clients.iter().filter(|member| member.error.is_none() && !member.waits()).count();
+    let sum = |of: fn(&Client) -> u64| clients.iter().map(|member| of(&member.client)).sum::<u64>();
+    let unanswered =
+        u64::try_from(clients.iter().filter(|member| member.waits()).count()).unwrap_or(u64::MAX);
+    let (answers, duplicated) = (sum(Client::value), sum(|client| client.duplicated));
+    let lost = sum(|client| client.lost) + unanswered;
+    let silence = clients.iter().map(|member| member.client.silence).max().unwrap_or_default();
     println!("connections alive    {alive} of {}", clients.len());
     println!("answers              {answers}: {lost} lost, {duplicated} duplicated");
     println!("time frozen          {times}");
@@ -142,7 +154,7 @@ fn contents(dir: &Path) -> Result<String> {
 }
 
 fn fresh_folder(out: &Path) -> Result<PathBuf> {
-    for name in ["images", "server"] {
+    for name in ["run", "server"] {
         match fs::remove_dir_all(out.join(name)) {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
                 return Err(error).with_context(|| format!("cannot empty {}", out.display()));

@@ -132,8 +132,8 @@ pub fn run(tools: &Tools, place: Place, report: &mut Report, only: Option<&str>)
     let mut living = None;
     for point in DUMP.into_iter().chain(RESTORE) {
         let mut line = Vec::new();
-        interrupt::check()?;
         for action in ACTIONS.into_iter().filter(|action| action.suits(point)) {
+            interrupt::check()?;
             let name = format!("{}{point}:{}", prefix(place), action.name());
             if only.is_some_and(|only| !name.contains(only)) {
                 continue;

@@ -1,34 +1,45 @@
 //! One connection of the test server, in each of its modes.
 
+use std::cell::RefCell;
 use std::collections::HashMap;
 use std::io::{ErrorKind, IoSlice, IoSliceMut, Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::rc::Rc;
 
 use anyhow::{Context, Result, bail};
 use nix::sys::epoll::EpollFlags;
 use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
 use soccr_testkit::Pattern;
 
-use crate::server::Options;
+use super::Options;
+use super::session::Session;
 
 /// Bytes that wait to be sent at most, before reading stops.
 const PENDING: usize = 1 << 20;
+/// Bytes that go over one connection before others have their turn.
+pub const TURN: usize = 256 << 10;
 
 pub struct Conn {
     socket: TcpStream,
     role: Role,
+    /// The peer's stream has ended; ours has.
     eof: bool,
+    shut: bool,
+    /// What waits to be sent, from `at` on.
+    out: Vec<u8>,
+    at: usize,
 }
 
-enum Role {
-    Echo { out: Vec<u8> },
-    Counter { line: Vec<u8>, out: Vec<u8> },
+pub enum Role {
+    Echo,
+    Counter { line: Vec<u8>, counters: Rc<RefCell<HashMap<String, u64>>> },
     Stream(Stream),
+    Ordered(Session),
 }
 
-struct Stream {
+pub struct Stream {
     ours: Pattern,
     theirs: Pattern,
     to_send: u64,
@@ -37,48 +48,103 @@ struct Stream {
     hold: bool,
     client: bool,
     shut_early: bool,
-    shut: bool,
 }
 
-impl Conn {
-    pub fn echo(socket: TcpStream) -> Result<Self> {
-        Self::new(socket, Role::Echo { out: Vec::new() })
-    }
-
-    pub fn counter(socket: TcpStream) -> Result<Self> {
-        Self::new(socket, Role::Counter { line: Vec::new(), out: Vec::new() })
-    }
-
+impl Stream {
     /// `port` is the client's, `client` tells which of the two ends this is.
-    pub fn stream(socket: TcpStream, port: u16, client: bool, options: &Options) -> Result<Self> {
+    pub fn new(port: u16, client: bool, options: &Options) -> Self {
         let (down, up) = (Pattern::to_client(port), Pattern::to_server(port));
         let (ours, theirs, to_send) =
             if client { (up, down, options.back) } else { (down, up, options.send) };
-        let stream = Stream {
-            ours,
-            theirs,
-            to_send,
-            sent: 0,
-            received: 0,
-            hold: options.hold,
-            client,
-            // One of the two must end first.
-            shut_early: options.shutdown || (client && !options.hold),
-            shut: false,
-        };
-        Self::new(socket, Role::Stream(stream))
+        // One of the two must end first.
+        let shut_early = options.shutdown || (client && !options.hold);
+        Self { ours, theirs, to_send, sent: 0, received: 0, hold: options.hold, client, shut_early }
+    }
+}
+
+/// What the modes differ in.
+impl Role {
+    /// How many bytes to read now, while so many wait to be sent.
+    fn may_read(&self, waiting: usize) -> usize {
+        match self {
+            Self::Echo | Self::Counter { .. } => PENDING.saturating_sub(waiting),
+            Self::Stream(stream) => {
+                if stream.hold {
+                    0
+                } else {
+                    TURN
+                }
+            }
+            Self::Ordered(session) => session.may_read,
+        }
     }
 
-    fn new(socket: TcpStream, role: Role) -> Result<Self> {
+    fn may_write(&self) -> usize {
+        if let Self::Ordered(session) = self { session.may_write } else { TURN }
+    }
+
+    fn take(&mut self, bytes: &[u8], out: &mut Vec<u8>, socket: &TcpStream) -> Result<()> {
+        match self {
+            Self::Echo => out.extend(bytes),
+            Self::Counter { line, counters } => count(line, out, bytes, &mut counters.borrow_mut())?,
+            Self::Stream(stream) => {
+                stream.theirs.check(stream.received, bytes).context("the peer's stream")?;
+                stream.received += bytes.len() as u64;
+            }
+            Self::Ordered(session) => session.take(bytes, socket)?,
+        }
+        Ok(())
+    }
+
+    /// Whether there is something to send that nobody has asked for just now.
+    fn has_more(&self, eof: bool) -> bool {
+        match self {
+            Self::Echo | Self::Counter { .. } => false,
+            Self::Stream(stream) => stream.sent < stream.to_send,
+            Self::Ordered(session) => session.has_more(eof),
+        }
+    }
+
+    fn more(&mut self, eof: bool) -> Vec<u8> {
+        match self {
+            Self::Echo | Self::Counter { .. } => Vec::new(),
+            Self::Stream(stream) => {
+                let left = (stream.to_send - stream.sent).min(64 << 10);
+                let bytes = stream.ours.bytes(stream.sent, usize::try_from(left).expect("at most 64 KiB"));
+                stream.sent += left;
+                bytes
+            }
+            Self::Ordered(session) => session.more(eof),
+        }
+    }
+
+    /// Whether our stream ends when all is sent; an echo's ends with its socket.
+    fn may_shut(&self, eof: bool) -> bool {
+        match self {
+            Self::Echo | Self::Counter { .. } => false,
+            Self::Stream(stream) => eof || stream.shut_early,
+            Self::Ordered(session) => session.is_over(),
+        }
+    }
+
+    /// A client that goes away takes nobody with it, but a stream must be whole.
+    fn forgives(&self) -> bool {
+        matches!(self, Self::Echo | Self::Counter { .. })
+    }
+}
+
+impl Conn {
+    pub fn new(socket: TcpStream, role: Role) -> Result<Self> {
         socket.set_nonblocking(true)?;
         socket.set_nodelay(true)?;
-        Ok(Self { socket, role, eof: false })
+        Ok(Self { socket, role, eof: false, shut: false, out: Vec::new(), at: 0 })
     }
 
     pub fn socket(&self) -> &TcpStream {
         &self.socket
     }
 
+    /// SIGUSR1 came.
     pub fn release(&mut self) {
         if let Role::Stream(stream) = &mut self.role {
             stream.hold = false;
@@ -86,98 +152,101 @@ impl Conn {
         }
     }
 
+    /// A new tick; whether that is anything to this connection.
+    pub fn tick(&mut self) -> bool {
+        if let Role::Ordered(session) = &mut self.role {
+            session.allow();
+            return session.is_paced();
+        }
+        false
+    }
+
+    /// The client's port, where its end takes nobody with it.
+    pub fn ordered(&self) -> Option<u16> {
+        if let Role::Ordered(session) = &self.role { Some(session.port()) } else { None }
+    }
+
     /// Whether both streams have ended; an echo ends with its client.
     pub fn done(&self) -> bool {
-        match &self.role {
-            Role::Echo { out } | Role::Counter { out, .. } => self.eof && out.is_empty(),
-            Role::Stream(stream) => self.eof && stream.shut,
-        }
+        self.eof && self.out.is_empty() && (self.shut || self.role.forgives())
     }
 
     pub fn interest(&self) -> EpollFlags {
         let mut flags = EpollFlags::empty();
-        flags.set(EpollFlags::EPOLLIN, !self.eof && self.may_read());
-        flags.set(EpollFlags::EPOLLOUT, self.has_output());
+        flags.set(EpollFlags::EPOLLIN, !self.eof && self.may_read() > 0);
+        flags.set(EpollFlags::EPOLLOUT, self.has_output() && self.role.may_write() > 0);
         flags
     }
 
-    fn may_read(&self) -> bool {
-        match &self.role {
-            Role::Echo { out } | Role::Counter { out, .. } => out.len() < PENDING,
-            Role::Stream(stream) => !stream.hold,
-        }
+    fn may_read(&self) -> usize {
+        self.role.may_read(self.out.len() - self.at)
     }
 
     fn has_output(&self) -> bool {
-        match &self.role {
-            Role::Echo { out } | Role::Counter { out, .. } => !out.is_empty(),
-            Role::Stream(stream) => stream.sent < stream.to_send,
-        }
+        !self.out.is_empty() || self.role.has_more(self.eof)
     }
 
-    /// Reads and writes what can be read and written now.
-    pub fn step(&mut self, counters: &mut HashMap<String, u64>) -> Result<()> {
-        while !self.eof && self.may_read() && self.read(counters)? {}
-        while self.has_output() && self.write()? {}
-        if let Role::Stream(stream) = &mut self.role {
-            stream.shut_if_due(&self.socket, self.eof)?;
+    /// Reads and writes what can be read and written now, within a turn.
+    pub fn step(&mut self) -> Result<()> {
+        let mut left = TURN;
+        while !self.eof && left > 0 && self.may_read() > 0 && self.read(&mut left)? {}
+        let mut left = TURN;
+        while self.has_output() && left > 0 && self.role.may_write() > 0 && self.write(&mut left)? {}
+        if !self.shut && !self.has_output() && self.role.may_shut(self.eof) {
+            self.shut = true;
+            self.socket.shutdown(Shutdown::Write).context("shutdown")?;
+        }
+        if let Role::Ordered(session) = &mut self.role
+            && !session.is_paced()
+        {
+            session.allow();
         }
         Ok(())
     }
 
     /// One read; false when there was nothing.
-    fn read(&mut self, counters: &mut HashMap<String, u64>) -> Result<bool> {
+    fn read(&mut self, left: &mut usize) -> Result<bool> {
         let mut buf = [0; 64 << 10];
-        let len = match self.socket.read(&mut buf) {
+        let room = buf.len().min(self.may_read());
+        let len = match self.socket.read(&mut buf[..room]) {
             Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(false),
-            // A client that goes away takes nobody with it, but a stream must be whole.
-            Err(_) if !matches!(self.role, Role::Stream(_)) => 0,
+            Err(_) if self.role.forgives() => 0,
             read => read.context("read")?,
         };
+        *left = left.saturating_sub(len);
         self.eof = len == 0;
-        let bytes = &buf[..len];
-        match &mut self.role {
-            Role::Echo { out } => out.extend(bytes),
-            Role::Counter { line, out } => count(line, out, bytes, counters)?,
-            Role::Stream(stream) => {
-                stream.theirs.check(stream.received, bytes).context("the peer's stream")?;
-                stream.received += len as u64;
+        if let Role::Ordered(session) = &mut self.role {
+            session.may_read -= len;
+            if self.eof {
+                session.check_end()?;
             }
         }
+        self.role.take(&buf[..len], &mut self.out, &self.socket)?;
         Ok(true)
     }
 
     /// One write; false when there was no room.
-    fn write(&mut self) -> Result<bool> {
-        let bytes = match &self.role {
-            Role::Echo { out } | Role::Counter { out, .. } => out.clone(),
-            Role::Stream(stream) => stream.next_bytes(),
-        };
-        let len = match self.socket.write(&bytes) {
+    fn write(&mut self, left: &mut usize) -> Result<bool> {
+        if self.out.is_empty() {
+            self.out = self.role.more(self.eof);
+        }
+        let bytes = &self.out[self.at..];
+        let bytes = &bytes[..bytes.len().min(self.role.may_write())];
+        let len = match self.socket.write(bytes) {
             Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(false),
-            Err(_) if !matches!(self.role, Role::Stream(_)) => bytes.len(), // nobody hears it
+            Err(_) if self.role.forgives() => bytes.len(), // nobody hears it
             written => written.context("write")?,
         };
-        match &mut self.role {
-            Role::Echo { out } | Role::Counter { out, .. } => drop(out.drain(..len)),
-            Role::Stream(stream) => stream.sent += len as u64,
+        *left = left.saturating_sub(len);
+        if let Role::Ordered(session) = &mut self.role {
+            session.may_write -= len;
+        }
+        self.at += len;
+        if self.at == self.out.len() {
+            self.out.clear();
+            self.at = 0;
         }
         Ok(true)
-    }
-}
-
-impl Stream {
-    fn next_bytes(&self) -> Vec<u8> {
-        let left = (self.to_send - self.sent).min(64 << 10);
-        self.ours.bytes(self.sent, usize::try_from(left).expect("at most 64 KiB"))
-    }
-
-    fn shut_if_due(&mut self, socket: &TcpStream, eof: bool) -> Result<()> {
-        if !self.shut && self.sent == self.to_send && (eof || self.shut_early) {
-            self.shut = true;
-            socket.shutdown(Shutdown::Write).context("shutdown")?;
-        }
-        Ok(())
     }
 }
 

@@ -1,14 +1,20 @@
 //! The server that tests dump: one thread, epoll, nothing open but its sockets.
 
 mod conn;
+pub mod order;
+mod session;
 
+use std::cell::RefCell;
 use std::collections::HashMap;
+use std::fs::File;
 use std::io::ErrorKind;
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
+use std::rc::Rc;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use nix::errno::Errno;
@@ -17,9 +23,12 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::socket::{Backlog, setsockopt, sockopt};
+use nix::unistd::{ForkResult, dup2_stdout, fork};
+use soccr_testkit::fleet::is_dead;
 use soccr_testkit::server::{reuses, say_ready};
 
-use conn::{Conn, Parked};
+use conn::{Conn, Parked, Role, Stream};
+use session::Session;
 
 /// Serves: what the tests dump; prints `ready ADDR` once it listens
 #[derive(clap::Args)]
@@ -33,8 +42,12 @@ pub struct Options {
     /// Be the client of that server (`--join child` does so)
     #[arg(long, value_name = "ADDR", hide = true)]
     connect: Option<SocketAddr>,
+    /// What each connection is for
     #[arg(long, value_enum, default_value_t)]
     mode: Mode,
+    /// This many share the listeners
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    processes: u8,
     /// stream: exit once N connections have ended, with 0 if all was right
     #[arg(long, value_name = "N")]
     conns: Option<usize>,
@@ -79,6 +92,8 @@ enum Mode {
     Counter,
     /// Send a pattern, check the client's pattern
     Stream,
+    /// What the client's order says; complains of a connection that is not as it should be, and goes on
+    Ordered,
     /// Echo, but each accepted socket waits inside a unix socket until SIGUSR1
     Inflight,
 }
@@ -92,6 +107,14 @@ enum Join {
     Child,
 }
 
+/// Begins the line of a connection that broke.
+pub const DEAD: &str = "dead:";
+/// Begins the line of a connection whose content was not what the client had to send.
+pub const WRONG: &str = "wrong:";
+
+/// The tick of connections that have a pace.
+const TICK: Duration = Duration::from_millis(10);
+
 pub fn run(options: Options) -> Result<()> {
     // A dump wants a whole session; a child that we start is in ours.
     if options.listen.is_some() {
@@ -99,8 +122,35 @@ pub fn run(options: Options) -> Result<()> {
     }
     let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
     setrlimit(Resource::RLIMIT_NOFILE, hard, hard)?;
-    let mut server = Loop::new(options)?;
+    let addresses = [options.listen, options.also];
+    let listeners: Vec<_> =
+        addresses.into_iter().flatten().map(|address| listen(address, &options)).collect::<Result<_>>()?;
+    for _ in 1..options.processes {
+        // SAFETY: this process has one thread, so the child may do anything.
+        if let ForkResult::Child = unsafe { fork() }.context("fork")? {
+            // The starter reads until nobody holds the other end of the pipe.
+            dup2_stdout(File::options().write(true).open("/dev/null")?)?;
+            return Loop::new(options, listeners)?.run();
+        }
+    }
+    let mut server = Loop::new(options, listeners)?;
+    server.open()?;
     server.run()
+}
+
+fn listen(address: SocketAddr, options: &Options) -> Result<TcpListener> {
+    let listener = TcpListener::bind(address).with_context(|| format!("cannot listen on {address}"))?;
+    listener.set_nonblocking(true)?;
+    // The standard library's backlog is short, and a SYN that finds it full waits for a second.
+    nix::sys::socket::listen(&listener, Backlog::MAXALLOWABLE)?;
+    // Accepted sockets inherit these.
+    if let Some(bytes) = options.rcvbuf {
+        setsockopt(&listener, sockopt::RcvBufForce, &bytes)?;
+    }
+    if let Some(bytes) = options.sndbuf {
+        setsockopt(&listener, sockopt::SndBufForce, &bytes)?;
+    }
+    Ok(listener)
 }
 
 struct Loop {
@@ -112,34 +162,36 @@ struct Loop {
     /// Finished connections that `--keep` keeps open.
     kept: Vec<Conn>,
     parked: Vec<Parked>,
-    counters: HashMap<String, u64>,
+    counters: Rc<RefCell<HashMap<String, u64>>>,
     ended: usize,
     child: Option<Child>,
+    next_tick: Instant,
     // Held for what it is to a dump, never used.
     _unix: Option<UnixStream>,
 }
 
 impl Loop {
-    fn new(options: Options) -> Result<Self> {
+    fn new(options: Options, listeners: Vec<TcpListener>) -> Result<Self> {
         let mut signals = SigSet::empty();
         signals.add(Signal::SIGUSR1);
         signals.thread_block()?;
         let flags = SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK;
-        let mut server = Self {
+        let server = Self {
             epoll: Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?,
             released: SignalFd::with_flags(&signals, flags)?,
-            listeners: Vec::new(),
+            listeners,
             conns: HashMap::new(),
             kept: Vec::new(),
             parked: Vec::new(),
-            counters: HashMap::new(),
+            counters: Rc::default(),
             ended: 0,
             child: None,
+            next_tick: Instant::now(),
             _unix: options.unix.as_ref().map(UnixStream::connect).transpose()?,
             options,
         };
         server.watch(&server.released, EpollFlags::EPOLLIN)?;
-        server.open()?;
+        server.listeners.iter().try_for_each(|listener| server.watch(listener, EpollFlags::EPOLLIN))?;
         Ok(server)
     }
 
@@ -147,10 +199,7 @@ impl Loop {
         if let Some(peer) = self.options.connect {
             return self.join(peer);
         }
-        let address = self.listen(self.options.listen.context("nowhere to listen")?)?;
-        if let Some(also) = self.options.also {
-            self.listen(also)?;
-        }
+        let address = self.listeners.first().context("nowhere to listen")?.local_addr()?;
         match self.options.join {
             Some(Join::Itself) => self.join(address)?,
             Some(Join::Child) => self.child = Some(self.spawn_client(address)?),
@@ -159,30 +208,12 @@ impl Loop {
         say_ready(address)
     }
 
-    fn listen(&mut self, address: SocketAddr) -> Result<SocketAddr> {
-        let listener = TcpListener::bind(address).with_context(|| format!("cannot listen on {address}"))?;
-        listener.set_nonblocking(true)?;
-        // The standard library's backlog is short, and a SYN that finds it full waits for a second.
-        nix::sys::socket::listen(&listener, Backlog::MAXALLOWABLE)?;
-        // Accepted sockets inherit these.
-        if let Some(bytes) = self.options.rcvbuf {
-            setsockopt(&listener, sockopt::RcvBufForce, &bytes)?;
-        }
-        if let Some(bytes) = self.options.sndbuf {
-            setsockopt(&listener, sockopt::SndBufForce, &bytes)?;
-        }
-        self.watch(&listener, EpollFlags::EPOLLIN)?;
-        let address = listener.local_addr()?;
-        self.listeners.push(listener);
-        Ok(address)
-    }
-
     /// Becomes the client of a server.
     fn join(&mut self, server: SocketAddr) -> Result<()> {
         let stream = TcpStream::connect(server).with_context(|| format!("cannot connect to {server}"))?;
         let port = stream.local_addr()?.port();
-        let conn = Conn::stream(stream, port, true, &self.options)?;
-        self.add(conn)
+        let stream_of = Stream::new(port, true, &self.options);
+        self.add(Conn::new(stream, Role::Stream(stream_of))?)
     }
 
     fn spawn_client(&self, server: SocketAddr) -> Result<Child> {
@@ -205,18 +236,38 @@ impl Loop {
     fn run(&mut self) -> Result<()> {
         let mut events = [EpollEvent::empty(); 256];
         while self.options.conns.is_none_or(|wanted| self.ended < wanted) {
-            let ready = match self.epoll.wait(&mut events, EpollTimeout::NONE) {
-                Err(Errno::EINTR) => continue,
+            let ready = match self.epoll.wait(&mut events, self.timeout()?) {
+                Err(Errno::EINTR) => 0,
                 ready => ready?,
             };
             for event in &events[..ready] {
                 self.handle(RawFd::try_from(event.data())?)?;
             }
+            self.tick()?;
         }
         self.child.as_mut().map_or(Ok(()), |child| {
             ensure!(child.wait()?.success(), "the child was not content");
             Ok(())
         })
+    }
+
+    /// Only ordered connections know the time.
+    fn timeout(&self) -> Result<EpollTimeout> {
+        if self.options.mode != Mode::Ordered {
+            return Ok(EpollTimeout::NONE);
+        }
+        let left = self.next_tick.saturating_duration_since(Instant::now());
+        Ok(EpollTimeout::try_from(left + Duration::from_millis(1))?)
+    }
+
+    fn tick(&mut self) -> Result<()> {
+        if self.options.mode != Mode::Ordered || Instant::now() < self.next_tick {
+            return Ok(());
+        }
+        self.next_tick = Instant::now() + TICK;
+        let paced: Vec<_> =
+            self.conns.iter_mut().filter_map(|(&fd, conn)| conn.tick().then_some(fd)).collect();
+        paced.into_iter().try_for_each(|fd| self.step(fd))
     }
 
     fn handle(&mut self, fd: RawFd) -> Result<()> {
@@ -238,12 +289,17 @@ impl Loop {
             if self.options.reuse_half {
                 setsockopt(&stream, sockopt::ReuseAddr, &reuses(peer))?;
             }
-            match self.options.mode {
-                Mode::Echo => self.add(Conn::echo(stream)?)?,
-                Mode::Counter => self.add(Conn::counter(stream)?)?,
-                Mode::Stream => self.add(Conn::stream(stream, peer.port(), false, &self.options)?)?,
-                Mode::Inflight => self.parked.push(Parked::new(stream)?),
-            }
+            let role = match self.options.mode {
+                Mode::Echo => Role::Echo,
+                Mode::Counter => Role::Counter { line: Vec::new(), counters: Rc::clone(&self.counters) },
+                Mode::Stream => Role::Stream(Stream::new(peer.port(), false, &self.options)),
+                Mode::Ordered => Role::Ordered(Session::new(peer.port())),
+                Mode::Inflight => {
+                    self.parked.push(Parked::new(stream)?);
+                    continue;
+                }
+            };
+            self.add(Conn::new(stream, role)?)?;
         }
     }
 
@@ -255,7 +311,7 @@ impl Loop {
         self.ended += self.kept.len();
         self.kept.clear();
         for parked in std::mem::take(&mut self.parked) {
-            self.add(Conn::echo(parked.take()?)?)?;
+            self.add(Conn::new(parked.take()?, Role::Echo)?)?;
         }
         let waiting: Vec<_> = self.conns.keys().copied().collect();
         for fd in waiting {
@@ -277,7 +333,12 @@ impl Loop {
     /// Does what can be done for one connection and waits for what cannot.
     fn step(&mut self, fd: RawFd) -> Result<()> {
         let Some(conn) = self.conns.get_mut(&fd) else { return Ok(()) };
-        conn.step(&mut self.counters)?;
+        let stepped = conn.step();
+        if let (Err(error), Some(port)) = (&stepped, conn.ordered()) {
+            eprintln!("{} client port {port}: {error:#}", if is_dead(error) { DEAD } else { WRONG });
+            return self.finish(fd);
+        }
+        stepped?;
         if conn.done() {
             return self.finish(fd);
         }

@@ -3,9 +3,9 @@
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::os::fd::AsRawFd;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use fastrand::Rng;
 use nix::errno::Errno;
 use nix::sys::socket::{
@@ -13,9 +13,9 @@ use nix::sys::socket::{
 };
 use nix::sys::time::{TimeVal, TimeValLike};
 use soccr_testkit::Pattern;
+use soccr_testkit::fleet::Talk;
 
-use crate::soak::fault::Fault;
-use crate::soak::order::{BLOCK, Download, OPEN, Order};
+use crate::server::order::{BLOCK, Download, OPEN, Order};
 
 /// How a connection behaves. The rates are low enough for dozens on two busy processors.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -65,8 +65,9 @@ pub const PROGRESS: u64 = 8 << 10;
 #[derive(Debug)]
 pub struct Conn {
     stream: TcpStream,
+    server: SocketAddr,
     port: u16,
-    pub kind: Kind,
+    kind: Kind,
     head: Vec<u8>,
     pace: Pace,
     /// Bytes of pattern to send before the end; [`OPEN`] until told otherwise.
@@ -77,6 +78,19 @@ pub struct Conn {
     download: Download,
     eof: bool,
     mark: Option<Mark>,
+}
+
+impl Talk for Conn {
+    fn turn(&mut self, _: bool) -> Result<()> {
+        self.write()?;
+        self.read()?;
+        self.note_progress();
+        Ok(())
+    }
+
+    fn waits(&self) -> bool {
+        !self.is_over()
+    }
 }
 
 /// How far it was when a restore began, and what happened since.
@@ -108,6 +122,7 @@ impl Conn {
         let (order, upload, pace) = plan(kind, rng);
         Ok(Self {
             stream,
+            server,
             port,
             kind,
             head: order.encode(),
@@ -159,35 +174,32 @@ impl Conn {
         self.pace = Pace { read: 8 << 10, write: UNLIMITED };
     }
 
-    /// What one tick allows.
-    pub fn step(&mut self) -> Result<(), Fault> {
-        self.write()?;
-        self.read()?;
-        self.note_progress();
-        Ok(())
+    /// Where and how it connects.
+    pub fn place(&self) -> (SocketAddr, Kind) {
+        (self.server, self.kind)
     }
 
-    fn write(&mut self) -> Result<(), Fault> {
+    fn write(&mut self) -> Result<()> {
         while !self.head.is_empty() {
             let Some(len) = blocked(self.stream.write(&self.head), "write")? else { return Ok(()) };
             self.head.drain(..len);
         }
         let mut allowed = (self.pace.write as u64).min(self.upload - self.sent);
         while allowed > 0 {
-            let part = usize::try_from(allowed).map_err(Fault::wrong)?;
+            let part = usize::try_from(allowed)?;
             let bytes = Pattern::to_server(self.port).bytes(self.sent, part);
             let Some(len) = blocked(self.stream.write(&bytes), "write")? else { break };
             self.sent += len as u64;
             allowed -= len as u64;
         }
         if self.sent == self.upload && !self.shut {
-            self.stream.shutdown(Shutdown::Write).map_err(Fault::dead("shutdown"))?;
+            self.stream.shutdown(Shutdown::Write).context("shutdown")?;
             self.shut = true;
         }
         Ok(())
     }
 
-    fn read(&mut self) -> Result<(), Fault> {
+    fn read(&mut self) -> Result<()> {
         let mut allowed = self.pace.read;
         let mut buf = [0; 16 << 10];
         while allowed > 0 && !self.eof {
@@ -197,20 +209,16 @@ impl Conn {
                 self.eof = true;
                 self.check_end()?;
             }
-            self.download.take(&buf[..len], self.sent).map_err(Fault::wrong)?;
+            self.download.take(&buf[..len], self.sent)?;
             allowed -= len;
         }
         Ok(())
     }
 
-    fn check_end(&self) -> Result<(), Fault> {
-        if !self.download.complete() {
-            return Err(Fault::wrong(format!("the server's stream ends after {} bytes", self.received())));
-        }
-        if self.open_upload && self.download.stamp() != self.sent {
-            let stamp = self.download.stamp();
-            return Err(Fault::wrong(format!("the server got {stamp} of {} bytes", self.sent)));
-        }
+    fn check_end(&self) -> Result<()> {
+        let (stamp, sent) = (self.download.stamp(), self.sent);
+        ensure!(self.download.complete(), "the server's stream ends after {} bytes", self.received());
+        ensure!(!self.open_upload || stamp == sent, "the server got {stamp} of {sent} bytes");
         Ok(())
     }
 
@@ -283,14 +291,14 @@ impl Conn {
 }
 
 /// None if the call would have blocked.
-fn blocked(done: std::io::Result<usize>, call: &'static str) -> Result<Option<usize>, Fault> {
+fn blocked(done: std::io::Result<usize>, call: &'static str) -> Result<Option<usize>> {
     match done {
         Err(error) if error.kind() == ErrorKind::WouldBlock => Ok(None),
-        done => done.map(Some).map_err(Fault::dead(call)),
+        done => done.map(Some).context(call),
     }
 }
 
-/// What to order, how much to send, and how fast. The server's ticks are 10 ms, ours are [`TICK`].
+/// What to order, how much to send, and how fast. The server's ticks are 10 ms, ours are as [`Pace::FAST`].
 fn plan(kind: Kind, rng: &mut Rng) -> (Order, u64, Pace) {
     let open = Order { upload: OPEN, blocks: OPEN, read: 0, write: 1024, buffers: 0 };
     let pace = Pace { read: UNLIMITED, write: 512 };
@@ -322,6 +330,3 @@ fn plan(kind: Kind, rng: &mut Rng) -> (Order, u64, Pace) {
         }
     }
 }
-
-/// The clients' tick.
-pub const TICK: Duration = Duration::from_millis(5);

@@ -1,26 +1,26 @@
-//! All clients: one thread that lets each have its turn in every tick.
+//! All clients: what has become of them, and who follows those that have ended.
 
 use std::collections::VecDeque;
 use std::net::SocketAddr;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, bail};
+use anyhow::{Result, anyhow};
 use fastrand::Rng;
-use soccr_testkit::NetNs;
-use soccr_testkit::interrupt::pause;
+use soccr_testkit::fleet::{Fleet, Member, Pace, is_dead};
+use soccr_testkit::task::wait_until;
+use soccr_testkit::{NetNs, interrupt};
 
-use crate::soak::conn::{Conn, Kind, TICK};
+use crate::soak::conn::{Conn, Kind};
+use crate::soak::stage::PATIENCE;
 
 /// The clients at work, in a namespace of their own.
-pub struct Fleet<'a> {
+pub struct Clients<'a> {
     ns: &'a NetNs,
     rng: Rng,
+    fleet: Fleet<Conn>,
     /// What to open next, so that the mix stays.
     missing: VecDeque<(SocketAddr, Kind)>,
-    shared: Arc<Mutex<Shared>>,
-    thread: Option<JoinHandle<()>>,
+    totals: Totals,
 }
 
 /// What became of the connections so far.
@@ -52,192 +52,110 @@ pub struct Progress {
     pub all: Duration,
 }
 
-#[derive(Default)]
-struct Shared {
-    conns: Vec<Conn>,
-    /// Where and how each of `conns` connects.
-    places: Vec<(SocketAddr, Kind)>,
-    left: Vec<(SocketAddr, Kind)>,
-    totals: Totals,
-    stop: bool,
+impl Totals {
+    fn add(&mut self, member: &Member<Conn>) {
+        let conn = &member.client;
+        self.received += conn.received();
+        self.confirmed += conn.confirmed();
+        match &member.error {
+            None if conn.is_over() => {
+                // What it was told last does not count what the server got after its own end.
+                self.ended += 1;
+                self.confirmed += conn.sent() - conn.confirmed();
+            }
+            None => {}
+            Some(error) => {
+                let said = format!("client port {}: {error:#} ({})", conn.port(), conn.state());
+                (if is_dead(error) { &mut self.dead } else { &mut self.wrong }).push(said);
+            }
+        }
+    }
 }
 
-impl<'a> Fleet<'a> {
+impl<'a> Clients<'a> {
     /// Opens `count` connections, in turns to each of `servers` and of each kind.
     pub fn start(ns: &'a NetNs, servers: &[SocketAddr], count: usize, seed: u64) -> Result<Self> {
-        let shared = Arc::new(Mutex::new(Shared::default()));
-        let thread = std::thread::spawn({
-            let shared = shared.clone();
-            move || work(&shared)
-        });
         let places = (0..count).map(|i| {
             // Each kind meets each family: the shift grows with every round of the mix.
             let (turn, kind) = (i % Kind::MIX.len(), i / Kind::MIX.len());
             (servers[(turn + kind) % servers.len()], Kind::MIX[turn])
         });
         let missing = places.collect();
-        let rng = Rng::with_seed(seed);
-        let mut fleet = Self { ns, rng, missing, shared, thread: Some(thread) };
-        fleet.fill_up()?;
-        Ok(fleet)
+        let fleet = Fleet::start([], Pace::FAST);
+        let mut clients = Self { ns, rng: Rng::with_seed(seed), fleet, missing, totals: Totals::default() };
+        clients.fill_up()?;
+        Ok(clients)
     }
 
     /// Opens a connection for each that has ended or broken, and waits until the server has taken
     /// all on: CRIU does not dump those that wait in a listener.
     pub fn fill_up(&mut self) -> Result<()> {
-        let left = std::mem::take(&mut self.lock().left);
-        self.missing.extend(left);
-        while let Some((server, kind)) = self.missing.pop_front() {
-            let rng = &mut self.rng;
-            let conn = self.ns.run(|| Conn::open(server, kind, rng))?;
-            let mut shared = self.lock();
-            shared.totals.opened += 1;
-            shared.conns.push(conn);
-            shared.places.push((server, kind));
+        let over = self.fleet.members().extract_if(.., |member| !member.waits()).collect::<Vec<_>>();
+        for member in &over {
+            self.totals.add(member);
+            self.missing.push_back(member.client.place());
         }
-        self.wait("the server takes new connections on", |shared| shared.conns.iter().all(Conn::is_answered))
+        while let Some((server, kind)) = self.missing.pop_front() {
+            let client = self.ns.run(|| Conn::open(server, kind, &mut self.rng))?;
+            self.totals.opened += 1;
+            self.fleet.members().push(Member { client, error: None });
+        }
+        wait_until("the server takes new connections on", PATIENCE, || {
+            Ok(self.fleet.members().iter().all(|it| it.error.is_some() || it.client.is_answered()))
+        })
     }
 
     /// Ends a share of the connections, each in the middle of its streams.
     pub fn retire(&mut self, share: f64) {
-        let mut rng = self.rng.fork();
-        for conn in self.lock().conns.iter_mut().filter(|_| rng.f64() < share) {
-            conn.finish();
+        for member in self.fleet.members().iter_mut().filter(|_| self.rng.f64() < share) {
+            member.client.finish();
         }
     }
 
     /// A restore begins.
     pub fn mark(&self) {
-        self.lock().conns.iter_mut().for_each(Conn::mark);
+        self.fleet.members().iter_mut().for_each(|member| member.client.mark());
     }
 
     /// Waits until bytes have gone through every open direction of every connection since the mark.
     /// Those that have not come that far by the deadline are counted as dead and given up.
-    pub fn progress(&self, restored: Instant, limit: Duration) -> Result<Progress> {
-        let waited = self.wait_for(limit, |shared| shared.conns.iter().all(Conn::is_through))?;
-        let mut shared = self.lock();
-        if !waited {
-            shared.give_up(|conn| !conn.is_through(), &format!("no progress in {limit:?} after a restore"));
-        }
+    pub fn progress(&self, restored: Instant) -> Result<Progress> {
+        let why = "no progress after a restore";
+        self.wait_for(PATIENCE, why, |member| member.error.is_some() || member.client.is_through())?;
         let since = |first: Instant| first.saturating_duration_since(restored);
-        let firsts = shared.conns.iter().map(Conn::first_progress);
-        let (down, up): (Vec<_>, Vec<_>) = firsts.map(|(down, up)| (down.map(since), up.map(since))).unzip();
+        let firsts = self.fleet.members().iter().map(|it| it.client.first_progress()).collect::<Vec<_>>();
         Ok(Progress {
-            down: down.into_iter().flatten().collect(),
-            up: up.into_iter().flatten().collect(),
+            down: firsts.iter().filter_map(|(down, _)| down.map(since)).collect(),
+            up: firsts.iter().filter_map(|(_, up)| up.map(since)).collect(),
             all: restored.elapsed(),
         })
     }
 
     pub fn totals(&self) -> Totals {
-        let shared = self.lock();
-        let mut totals = shared.totals.clone();
-        for conn in &shared.conns {
-            totals.received += conn.received();
-            totals.confirmed += conn.confirmed();
-        }
+        let mut totals = self.totals.clone();
+        self.fleet.members().iter().for_each(|member| totals.add(member));
         totals
     }
 
     /// Ends every connection in order, all of both streams checked to the last byte.
-    pub fn finish(mut self, limit: Duration) -> Result<Totals> {
-        self.lock().conns.iter_mut().for_each(Conn::finish);
-        if !self.wait_for(limit, |shared| shared.conns.is_empty())? {
-            self.lock().give_up(|_| true, &format!("no orderly end in {limit:?}"));
-        }
-        self.halt();
-        Ok(self.totals())
+    pub fn finish(self) -> Result<Totals> {
+        self.fleet.members().iter_mut().for_each(|member| member.client.finish());
+        self.wait_for(PATIENCE * 2, "no orderly end", |member| !member.waits())?;
+        let totals = self.totals();
+        drop(self.fleet.take());
+        Ok(totals)
     }
 
-    fn wait(&self, what: &str, done: impl FnMut(&Shared) -> bool) -> Result<()> {
-        const PATIENCE: Duration = Duration::from_secs(30);
-        if !self.wait_for(PATIENCE, done)? {
-            bail!("waited {PATIENCE:?} in vain until {what}");
+    /// Waits until all are so, and gives up those that are not in time.
+    fn wait_for(&self, limit: Duration, why: &str, is: impl Fn(&Member<Conn>) -> bool) -> Result<()> {
+        let waited = wait_until(why, limit, || Ok(self.fleet.members().iter().all(&is)));
+        interrupt::check()?;
+        if waited.is_err() {
+            for member in self.fleet.members().iter_mut().filter(|member| !is(member)) {
+                let error = anyhow!(std::io::Error::from(std::io::ErrorKind::TimedOut));
+                member.error = Some(error.context(format!("{why} in {limit:?}")));
+            }
         }
         Ok(())
-    }
-
-    /// Whether it came true in time.
-    fn wait_for(&self, limit: Duration, mut done: impl FnMut(&Shared) -> bool) -> Result<bool> {
-        let end = Instant::now() + limit;
-        while !done(&self.lock()) {
-            if Instant::now() > end {
-                return Ok(false);
-            }
-            pause(TICK)?;
-        }
-        Ok(true)
-    }
-
-    fn halt(&mut self) {
-        self.lock().stop = true;
-        if let Some(thread) = self.thread.take() {
-            thread.join().expect("the clients do not panic");
-        }
-    }
-
-    fn lock(&self) -> MutexGuard<'_, Shared> {
-        self.shared.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl Drop for Fleet<'_> {
-    fn drop(&mut self) {
-        self.halt();
-    }
-}
-
-fn work(shared: &Mutex<Shared>) {
-    loop {
-        let next = Instant::now() + TICK;
-        {
-            let mut shared = shared.lock().unwrap_or_else(PoisonError::into_inner);
-            if shared.stop {
-                return;
-            }
-            shared.tick();
-        }
-        // A client that writes so many bytes in so much time waits for time, not for an event.
-        std::thread::sleep(next.saturating_duration_since(Instant::now()));
-    }
-}
-
-impl Shared {
-    fn tick(&mut self) {
-        let mut i = 0;
-        while let Some(conn) = self.conns.get_mut(i) {
-            match conn.step() {
-                Ok(()) if !conn.is_over() => i += 1,
-                Ok(()) => {
-                    // What it was told last does not count what the server got after its own end.
-                    let rest = conn.sent() - conn.confirmed();
-                    self.totals.ended += 1;
-                    self.totals.confirmed += rest;
-                    self.remove(i);
-                }
-                Err(fault) => {
-                    let said = format!("client port {}: {fault} ({})", conn.port(), conn.state());
-                    let list = if fault.is_wrong() { &mut self.totals.wrong } else { &mut self.totals.dead };
-                    list.push(said);
-                    self.remove(i);
-                }
-            }
-        }
-    }
-
-    fn remove(&mut self, i: usize) {
-        let conn = self.conns.swap_remove(i);
-        self.left.push(self.places.swap_remove(i));
-        self.totals.received += conn.received();
-        self.totals.confirmed += conn.confirmed();
-    }
-
-    fn give_up(&mut self, which: impl Fn(&Conn) -> bool, why: &str) {
-        while let Some(i) = self.conns.iter().position(&which) {
-            let conn = &self.conns[i];
-            let said = format!("client port {}: {why} ({})", conn.port(), conn.state());
-            self.totals.dead.push(said);
-            self.remove(i);
-        }
     }
 }

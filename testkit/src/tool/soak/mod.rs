@@ -9,11 +9,8 @@
 //! or when CRIU failed or something was left behind.
 
 mod conn;
-mod fault;
 mod fleet;
-mod order;
 mod report;
-mod server;
 mod stage;
 
 use std::num::NonZeroUsize;
@@ -23,11 +20,11 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, ensure};
 use soccr_testkit::criu::timed;
 use soccr_testkit::relay::Weather;
-use soccr_testkit::{Criu, Lock, Side, task};
+use soccr_testkit::{Criu, Lock, Side, Stage, task};
 
 use crate::{Programs, target};
 use report::Report;
-use stage::{Places, Setting, Stage};
+use stage::{Setting, Soak};
 
 /// Dumps and restores a server with busy clients behind a bad network, again and again
 #[derive(clap::Args)]
@@ -58,9 +55,6 @@ pub struct Options {
     /// The same with --network-lock iptables, which is CRIU's default
     #[arg(long, conflicts_with = "stock")]
     stock_iptables: bool,
-    /// Be the server that is dumped
-    #[arg(long, hide = true)]
-    serve: bool,
 }
 
 impl Options {
@@ -74,9 +68,6 @@ impl Options {
 }
 
 pub fn run(options: &Options) -> Result<()> {
-    if options.serve {
-        return server::serve();
-    }
     let (side, seed) = (options.side(), options.seed);
     let criu = options.programs.find(matches!(side, Side::Plugin(_)))?;
     let out = stage::fresh_folder(&options.out)?;
@@ -106,25 +97,23 @@ fn cycles(criu: &Criu, options: &Options, out: &Path, report: &mut Report) -> Re
         seed: options.seed,
     };
     let setting = Setting {
-        criu,
         side: options.side(),
-        out,
         connections: options.connections.get(),
         weather,
         nft_drop: options.nft_drop,
         pcap: options.pcap.clone(),
     };
-    let places = Places::new()?;
-    let mut stage = Stage::new(&setting, &places)?;
+    let stage = Stage::unwired(criu, out)?;
+    let mut soak = Soak::new(&setting, &stage)?;
     let end = Instant::now() + Duration::from_secs(options.seconds);
     while Instant::now() < end {
-        let cycle = stage.cycle();
-        report.totals = stage.totals();
+        let cycle = soak.cycle();
+        report.totals = soak.totals();
         report.add(cycle?);
         tell(report);
-        report.add_churn(timed(|| stage.churn())?.1);
+        report.add_churn(timed(|| soak.churn())?.1);
     }
-    let (totals, passed) = stage.finish()?;
+    let (totals, passed) = soak.finish()?;
     report.totals = totals;
     report.passed = Some(passed);
     Ok(())

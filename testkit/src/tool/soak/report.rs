@@ -9,9 +9,9 @@ use serde_json::json;
 use soccr_testkit::Side;
 use soccr_testkit::relay::Passed;
 
+use crate::server::WRONG;
 use crate::soak::conn::PROGRESS;
 use crate::soak::fleet::Totals;
-use crate::soak::server::WRONG;
 use crate::soak::stage::Cycle;
 
 /// The sums over all cycles.

@@ -1,4 +1,4 @@
-//! The stage: server, bad network, clients; and one cycle of freeze and thaw.
+//! The stage of a soak: server, bad network, clients; and one cycle of freeze and thaw.
 
 use std::fs;
 use std::io::Write;
@@ -15,16 +15,20 @@ use soccr_testkit::netns::End;
 use soccr_testkit::relay::{Passed, Relay, Weather};
 use soccr_testkit::sockets::{state, tcp_sockets};
 use soccr_testkit::task::{Task, wait_until};
-use soccr_testkit::{Criu, NetNs, Server, Side, leftovers};
+use soccr_testkit::{NetNs, Side, Stage, leftovers};
 
-use crate::soak::fleet::{Fleet, Progress, Totals};
-use crate::soak::server::{PORT, PORT_V6};
+use crate::soak::fleet::{Clients, Progress, Totals};
 
 const SERVER_V4: Ipv4Addr = Ipv4Addr::new(10, 99, 0, 1);
 const SERVER_V6: Ipv6Addr = Ipv6Addr::new(0xfd99, 0, 0, 0, 0, 0, 0, 1);
 
+/// Where IPv4 sockets are.
+const PORT: u16 = 7001;
+/// Where IPv6 sockets are, which also take IPv4-mapped connections.
+const PORT_V6: u16 = 7002;
+
 /// After a restore every connection must go on within this time.
-const PATIENCE: Duration = Duration::from_secs(30);
+pub const PATIENCE: Duration = Duration::from_secs(30);
 
 /// The longest freeze between dump and restore, and the longest run between restore and dump.
 const FREEZE: Duration = Duration::from_secs(2);
@@ -35,17 +39,12 @@ const RUN: Duration = Duration::from_millis(1500);
 const CHURN: f64 = 0.1;
 const ENDING: f64 = 0.05;
 
-/// Where the plugin keeps its records of dumps.
-const RUN_DIR: &str = "SOCCR_RUN_DIR";
-
 /// The table of [`nft_drop`].
 const DROP_TABLE: &str = "soak_weather";
 
 /// What is to be soaked, and how.
-pub struct Setting<'a> {
-    pub criu: &'a Criu,
+pub struct Setting {
     pub side: Side,
-    pub out: &'a Path,
     pub connections: usize,
     pub weather: Weather,
     /// A rule of the kernel's loses packets, too.
@@ -53,24 +52,12 @@ pub struct Setting<'a> {
     pub pcap: Option<PathBuf>,
 }
 
-/// The two namespaces: the server's and the clients'.
-pub struct Places {
-    pub server: NetNs,
-    pub clients: NetNs,
-}
-
-impl Places {
-    pub fn new() -> Result<Self> {
-        Ok(Self { server: NetNs::new()?, clients: NetNs::new()? })
-    }
-}
-
-pub struct Stage<'a> {
-    setting: &'a Setting<'a>,
-    places: &'a Places,
+pub struct Soak<'a> {
+    side: Side,
+    stage: &'a Stage,
     rng: Rng,
     // Ended in this order: the clients, their server, the network.
-    fleet: Fleet<'a>,
+    clients: Clients<'a>,
     task: Option<Task>,
     relay: Relay,
 }
@@ -89,21 +76,23 @@ pub struct Cycle {
     pub progress: Progress,
 }
 
-impl<'a> Stage<'a> {
-    pub fn new(setting: &'a Setting<'a>, places: &'a Places) -> Result<Self> {
-        let relay = network(setting, places)?;
+impl<'a> Soak<'a> {
+    /// The stage has two hosts without a wire.
+    pub fn new(setting: &Setting, stage: &'a Stage) -> Result<Self> {
+        let relay = network(setting, stage)?;
         if setting.nft_drop {
-            nft_drop(&places.server)?;
+            nft_drop(stage.host())?;
         }
-        let mut command = places.server.command(std::env::current_exe()?);
-        command.args(["soak", "--serve"]);
-        let server = Server::spawn(&mut command, setting.out)?;
+        let also = format!("[::]:{PORT_V6}");
+        let args = ["--also", &also, "--mode", "ordered", "--processes", "2"];
+        let server = stage.serve(&format!("0.0.0.0:{PORT}"), &args)?;
         let v6 = SocketAddr::from((SERVER_V6, PORT_V6));
         let mapped = SocketAddr::from((SERVER_V4, PORT_V6)); // IPv4 to a listener of IPv6
         let addresses = [SocketAddr::from((SERVER_V4, PORT)), v6, mapped];
         let seed = setting.weather.seed;
-        let fleet = Fleet::start(&places.clients, &addresses, setting.connections, seed)?;
-        Ok(Self { setting, places, rng: Rng::with_seed(seed ^ 1), fleet, task: Some(server.task), relay })
+        let clients = Clients::start(&stage.peer, &addresses, setting.connections, seed)?;
+        let rng = Rng::with_seed(seed ^ 1);
+        Ok(Self { side: setting.side, stage, rng, clients, task: Some(server.task), relay })
     }
 
     /// Dump at a random moment, a random pause, restore, and a look at every connection.
@@ -112,25 +101,23 @@ impl<'a> Stage<'a> {
         let task = self.task.take().context("the server runs")?;
         let pid = task.pid();
         let queues = Queues::of(&task)?;
-        self.fleet.retire(ENDING);
-        let images = fresh_folder(&self.setting.out.join("images"))?;
+        self.clients.retire(ENDING);
+        let (stage, images) = (self.stage, self.stage.images()?);
 
-        let (criu, side, ns) = (self.setting.criu, self.setting.side, &self.places.server);
-        // Records of our own: whoever cleans up those of this host shall not end these connections.
-        let records = self.setting.out.join("records");
-        let dump = criu.dump(side, pid, &images).env(RUN_DIR, &records).inside(ns).dump_and_wait(task)?;
+        let dump = stage.dump(self.side, pid, &images).dump_and_wait(task)?;
         pause(FREEZE.mul_f64(self.rng.f64()))?;
         ensure!(!self.rules()?.is_empty(), "the lock of the dump is gone before the restore");
-        self.fleet.mark();
-        let (task, restore) = criu.restore(side, &images).env(RUN_DIR, &records).inside(ns).restore()?;
+        self.clients.mark();
+        let (task, restore) = stage.restore(self.side, &images)?.restore()?;
         let restored = Instant::now();
         self.task = Some(task);
 
-        let progress = self.fleet.progress(restored, PATIENCE)?;
+        let progress = self.clients.progress(restored)?;
         for process in self.task.iter().flat_map(Task::tree) {
             leftovers::no_repair(process)?;
         }
-        self.no_rules()?;
+        let rules = self.rules()?;
+        ensure!(rules.is_empty(), "firewall rules were left behind:\n{}", rules.join("\n"));
         Ok(Cycle {
             carried: queues.connections,
             unread: queues.unread,
@@ -143,17 +130,17 @@ impl<'a> Stage<'a> {
 
     /// Some connections end, others begin.
     pub fn churn(&mut self) -> Result<()> {
-        self.fleet.retire(CHURN);
-        self.fleet.fill_up()
+        self.clients.retire(CHURN);
+        self.clients.fill_up()
     }
 
     pub fn totals(&self) -> Totals {
-        self.fleet.totals()
+        self.clients.totals()
     }
 
     /// Ends all connections in order, then the server and the network.
     pub fn finish(self) -> Result<(Totals, Passed)> {
-        let totals = self.fleet.finish(PATIENCE * 2)?;
+        let totals = self.clients.finish()?;
         let task = self.task.context("the server runs")?;
         // It complains, if at all, when a connection ends.
         wait_until("the server has seen every end", PATIENCE, || Ok(Queues::of(&task)?.connections == 0))?;
@@ -161,25 +148,21 @@ impl<'a> Stage<'a> {
         Ok((totals, self.relay.stop()?))
     }
 
-    fn no_rules(&self) -> Result<()> {
-        let rules = self.rules()?;
-        ensure!(rules.is_empty(), "firewall rules were left behind:\n{}", rules.join("\n"));
-        Ok(())
-    }
-
     /// The rules of both namespaces, but for that of [`nft_drop`].
     fn rules(&self) -> Result<Vec<String>> {
-        let mut rules = leftovers::rules(&self.places.server)?;
-        rules.append(&mut leftovers::rules(&self.places.clients)?);
+        let mut rules = Vec::new();
+        for ns in self.stage.namespaces() {
+            rules.append(&mut leftovers::rules(ns)?);
+        }
         rules.retain(|rule| !rule.contains(DROP_TABLE));
         Ok(rules)
     }
 }
 
-fn network(setting: &Setting<'_>, places: &Places) -> Result<Relay> {
+fn network(setting: &Setting, stage: &Stage) -> Result<Relay> {
     let (a4, a6) = (format!("{SERVER_V4}/24"), format!("{SERVER_V6}/64"));
-    let a = End { ns: &places.server, name: "soak", addresses: &[&a4, &a6] };
-    let b = End { ns: &places.clients, name: "soak", addresses: &["10.99.0.2/24", "fd99::2/64"] };
+    let a = End { ns: stage.host(), name: "soak", addresses: &[&a4, &a6] };
+    let b = End { ns: &stage.peer, name: "soak", addresses: &["10.99.0.2/24", "fd99::2/64"] };
     Relay::start(a, b, setting.weather, setting.pcap.as_deref())
 }
 
