@@ -20,6 +20,7 @@
 //! # Ok(()) }
 //! ```
 
+pub mod conntrack;
 mod error;
 mod iptables;
 mod name;
@@ -77,12 +78,32 @@ impl NetworkLock {
         options: &LockOptions,
     ) -> Result<Self, LockError> {
         match options.method {
-            Method::Nftables => nft::lock(ns, name, tuples, options.lease)?,
+            Method::Nftables => nft::lock(ns, name, tuples, &nft::AT_SOCKET, options.lease)?,
             Method::Iptables if options.lease.is_some() => return Err(LockError::LeaseNeedsNftables),
             Method::Iptables => iptables::lock(ns, name, tuples)?,
             Method::Skip => log::warn!("{ns}: connections are not locked ({METHOD_VARIABLE}=skip)"),
         }
         Ok(Self::adopt(ns, name, options))
+    }
+
+    /// Locks connections of sockets in other namespaces where their packets pass through `ns`, all or none, under
+    /// `name`; replaces a lock of that name. `tuples` are the addresses of packets: as the sockets see them, and for
+    /// connections that are [translated](conntrack) on the way those of both sides. `None`: only nf_tables can lock
+    /// on the way, and the options ask for another method.
+    ///
+    /// # Errors
+    /// [`LockError`]; nothing was changed then.
+    pub fn lock_on_path(
+        ns: &NetNs,
+        name: &LockName,
+        tuples: &[FourTuple],
+        options: &LockOptions,
+    ) -> Result<Option<Self>, LockError> {
+        if options.method != Method::Nftables {
+            return Ok(None);
+        }
+        nft::lock(ns, name, tuples, &nft::ON_PATH, options.lease)?;
+        Ok(Some(Self::adopt(ns, name, options)))
     }
 
     /// Takes over a lock that is there already, such as one that was [kept](Self::keep) at the

@@ -50,6 +50,16 @@ impl LockName {
         format!("{}{id}", Self::SOCCR).parse()
     }
 
+    /// `soccr-path-<id>`: the lock, where packets pass, of the dump whose own lock is `name`. An id that is too long is
+    /// cut.
+    #[must_use]
+    pub fn on_path(&self) -> Self {
+        let id = self.id();
+        let id = id.strip_prefix(Self::SOCCR).unwrap_or(id);
+        let name = format!("{}path-{id}", Self::SOCCR);
+        Self(name.get(..Self::MAX_LEN).unwrap_or(&name).to_owned())
+    }
+
     /// The table's name.
     #[must_use]
     pub fn as_str(&self) -> &str {

@@ -2,6 +2,7 @@
 
 mod net;
 mod passage;
+mod path;
 mod stock;
 #[path = "../support/mod.rs"]
 #[allow(dead_code)] // this test program uses its part

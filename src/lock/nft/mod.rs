@@ -9,7 +9,7 @@ pub(crate) mod fuzzing;
 pub(super) mod rules;
 mod table;
 pub(crate) mod whole;
-mod wire;
+pub(super) mod wire;
 
 use std::time::Duration;
 
@@ -18,31 +18,33 @@ use nix::errno::Errno;
 use super::{LockError, LockInfo, LockName, Method};
 use crate::four_tuple::FourTuple;
 use crate::kernel::netns::NetNs;
-use table::Keys;
+use table::{Keys, Policy};
 use wire::{Attributes, Malformed};
 
 pub(super) use client::{Client, Transaction};
 pub use error::NftError;
 pub use expr::MARK;
+pub(super) use table::{AT_SOCKET, ON_PATH};
 
 /// See [`super::NetworkLock::lock`].
 pub(super) fn lock(
     ns: &NetNs,
     name: &LockName,
     tuples: &[FourTuple],
+    policy: &Policy,
     lease: Option<Duration>,
 ) -> Result<(), LockError> {
     let keys = Keys::of(tuples)?;
     let set = || {
         let client = Client::open(ns)?;
         let mut new = Transaction::new();
-        table::create(&mut new, name.as_str(), &keys, lease);
+        table::create(&mut new, name.as_str(), &keys, policy, lease);
         match client.commit(new) {
             Err(e) if e.is(Errno::EEXIST) => (),
             other => return other,
         }
         let mut replacement = Transaction::new();
-        table::replace(&mut replacement, name.as_str(), &keys, lease);
+        table::replace(&mut replacement, name.as_str(), &keys, policy, lease);
         client.commit(replacement)
     };
     set().map_err(|e| failed("set", name, ns, e))
@@ -65,11 +67,11 @@ pub(super) fn rename(
     lease: Option<Duration>,
 ) -> Result<(), LockError> {
     if from == to {
-        return lock(ns, to, tuples, lease);
+        return lock(ns, to, tuples, &AT_SOCKET, lease);
     }
     let keys = Keys::of(tuples)?;
     let mut transaction = Transaction::new();
-    table::replace(&mut transaction, to.as_str(), &keys, lease);
+    table::replace(&mut transaction, to.as_str(), &keys, &AT_SOCKET, lease);
     table::delete(&mut transaction, from.as_str());
     commit(ns, transaction).map_err(|e| failed("rename", from, ns, e))
 }

@@ -32,6 +32,7 @@ use std::net::SocketAddr;
 pub const FAMILY: u8 = libc::NFPROTO_INET as u8;
 
 /// A chain: where in the packet's way the policy acts.
+#[derive(Debug)]
 struct Hook {
     chain: &'static str,
     hook: libc::c_int,
@@ -39,7 +40,8 @@ struct Hook {
 }
 
 /// What becomes of locked packets, and where.
-struct Policy {
+#[derive(Debug)]
+pub struct Policy {
     hooks: &'static [Hook],
     verdict: Verdict,
 }
@@ -47,10 +49,22 @@ struct Policy {
 /// Drops them where sockets see them as they are: with a NAT in between, the socket's addresses are
 /// those *before* the address is rewritten on the way out (`dstnat`, -100) and *after* it is
 /// rewritten back on the way in (`srcnat`, 100). Before `mangle` (-150), the mark is still ours, too.
-const DROP: Policy = Policy {
+pub const AT_SOCKET: Policy = Policy {
     hooks: &[
         Hook { chain: "output", hook: libc::NF_INET_LOCAL_OUT, priority: -300 },
         Hook { chain: "input", hook: libc::NF_INET_LOCAL_IN, priority: 300 },
+    ],
+    verdict: Verdict::Drop,
+};
+
+/// Drops them where they pass on the way to and from a socket in another namespace: what that sends (its resets, too)
+/// and what its peer sends before any translation (conntrack begins at -200), what is sent here likewise, and what
+/// goes to the socket after the last (`srcnat`, 100). A forward hook would miss the peers on this host.
+pub const ON_PATH: Policy = Policy {
+    hooks: &[
+        Hook { chain: "prerouting", hook: libc::NF_INET_PRE_ROUTING, priority: -300 },
+        Hook { chain: "output", hook: libc::NF_INET_LOCAL_OUT, priority: -300 },
+        Hook { chain: "postrouting", hook: libc::NF_INET_POST_ROUTING, priority: 300 },
     ],
     verdict: Verdict::Drop,
 };
@@ -161,23 +175,35 @@ fn key<const A: usize, const K: usize>(
 }
 
 /// Adds the steps that make the table `name` hold exactly these elements, whether it exists or not.
-pub fn replace(transaction: &mut Transaction, name: &str, keys: &Keys, lease: Option<Duration>) {
+pub fn replace(
+    transaction: &mut Transaction,
+    name: &str,
+    keys: &Keys,
+    policy: &Policy,
+    lease: Option<Duration>,
+) {
     // Deleting what is not there would fail, so it is made first; nothing of this shows outside.
     create_table(transaction, name, libc::NLM_F_CREATE);
     delete(transaction, name);
-    create(transaction, name, keys, lease);
+    create(transaction, name, keys, policy, lease);
 }
 
 /// Adds the steps that make the table `name`, which must not exist.
-pub fn create(transaction: &mut Transaction, name: &str, keys: &Keys, lease: Option<Duration>) {
+pub fn create(
+    transaction: &mut Transaction,
+    name: &str,
+    keys: &Keys,
+    policy: &Policy,
+    lease: Option<Duration>,
+) {
     create_table(transaction, name, libc::NLM_F_CREATE | libc::NLM_F_EXCL);
     for selector in [&V4, &V6] {
         create_set(transaction, name, selector, lease);
     }
     add(transaction, name, keys);
-    for hook in DROP.hooks {
+    for hook in policy.hooks {
         create_chain(transaction, name, hook);
-        create_rules(transaction, name, hook.chain, DROP.verdict);
+        create_rules(transaction, name, hook.chain, policy.verdict);
     }
 }
 
