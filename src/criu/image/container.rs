@@ -33,6 +33,8 @@ pub enum Magic {
     TcpStream = 0x5146_5506,
     /// `soccr-ext-*.img`; Strasbourg lies there.
     SoccrExternal = 0x4835_0745,
+    /// `soccr.img`; Basel lies there.
+    SoccrDump = 0x4733_0735,
 }
 
 /// Reads a container's messages one after the other.
@@ -231,22 +233,30 @@ impl Reader {
     }
 }
 
-/// The beginning of a container: magic and one message; raw bytes and further
-/// [records](push_record) may follow.
+/// The beginning of a container: magic and one message; raw bytes or further [messages](push_message) may follow.
 ///
 /// # Errors
-/// [`ImageError::Unwritable`] if the message lacks a required field or is 4 GiB long.
+/// As [`push_message`].
 pub(super) fn head(name: &str, magic: Magic, message: &impl Message) -> Result<Vec<u8>, ImageError> {
     let mut out = Vec::with_capacity(128);
     if magic != Magic::Inventory {
         out.extend_from_slice(&COMMON.to_le_bytes());
     }
     out.extend_from_slice(&(magic as u32).to_le_bytes());
+    push_message(name, &mut out, message)?;
+    Ok(out)
+}
+
+/// Appends a message, with its length before it.
+///
+/// # Errors
+/// [`ImageError::Unwritable`] if the message lacks a required field or is 4 GiB long.
+pub(super) fn push_message(name: &str, out: &mut Vec<u8>, message: &impl Message) -> Result<(), ImageError> {
     let start = out.len();
     out.extend_from_slice(&[0; 4]);
-    message.write_to_vec(&mut out).map_err(|e| ImageError::unwritable(name, e.to_string()))?;
+    message.write_to_vec(out).map_err(|e| ImageError::unwritable(name, e.to_string()))?;
     let length = u32::try_from(out.len() - start - 4)
         .map_err(|_| ImageError::unwritable(name, "the message's length does not fit 32 bits"))?;
     out[start..start + 4].copy_from_slice(&length.to_le_bytes());
-    Ok(out)
+    Ok(())
 }

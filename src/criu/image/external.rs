@@ -138,7 +138,7 @@ pub(super) fn state_of(number: u32) -> Result<State, Fault> {
     State::try_from(number).map_err(|e| Fault::value("state", e.to_string()))
 }
 
-fn to_endpoint(addr: SocketAddr) -> Soccr_endpoint {
+pub(super) fn to_endpoint(addr: SocketAddr) -> Soccr_endpoint {
     let (address, scope_id) = match addr {
         SocketAddr::V4(v4) => (v4.ip().octets().to_vec(), None),
         SocketAddr::V6(v6) => (v6.ip().octets().to_vec(), Some(v6.scope_id()).filter(|id| *id != 0)),
@@ -146,7 +146,7 @@ fn to_endpoint(addr: SocketAddr) -> Soccr_endpoint {
     Soccr_endpoint { address: Some(address), port: Some(addr.port().into()), scope_id, ..Default::default() }
 }
 
-fn from_endpoint(endpoint: &Soccr_endpoint, field: &'static str) -> Result<SocketAddr, Fault> {
+pub(super) fn from_endpoint(endpoint: &Soccr_endpoint, field: &'static str) -> Result<SocketAddr, Fault> {
     let port = port_of(endpoint.port(), field)?;
     let address = endpoint.address();
     if let Ok(v4) = <[u8; 4]>::try_from(address) {

@@ -10,6 +10,7 @@
 //! |---|---|
 //! | `tcp-stream-<inode hex>.img` | [`tcp_stream`] |
 //! | `soccr-ext-<id hex>.img`, this project's own | [`external`] |
+//! | `soccr.img`, likewise | [`side`] |
 //! | `inventory.img` | [`inventory`] |
 //! | `nftables-<ns>.img` | [`nftables`] |
 //! | the way from a task's descriptor to its connection, over seven kinds of files | [`index`] |
@@ -23,6 +24,7 @@ pub mod external;
 pub mod index;
 pub mod inventory;
 pub mod nftables;
+pub mod side;
 pub mod tcp_stream;
 mod wire;
 

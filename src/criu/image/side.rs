@@ -1,0 +1,125 @@
+//! `soccr.img`: what this project knows of a dump and CRIU's messages have no field for (`proto/soccr.proto`).
+
+use protobuf::MessageField;
+
+use super::container::{Magic, Reader, head, push_message};
+use super::external::{from_endpoint, to_endpoint};
+use super::proto::soccr::{Soccr_direction, Soccr_dump_entry, Soccr_translation};
+use super::{Fault, ImageDir, ImageError};
+use crate::lock::conntrack::{Direction, Translation};
+
+/// The file's name.
+pub const NAME: &str = "soccr.img";
+const VERSION: u32 = 1;
+
+/// The image.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SideImage {
+    /// Names the dump, and its record on the host where it was made.
+    pub id: String,
+    /// The connections that are translated on their way.
+    pub translations: Vec<Translation>,
+}
+
+impl SideImage {
+    /// Writes the image; one that was there is replaced.
+    ///
+    /// # Errors
+    /// As [`ImageDir::create`].
+    pub fn write(&self, dir: &ImageDir) -> Result<(), ImageError> {
+        let entry =
+            Soccr_dump_entry { version: Some(VERSION), id: Some(self.id.clone()), ..Default::default() };
+        let mut image = head(NAME, Magic::SoccrDump, &entry)?;
+        for translation in &self.translations {
+            push_message(NAME, &mut image, &to_translation(translation))?;
+        }
+        dir.create(NAME, &[&image])
+    }
+
+    /// Reads the image; `None` if it is not there, as in images that stock CRIU made.
+    ///
+    /// # Errors
+    /// What is wrong with the file.
+    pub fn read(dir: &ImageDir) -> Result<Option<Self>, ImageError> {
+        let Some(mut reader) = Reader::open_if_there(dir, NAME, Magic::SoccrDump)? else { return Ok(None) };
+        let entry: Soccr_dump_entry = reader.required()?;
+        if entry.version() != VERSION {
+            let fault = Fault::value("version", format!("{} is not known", entry.version()));
+            return Err(reader.bad_message(fault));
+        }
+        let mut translations = Vec::new();
+        while let Some(entry) = reader.next_message()? {
+            translations.push(from_translation(&entry).map_err(|fault| reader.bad_message(fault))?);
+        }
+        Ok(Some(Self { id: entry.id().to_owned(), translations }))
+    }
+}
+
+fn to_translation(translation: &Translation) -> Soccr_translation {
+    Soccr_translation {
+        original: MessageField::some(to_direction(translation.original)),
+        reply: MessageField::some(to_direction(translation.reply)),
+        ..Default::default()
+    }
+}
+
+fn to_direction(direction: Direction) -> Soccr_direction {
+    Soccr_direction {
+        source: MessageField::some(to_endpoint(direction.source)),
+        destination: MessageField::some(to_endpoint(direction.destination)),
+        ..Default::default()
+    }
+}
+
+fn from_translation(entry: &Soccr_translation) -> Result<Translation, Fault> {
+    let [original, reply] = [from_direction(&entry.original)?, from_direction(&entry.reply)?];
+    if original.source.is_ipv4() != reply.source.is_ipv4() {
+        return Err(Fault::value("translations", "its directions are of different families"));
+    }
+    Ok(Translation { original, reply })
+}
+
+fn from_direction(entry: &Soccr_direction) -> Result<Direction, Fault> {
+    let source = from_endpoint(&entry.source, "source")?;
+    let destination = from_endpoint(&entry.destination, "destination")?;
+    if source.is_ipv4() != destination.is_ipv4() {
+        return Err(Fault::value("source, destination", "they are of different families"));
+    }
+    Ok(Direction { source, destination })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn direction(source: &str, destination: &str) -> Direction {
+        Direction { source: source.parse().unwrap(), destination: destination.parse().unwrap() }
+    }
+
+    #[test]
+    fn what_is_written_is_read() {
+        let folder = tempfile::tempdir().unwrap();
+        let dir = ImageDir::open(folder.path()).unwrap();
+        assert_eq!(SideImage::read(&dir).unwrap(), None);
+        let v4 = Translation {
+            original: direction("10.9.0.1:40000", "192.0.2.1:7100"),
+            reply: direction("10.88.0.2:7000", "10.9.0.1:40000"),
+        };
+        let v6 = Translation {
+            original: direction("[fd00::1]:1", "[fd00::2]:2"),
+            reply: direction("[fd01::2]:3", "[fd00::1]:1"),
+        };
+        let image = SideImage { id: "soccr-0123456789ab".into(), translations: vec![v4, v6] };
+        image.write(&dir).unwrap();
+        assert_eq!(SideImage::read(&dir).unwrap(), Some(image));
+    }
+
+    #[test]
+    fn families_do_not_mix() {
+        let mixed = Translation {
+            original: direction("10.9.0.1:1", "10.9.0.2:2"),
+            reply: direction("[fd01::2]:3", "[fd00::1]:1"),
+        };
+        assert!(from_translation(&to_translation(&mixed)).is_err());
+    }
+}
