@@ -2,6 +2,7 @@
 
 #![deny(unsafe_code)]
 
+mod archive;
 mod check;
 mod clean;
 mod config;
@@ -37,7 +38,7 @@ enum Command {
     Status(status::Arguments),
     /// End dumps and restores: remove their locks, bring back connections left in repair mode.
     Clean(clean::Arguments),
-    /// Show the connections in a folder of CRIU's images.
+    /// Show the connections in a folder or an archive of CRIU's images.
     Show(show::Arguments),
     /// List the TCP sockets of running tasks: states, queues, options, descriptors.
     List(list::Arguments),

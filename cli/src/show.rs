@@ -13,13 +13,13 @@ use soccr::criu::image::index::Index;
 use soccr::criu::image::inventory;
 use soccr::criu::image::tcp_stream::TcpStreamImage;
 
-use crate::print_json;
 use crate::table::Table;
+use crate::{archive, print_json};
 
 #[derive(Debug, clap::Args)]
 pub struct Arguments {
-    /// The folder.
-    dir: PathBuf,
+    /// The folder, or an archive of podman, CRI-O or containerd.
+    images: PathBuf,
     /// Print JSON.
     #[arg(long)]
     json: bool,
@@ -64,9 +64,8 @@ struct Images {
 }
 
 pub fn run(arguments: &Arguments) -> Result<bool> {
-    let path = arguments.dir.display();
-    let dir = ImageDir::open(&arguments.dir).with_context(|| format!("{path}"))?;
-    let images = read(&dir).with_context(|| format!("{path}"))?;
+    let images = archive::Images::open(&arguments.images)?;
+    let images = read(&images.dir).with_context(|| images.path.display().to_string())?;
     if arguments.json {
         print_json(&images)?;
     } else {
