@@ -1,0 +1,275 @@
+//! What `soccr` makes of a real criu that was killed while it had locked the network namespace of its tree. Needs root and
+//! CRIU; without them each test says that it is skipped, or fails where `SOCCR_TEST_REQUIRE` is set.
+
+#[path = "../../tests/support/mod.rs"]
+#[allow(dead_code)] // this test program uses its part
+mod support;
+
+use std::env;
+use std::fs::{self, File};
+use std::io::Write;
+use std::net::TcpStream;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::path::PathBuf;
+use std::process::{Child, Command, Output, Stdio};
+
+use nix::sched::{CloneFlags, unshare};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
+use nix::unistd::{read, write};
+use soccr::criu::record::{Phase, Recorder, Store};
+use soccr::criu::stock;
+use soccr::criu::tasks::ProcessId;
+use soccr::kernel::netns::NetNs;
+use support::{connected, expect_bytes, pattern};
+
+const INSIDE: &str = "SOCCR_TEST_INSIDE";
+const REQUIRE: &str = "SOCCR_TEST_REQUIRE";
+/// CRIU's numbers of the methods (`images/rpc.proto`).
+const IPTABLES: u8 = 1;
+const NFTABLES: u8 = 2;
+
+fn criu() -> PathBuf {
+    let built = || concat!(env!("CARGO_MANIFEST_DIR"), "/../target/criu/criu/criu").into();
+    env::var_os("CRIU_BIN").map_or_else(built, PathBuf::from)
+}
+
+/// Runs the test `name` again, as a process that has network, mounts and pids of its own.
+fn on_own_host(name: &str, body: impl FnOnce()) {
+    if env::var_os(INSIDE).is_some() {
+        return body();
+    }
+    if !nix::unistd::geteuid().is_root() || !criu().exists() {
+        assert!(env::var_os(REQUIRE).is_none(), "root or {} is missing", criu().display());
+        // Not by a macro, whose output the test runner would hide.
+        let _ = writeln!(std::io::stderr(), "SKIPPED: root or {} is missing", criu().display());
+        return;
+    }
+    let output = Command::new("timeout")
+        .args([
+            "--kill-after=5",
+            "120",
+            "unshare",
+            "-n",
+            "-m",
+            "-p",
+            "--fork",
+            "--kill-child",
+            "--mount-proc",
+        ])
+        .args(["sh", "-c", "mount -t tmpfs run /run && ip link set lo up && exec \"$@\"", "sh"])
+        .arg(env::current_exe().expect("this program"))
+        .args([name, "--exact", "--nocapture"])
+        .env(INSIDE, "1")
+        .output()
+        .expect("timeout, unshare and this program run");
+    let said = String::from_utf8_lossy(&output.stdout);
+    print!("{said}{}", String::from_utf8_lossy(&output.stderr));
+    assert!(output.status.success() && said.contains("1 passed"), "{name}: {}", output.status);
+}
+
+/// A server with one connection in a namespace that is not criu's, and what criu and soccr need to work on it.
+struct Stage {
+    dir: tempfile::TempDir,
+    ns: NetNs,
+    server: Child,
+    peer: TcpStream,
+}
+
+impl Stage {
+    fn new() -> Self {
+        let apart = || unshare(CloneFlags::CLONE_NEWNET).map(|()| NetNs::current().expect("a namespace"));
+        let ns = std::thread::spawn(apart).join().expect("no panic").expect("a namespace");
+        let (server, peer) = ns.run(Self::serve).expect("entered");
+        Self { dir: tempfile::tempdir().expect("a folder"), ns, server, peer }
+    }
+
+    fn serve() -> (Child, TcpStream) {
+        let up = Command::new("ip").args(["link", "set", "lo", "up"]).status().expect("ip runs");
+        assert!(up.success());
+        let (theirs, peer) = connected("127.0.0.1:0");
+        theirs.set_read_timeout(None).expect("no timeout");
+        let socket = OwnedFd::from(theirs);
+        let copy = || Stdio::from(socket.try_clone().expect("a copy"));
+        let mut command = Command::new("setsid");
+        command.arg("cat").stdin(copy()).stdout(copy()).stderr(Stdio::null());
+        (command.spawn().expect("setsid runs"), peer)
+    }
+
+    /// Begins a dump, as container runtimes do, and leaves criu waiting when it has just locked the namespace.
+    fn waiting_dump(&self, method: u8) -> Dump {
+        let path = self.dir.path().join("images");
+        fs::create_dir(&path).expect("a folder");
+        let images = File::open(path).expect("the folder");
+        let (ours, theirs) =
+            socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)
+                .expect("sockets");
+        let mut command = Command::new("sh");
+        command.args(["-c", "exec \"$0\" swrk 3 3<&0 </dev/null"]).arg(criu());
+        let criu = command.stdin(theirs).stderr(Stdio::null()).spawn().expect("criu runs");
+        let dump = Dump { criu, images, socket: ours };
+        let options = [
+            number(1, dump.images.as_raw_fd().cast_unsigned()),
+            number(2, self.server.id()),
+            number(5, 1), // tcp_established
+            bytes(10, b"dump.log"),
+            number(12, 1), // notify_scripts
+            bytes(37, format!("net[{}]:tree", self.ns.inode()).as_bytes()),
+            number(64, method.into()),
+        ];
+        write(&dump.socket, &[number(1, 1), bytes(2, &options.concat())].concat()).expect("asked to dump");
+        let mut said = [0; 4096];
+        loop {
+            let len = read(&dump.socket, &mut said).expect("criu answers");
+            let log = || fs::read_to_string(self.dir.path().join("images/dump.log")).unwrap_or_default();
+            assert!(len > 0, "criu ended: {}", log());
+            // It asks this between its lock and its first look into a task.
+            if said[..len].windows(15).any(|word| word == b"query-ext-files") {
+                return dump;
+            }
+            write(&dump.socket, &[number(1, 6), number(3, 1)].concat()).expect("criu goes on");
+        }
+    }
+
+    fn is_locked(&self) -> bool {
+        !stock::find_namespace_locks(&self.ns).expect("locks").is_empty()
+    }
+
+    fn soccr(&self, arguments: &[&str]) -> Output {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_soccr"));
+        command
+            .args(arguments)
+            .env("SOCCR_RUN_DIR", self.dir.path().join("run"))
+            .output()
+            .expect("soccr runs")
+    }
+
+    /// What it says when it succeeds.
+    fn done(&self, arguments: &[&str]) -> String {
+        let output = self.soccr(arguments);
+        assert!(output.status.success(), "{arguments:?}: {output:?}");
+        String::from_utf8(output.stdout).expect("text")
+    }
+
+    /// As the agent does before criu locks anything.
+    fn record(&self, dump: &Dump) {
+        let store = Store::create_at(self.dir.path().join("run")).expect("the records");
+        let criu = dump.criu.id().cast_signed();
+        let recorder = Recorder::new("dump", Phase::Saving, dump.images.as_fd(), criu);
+        let mut recorder = recorder.expect("a record").keep_in(store);
+        recorder.add_criu_lock(&self.ns);
+        recorder.add_task(self.server.id().cast_signed());
+        recorder.save(Phase::Saving).expect("written");
+        // The agent is this test; it dies with criu.
+        let path = self.dir.path().join("run/dump");
+        let text = fs::read_to_string(&path).expect("the record");
+        let (agent, dead) = (ProcessId::this().expect("this process"), recorder.record().criu);
+        let json = |id| serde_json::to_string(&id).expect("JSON");
+        fs::write(&path, text.replace(&json(agent), &json(dead))).expect("the record");
+    }
+
+    /// Sends more than one window, and gets back the same.
+    fn echoes(&mut self) {
+        let bytes = pattern(7, 1_000_000);
+        let mut writer = self.peer.try_clone().expect("a copy");
+        let sent = bytes.clone();
+        let writing = std::thread::spawn(move || writer.write_all(&sent));
+        expect_bytes(&mut self.peer, &bytes);
+        writing.join().expect("no panic").expect("sent");
+    }
+}
+
+/// A criu that waits for our answer.
+struct Dump {
+    criu: Child,
+    images: File,
+    socket: OwnedFd,
+}
+
+impl Dump {
+    fn kill(mut self) {
+        self.criu.kill().expect("killed");
+        self.criu.wait().expect("its end");
+    }
+}
+
+/// A field of a protobuf message.
+fn number(field: u32, value: u32) -> Vec<u8> {
+    [varint(field << 3), varint(value)].concat()
+}
+
+fn bytes(field: u32, value: &[u8]) -> Vec<u8> {
+    [&varint(field << 3 | 2), &varint(value.len().try_into().expect("short")), value].concat()
+}
+
+fn varint(mut value: u32) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    while value > 0x7f {
+        bytes.push(value.to_le_bytes()[0] | 0x80);
+        value >>= 7;
+    }
+    bytes.push(value.to_le_bytes()[0]);
+    bytes
+}
+
+impl Drop for Stage {
+    fn drop(&mut self) {
+        let _ = self.server.kill();
+        let _ = self.server.wait();
+    }
+}
+
+/// Nobody has recorded the dump: stock CRIU made it.
+fn stock_dump(method: u8) {
+    let mut stage = Stage::new();
+    stage.echoes();
+    let dump = stage.waiting_dump(method);
+    assert!(stage.is_locked());
+    let refused = stage.soccr(&["clean", "--stock-rules"]);
+    let why = String::from_utf8(refused.stderr).expect("text");
+    assert!(!refused.status.success() && why.contains("a criu may be at work") && stage.is_locked(), "{why}");
+    dump.kill();
+    assert!(stage.is_locked());
+    let shown = stage.done(&["status"]);
+    assert!(shown.contains("CRIU's lock of the whole namespace"), "{shown}");
+    let path = format!("/proc/{}/ns/net", stage.server.id());
+    let told = stage.done(&["clean", "--stock-rules", "--netns", &path]);
+    assert!(told.contains("CRIU's lock of the whole namespace") && !stage.is_locked(), "{told}");
+    stage.echoes();
+    assert_eq!(stage.done(&["status"]), "");
+}
+
+/// The agent has recorded the dump, and died with criu.
+fn recorded_dump(method: u8) {
+    let mut stage = Stage::new();
+    let dump = stage.waiting_dump(method);
+    stage.record(&dump);
+    assert!(!stage.soccr(&["clean", "--all"]).status.success() && stage.is_locked());
+    dump.kill();
+    let shown = stage.done(&["status"]);
+    assert!(shown.contains("orphaned") && shown.contains(&format!("{} (whole)", stage.ns)), "{shown}");
+    assert!(!shown.contains("Not ours"), "{shown}");
+    let told = stage.done(&["clean", "--orphans"]);
+    assert!(told.contains("CRIU's lock of the whole namespace") && !stage.is_locked(), "{told}");
+    stage.echoes();
+    assert_eq!(stage.done(&["status"]), "");
+}
+
+#[test]
+fn stock_criu_with_iptables() {
+    on_own_host("stock_criu_with_iptables", || stock_dump(IPTABLES));
+}
+
+#[test]
+fn stock_criu_with_nftables() {
+    on_own_host("stock_criu_with_nftables", || stock_dump(NFTABLES));
+}
+
+#[test]
+fn with_a_record_and_iptables() {
+    on_own_host("with_a_record_and_iptables", || recorded_dump(IPTABLES));
+}
+
+#[test]
+fn with_a_record_and_nftables() {
+    on_own_host("with_a_record_and_nftables", || recorded_dump(NFTABLES));
+}
