@@ -13,6 +13,11 @@
 //! takes a sequence number behind the last byte of its direction: the sequences count it, the lengths
 //! here do not.
 //!
+//! A connection that moves meanwhile is seen to move: the receive queue's sequence is read first, then its length.
+//! An empty queue was then empty before, too; of one with bytes the sequence is read again behind them, and a FIN
+//! counts as a byte that is not there. So no byte is counted that is not saved. A packet on its way to the socket when
+//! the lock came is enough for that, so a save begins again once or twice before it gives up.
+//!
 //! Nothing may reach the socket or leave it between the first read and the end of the old socket:
 //! that is the network lock's task (the `lock` module), before [`Paused::pause`].
 
@@ -24,7 +29,7 @@ use crate::connection::{
     ControlBlock, Negotiated, OPT_TIMESTAMPS, OPT_WSCALE, Queues, State, UnsupportedState, WindowScale,
 };
 use crate::kernel::tcp::{Info, Queue};
-use crate::kernel::{SysError, sockopt, tcp};
+use crate::kernel::{SysError, ao, sockopt, tcp};
 use crate::repair::{Paused, Who, peek_offset};
 
 impl<F: AsFd> Paused<F> {
@@ -83,15 +88,21 @@ pub enum SaveError {
         /// The call that failed.
         source: SysError,
     },
-    /// More bytes are unsent than are in the queue: the connection was not locked and moved meanwhile.
-    #[error("{who}: {unsent} bytes unsent of {send} in the send queue; is the connection locked?")]
+    /// Segments came or went while it was read.
+    #[error("cannot save {who}: {what} while it was read; is the connection locked?")]
     Moving {
         /// The connection.
         who: Who,
-        /// Bytes never sent.
-        unsent: u32,
-        /// Bytes in the send queue.
-        send: u32,
+        /// What was seen.
+        what: &'static str,
+    },
+    /// The socket has what no restore could give it back.
+    #[error("cannot save {who}: {what} cannot be carried")]
+    NotCarried {
+        /// The connection.
+        who: Who,
+        /// What it has.
+        what: &'static str,
     },
     /// Unread urgent data: it has a mark in the stream that a restore cannot set.
     #[error("{who}: {unread} bytes with urgent data among them are unread, which cannot be carried")]
@@ -225,23 +236,72 @@ impl SavedQueue<'_> {
     }
 }
 
+impl SaveError {
+    fn is_of_moving(&self) -> bool {
+        let (Self::ReceiveQueue { source, .. } | Self::SendQueue { source, .. }) = self else {
+            return matches!(self, Self::Moving { .. });
+        };
+        matches!(source, QueueError::Length { .. })
+    }
+}
+
 fn save(
     fd: BorrowedFd<'_>,
     peeked: &Cell<usize>,
     mut copy: impl FnMut(&SavedQueue<'_>) -> Result<(), QueueError>,
 ) -> Result<ControlBlock, SaveError> {
+    const TRIES: usize = 3;
+    refuse_what_is_not_carried(fd)?;
+    for _ in 1..TRIES {
+        match save_once(fd, peeked, &mut copy) {
+            Err(error) if error.is_of_moving() => {}
+            other => return other,
+        }
+    }
+    save_once(fd, peeked, &mut copy)
+}
+
+/// Keys and state that belong to the socket, but that nobody can read or set. TCP-MD5 keys are not told to a socket's
+/// owner: see `kernel::diag`.
+fn refuse_what_is_not_carried(fd: BorrowedFd<'_>) -> Result<(), SaveError> {
+    let failed = |source| SaveError::Sizes { who: Who::of(fd), source };
+    let what = if tcp::has_upper_layer(fd).map_err(failed)? {
+        "a protocol on top of TCP in the kernel (TLS, SMC)"
+    } else if ao::has_keys(fd).map_err(failed)? == Some(true) {
+        "a key of TCP-AO"
+    } else {
+        return Ok(());
+    };
+    Err(SaveError::NotCarried { who: Who::of(fd), what })
+}
+
+fn save_once(
+    fd: BorrowedFd<'_>,
+    peeked: &Cell<usize>,
+    copy: &mut impl FnMut(&SavedQueue<'_>) -> Result<(), QueueError>,
+) -> Result<ControlBlock, SaveError> {
     let who = || Who::of(fd);
     let sizes = |source| SaveError::Sizes { who: who(), source };
     let info = tcp::info(fd).map_err(sizes)?;
     let state = State::try_from(info.state).map_err(|source| SaveError::State { who: who(), source })?;
+    let received = |error| receive_error(fd, error);
+    let rcv_nxt = sequence(fd, Queue::Receive).map_err(|source| received(source.into()))?;
     let recv_len = receive_len(fd, state)?;
+    if recv_len > 0 {
+        copy(&SavedQueue { fd, which: Queue::Receive, length: recv_len as usize, peeked })
+            .map_err(received)?;
+        if tcp::queue_seq(fd).map_err(|source| received(source.into()))? != rcv_nxt {
+            return Err(SaveError::Moving { who: who(), what: "bytes arrived" });
+        }
+    }
     let (send_len, unsent_len) = send_len(fd, &info, state)?;
     let negotiated = negotiated(fd, &info).map_err(|source| SaveError::Options { who: who(), source })?;
     let window = tcp::window(fd).map_err(|source| SaveError::Window { who: who(), source })?;
-    let queue = |which, length, copy: &mut _| queue(fd, peeked, which, length, copy);
-    let rcv_nxt = queue(Queue::Receive, recv_len, &mut copy).map_err(|error| receive_error(fd, error))?;
-    let write_seq = queue(Queue::Send, send_len, &mut copy)
-        .map_err(|source| SaveError::SendQueue { who: who(), source })?;
+    let sent = |source| SaveError::SendQueue { who: who(), source };
+    let write_seq = sequence(fd, Queue::Send).map_err(|source| sent(source.into()))?;
+    if send_len > 0 {
+        copy(&SavedQueue { fd, which: Queue::Send, length: send_len as usize, peeked }).map_err(sent)?;
+    }
     Ok(ControlBlock { state, recv_len, rcv_nxt, send_len, write_seq, unsent_len, negotiated, window })
 }
 
@@ -258,7 +318,12 @@ fn receive_len(fd: BorrowedFd<'_>, state: State) -> Result<u32, SaveError> {
     };
     match unread.map_err(sizes)? {
         Some(unread) => Ok(unread),
-        None => Ok(unread_inline(fd, true).map_err(sizes)?),
+        // This count leaves a FIN out, so whether one came since the state was read is asked for.
+        None => match (unread_inline(fd, true), tcp::info(fd)) {
+            (Ok(unread), Ok(info)) if info.state == state as u8 => Ok(unread),
+            (Ok(_), Ok(_)) => Err(SaveError::Moving { who: Who::of(fd), what: "the state changed" }),
+            (Err(error), _) | (_, Err(error)) => Err(sizes(error)),
+        },
     }
 }
 
@@ -277,8 +342,9 @@ fn unread_inline(fd: BorrowedFd<'_>, inline: bool) -> Result<u32, SysError> {
 /// A receive queue that is too short, or seems empty, ends at an urgent mark, or the connection is not locked.
 fn receive_error(fd: BorrowedFd<'_>, source: QueueError) -> SaveError {
     let who = Who::of(fd);
-    match (&source, unread_inline(fd, false), unread_inline(fd, true)) {
-        (QueueError::Length { .. } | QueueError::Sys(_), Ok(to_mark), Ok(unread)) if to_mark < unread => {
+    // In this order more bytes in between make no mark of an unmarked queue.
+    match (&source, unread_inline(fd, true), unread_inline(fd, false)) {
+        (QueueError::Length { .. } | QueueError::Sys(_), Ok(unread), Ok(to_mark)) if to_mark < unread => {
             SaveError::Urgent { who, unread }
         }
         _ => SaveError::ReceiveQueue { who, source },
@@ -298,7 +364,7 @@ fn send_len(fd: BorrowedFd<'_>, info: &Info, state: State) -> Result<(u32, u32),
     let send = if info.unacked == 0 { unsent } else { tcp::send_queue_len(fd).map_err(sizes)? };
     let (send, unsent) = (send.saturating_sub(fin), unsent.saturating_sub(fin));
     if unsent > send {
-        return Err(SaveError::Moving { who: Who::of(fd), unsent, send });
+        return Err(SaveError::Moving { who: Who::of(fd), what: "bytes were acknowledged" });
     }
     Ok((send, unsent))
 }
@@ -314,18 +380,8 @@ fn negotiated(fd: BorrowedFd<'_>, info: &Info) -> Result<Negotiated, SysError> {
     })
 }
 
-/// The queue's sequence; its bytes go to `copy`.
-fn queue(
-    fd: BorrowedFd<'_>,
-    peeked: &Cell<usize>,
-    which: Queue,
-    len: u32,
-    copy: &mut impl FnMut(&SavedQueue<'_>) -> Result<(), QueueError>,
-) -> Result<u32, QueueError> {
+/// The queue's sequence; the queue stays chosen.
+fn sequence(fd: BorrowedFd<'_>, which: Queue) -> Result<u32, SysError> {
     tcp::select_queue(fd, which)?;
-    let seq = tcp::queue_seq(fd)?;
-    if len > 0 {
-        copy(&SavedQueue { fd, which, length: len as usize, peeked })?;
-    }
-    Ok(seq)
+    tcp::queue_seq(fd)
 }

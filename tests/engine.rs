@@ -371,6 +371,65 @@ fn keeps_peek_offset(unread: usize, offset: i32) {
     assert_eq!(sockopt::peek_offset(ours.as_fd()), Ok(offset), "{unread} bytes");
 }
 
+/// Nothing locks this connection: at whatever moment a byte arrives, it is in the queue if it is counted.
+#[test]
+fn no_byte_is_counted_that_is_not_saved() {
+    const SAVES: usize = 20_000;
+    in_own_network(|| {
+        let (mut ours, mut theirs) = connected("127.0.0.1:0");
+        ours.set_nonblocking(true).expect("non-blocking");
+        theirs.set_nodelay(true).expect("TCP_NODELAY");
+        let save = |ours: &TcpStream, queues: &mut Queues| {
+            let paused = Paused::pause(ours.as_fd()).expect("pause");
+            let saved = paused.save(queues);
+            paused.resume(Probe::None).expect("resume");
+            saved
+        };
+        let mut queues = Queues::default();
+        let mut next = save(&ours, &mut queues).expect("save").rcv_nxt;
+        let busy = std::thread::spawn(move || while theirs.write_all(b"x").is_ok() {});
+        let (mut saved, mut empty, mut buffer) = (0, 0, [0; 65_536]);
+        for _ in 0..SAVES {
+            match save(&ours, &mut queues) {
+                Ok(tcp) => {
+                    assert_eq!(tcp.rcv_nxt.wrapping_sub(next) as usize, queues.recv.len(), "{saved} saves");
+                    saved += 1;
+                    empty += usize::from(tcp.recv_len == 0);
+                }
+                Err(error) => assert!(soccr::chain(&error).contains("is the connection locked?"), "{error}"),
+            }
+            while let Ok(got) = ours.read(&mut buffer) {
+                next = next.wrapping_add(u32::try_from(got).expect("small"));
+            }
+        }
+        assert!(saved > SAVES / 10 && empty > SAVES / 100, "{saved} of {SAVES} saved, {empty} empty");
+        drop(ours);
+        busy.join().expect("the peer ends");
+    });
+}
+
+#[test]
+fn bytes_that_arrive_during_a_save_are_saved() {
+    in_own_network(|| {
+        let (ours, mut theirs) = connected("127.0.0.1:0");
+        theirs.write_all(b"some").expect("write");
+        let paused = Paused::pause(ours.as_fd()).expect("pause");
+        let (mut copies, mut before) = (0, None);
+        let tcp = paused
+            .save_with(|queue| {
+                let mut bytes = [std::mem::MaybeUninit::uninit(); 64];
+                queue.copy_to(&mut bytes[..=queue.length()])?;
+                copies += 1;
+                if before.replace(queue.length()).is_none() {
+                    theirs.write_all(b"more").expect("write");
+                }
+                Ok(())
+            })
+            .expect("save");
+        assert_eq!((copies, before, tcp.recv_len), (2, Some(8), 8));
+    });
+}
+
 #[test]
 fn a_listener_is_refused() {
     in_own_network(|| {

@@ -5,6 +5,7 @@
 #![allow(unsafe_code)]
 
 pub mod addr;
+pub mod ao;
 pub mod diag;
 pub mod netlink;
 pub mod netns;
