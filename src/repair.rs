@@ -46,14 +46,21 @@ impl<F: AsFd> Paused<F> {
     /// EPERM without CAP_NET_ADMIN in the user namespace of the socket's network namespace, or for a
     /// listening socket; ENOPROTOOPT or EOPNOTSUPP for what is not a TCP socket.
     pub fn pause(fd: F) -> Result<Self, PauseError> {
+        Self::try_pause(fd).map_err(|(_, error)| error)
+    }
+
+    /// As [`Paused::pause`]; a failure gives the socket back.
+    pub(crate) fn try_pause(fd: F) -> Result<Self, (F, PauseError)> {
         let socket = fd.as_fd();
         // SO_REUSEADDR reads 2 when somebody left the socket in repair mode: the program's own value is
         // lost then, and 0 is what the kernel would make of it.
-        let reuse_addr =
-            sockopt::reuse_addr(socket).map_err(|source| PauseError { who: Who::of(socket), source })? == 1;
-        let mut paused = Self::pause_only(fd)?;
-        paused.reuse_addr = reuse_addr;
-        Ok(paused)
+        let paused = sockopt::reuse_addr(socket)
+            .and_then(|reuse_addr| tcp::set_repair(socket, Repair::On).map(|()| reuse_addr == 1))
+            .map_err(|source| PauseError { who: Who::of(socket), source });
+        match paused {
+            Ok(reuse_addr) => Ok(Self { fd: Some(fd), reuse_addr, peeked: Cell::new(0) }),
+            Err(error) => Err((fd, error)),
+        }
     }
 
     /// As [`Paused::pause`], for a caller who sees to SO_REUSEADDR itself: it is off after [`Paused::resume`].
@@ -89,15 +96,19 @@ impl<F: AsFd> Paused<F> {
     ///
     /// # Errors
     /// The kernel's answer; the guard has no further effect then.
-    pub fn resume(mut self, probe: Probe) -> Result<F, PauseError> {
+    pub fn resume(self, probe: Probe) -> Result<F, PauseError> {
+        let (socket, result) = self.give_back(probe);
+        result.map(|()| socket)
+    }
+
+    /// As [`Paused::resume`]; a failure gives the socket back, too.
+    pub(crate) fn give_back(mut self, probe: Probe) -> (F, Result<(), PauseError>) {
         let mode = match probe {
             Probe::Send => Repair::Off,
             Probe::None => Repair::OffNoProbe,
         };
-        let result = self.leave(mode);
-        let result = result.map_err(|source| PauseError { who: Who::of(self.socket()), source });
-        let socket = self.take();
-        result.map(|()| socket)
+        let result = self.leave(mode).map_err(|source| PauseError { who: Who::of(self.socket()), source });
+        (self.take(), result)
     }
 
     /// Forgets the guard and leaves the socket in repair mode, to be closed silently.

@@ -2,15 +2,15 @@
 
 #![allow(unsafe_code)]
 
-use std::os::fd::{AsFd, BorrowedFd, IntoRawFd};
+use std::os::fd::{BorrowedFd, IntoRawFd};
 
+use soccr::chain;
 use soccr::connection::Queues;
 use soccr::criu::image::ImageDir;
 use soccr::criu::image::external::ExternalImage;
 use soccr::forge::Forge;
 use soccr::kernel::sockopt;
-use soccr::repair::{Paused, four_tuple};
-use soccr::restore::RoomForQueues;
+use soccr::repair::four_tuple;
 
 /// The descriptor, if a TCP connection is behind it.
 pub fn tcp_socket<'fd>(fd: i32) -> Option<BorrowedFd<'fd>> {
@@ -28,32 +28,16 @@ pub fn tcp_socket<'fd>(fd: i32) -> Option<BorrowedFd<'fd>> {
 /// # Errors
 /// What went wrong with which connection.
 pub fn restore(images: BorrowedFd<'_>, id: i32) -> Result<Option<i32>, String> {
-    let images = ImageDir::duplicate(images).map_err(|error| soccr::chain(&error))?;
+    let images = ImageDir::duplicate(images).map_err(|error| chain(&error))?;
     let id = id.cast_unsigned();
     if !images.contains(&ExternalImage::name(id)) {
         return Ok(None);
     }
     let mut queues = Queues::default();
-    let image = ExternalImage::read(&images, id, &mut queues).map_err(|error| soccr::chain(&error))?;
-    build(&image, &queues).map(Some).map_err(|error| soccr::chain(error.as_ref()))
-}
-
-fn build(image: &ExternalImage, queues: &Queues) -> Result<i32, Box<dyn std::error::Error>> {
-    let domain = if image.tuple.local.is_ipv4() { libc::AF_INET } else { libc::AF_INET6 };
-    let socket = sockopt::socket(domain, libc::SOCK_STREAM, libc::IPPROTO_TCP)?;
-    soccr::kernel::options::write(socket.as_fd(), &image.options)?;
-    let paused = Paused::pause(socket)?;
-    let room = RoomForQueues::make(paused.socket(), &image.tcp)?;
+    let image = ExternalImage::read(&images, id, &mut queues).map_err(|error| chain(&error))?;
     let forge = Forge::new();
-    let restored = paused.restore(&image.tuple, &image.tcp, &queues.recv, &queues.send, &forge);
-    if restored.is_err() {
-        drop(paused.release()); // closed silently
-        return Err(Box::new(restored.err().ok_or("restored")?));
-    }
-    forge.finish()?;
-    if let Some(room) = room {
-        room.give_back()?;
-    }
-    let socket = paused.release();
-    Ok(socket.into_raw_fd())
+    let paused = soccr::build(&image, &queues, &forge).map_err(|error| chain(&error))?;
+    let socket = paused.release(); // the agent wakes it; until then it would be closed silently
+    forge.finish().map_err(|error| chain(&error))?;
+    Ok(Some(socket.into_raw_fd()))
 }

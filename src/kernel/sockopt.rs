@@ -271,6 +271,14 @@ pub fn socket(domain: i32, kind: i32, protocol: i32) -> SysResult<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
+/// A TCP socket, close-on-exec.
+///
+/// # Errors
+/// The kernel's answer.
+pub fn tcp_socket(ipv6: bool) -> SysResult<OwnedFd> {
+    socket(if ipv6 { libc::AF_INET6 } else { libc::AF_INET }, libc::SOCK_STREAM, libc::IPPROTO_TCP)
+}
+
 /// Runs `f` with O_NONBLOCK on the socket, and puts the flags back.
 ///
 /// # Errors

@@ -6,8 +6,12 @@ use std::str::FromStr;
 /// A lock's name: the nf_tables table `inet NAME`, such as `CRIU-1f3a`, or `soccr-1f3a`.
 ///
 /// With iptables the lock is a chain `SOCCR-ID`, where the ID is what follows the prefix.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, serde::Serialize, serde::Deserialize)]
-#[serde(try_from = "String", into = "String")]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[cfg_attr(
+    feature = "criu",
+    derive(serde::Serialize, serde::Deserialize),
+    serde(try_from = "String", into = "String")
+)]
 pub struct LockName(String);
 
 /// Text that cannot name a lock. Names come out of images, so they are not trusted.

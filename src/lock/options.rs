@@ -9,8 +9,8 @@ pub const METHOD_VARIABLE: &str = "SOCCR_LOCK";
 pub const LEASE_VARIABLE: &str = "SOCCR_LOCK_LEASE";
 
 /// What keeps the connections' packets away.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
-#[serde(rename_all = "lowercase")]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[cfg_attr(feature = "criu", derive(serde::Serialize, serde::Deserialize), serde(rename_all = "lowercase"))]
 pub enum Method {
     /// One nf_tables transaction per namespace: constant cost per connection, no program started.
     #[default]

@@ -9,33 +9,12 @@ use std::io::{self, BufReader, Read};
 
 use protobuf::Message;
 
-use super::decode::{ImageMessage, check_length, decode};
 use super::dir::ImageFile;
 use super::{Fault, ImageDir, ImageError};
+use crate::encoding::container;
+use crate::encoding::decode::{ImageMessage, check_length, decode};
 
-/// The word before the magic of a kind.
-pub const COMMON: u32 = 0x5456_4319;
-
-/// The magic of a kind of file.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(u32)]
-#[allow(missing_docs)] // they are named after the files
-pub enum Magic {
-    Inventory = 0x5831_3116,
-    Pstree = 0x5027_3030,
-    Core = 0x5505_3847,
-    Ids = 0x5443_2030,
-    Fdinfo = 0x5621_3732,
-    Files = 0x5630_3138,
-    /// Inet sockets before CRIU 3.0 put all kinds of files into one.
-    InetSk = 0x5644_3851,
-    SkQueues = 0x5626_4026,
-    TcpStream = 0x5146_5506,
-    /// `soccr-ext-*.img`; Strasbourg lies there.
-    SoccrExternal = 0x4835_0745,
-    /// `soccr.img`; Basel lies there.
-    SoccrDump = 0x4733_0735,
-}
+pub use crate::encoding::{COMMON, Magic};
 
 /// Reads a container's messages one after the other.
 #[derive(Debug)]
@@ -233,30 +212,10 @@ impl Reader {
     }
 }
 
-/// The beginning of a container: magic and one message; raw bytes or further [messages](push_message) may follow.
-///
-/// # Errors
-/// As [`push_message`].
-pub(super) fn head(name: &str, magic: Magic, message: &impl Message) -> Result<Vec<u8>, ImageError> {
-    let mut out = Vec::with_capacity(128);
-    if magic != Magic::Inventory {
-        out.extend_from_slice(&COMMON.to_le_bytes());
-    }
-    out.extend_from_slice(&(magic as u32).to_le_bytes());
-    push_message(name, &mut out, message)?;
-    Ok(out)
-}
-
-/// Appends a message, with its length before it.
+/// The beginning of a container: magic and one message; raw bytes and further messages may follow.
 ///
 /// # Errors
 /// [`ImageError::Unwritable`] if the message lacks a required field or is 4 GiB long.
-pub(super) fn push_message(name: &str, out: &mut Vec<u8>, message: &impl Message) -> Result<(), ImageError> {
-    let start = out.len();
-    out.extend_from_slice(&[0; 4]);
-    message.write_to_vec(out).map_err(|e| ImageError::unwritable(name, e.to_string()))?;
-    let length = u32::try_from(out.len() - start - 4)
-        .map_err(|_| ImageError::unwritable(name, "the message's length does not fit 32 bits"))?;
-    out[start..start + 4].copy_from_slice(&length.to_le_bytes());
-    Ok(())
+pub(super) fn head(name: &str, magic: Magic, message: &impl Message) -> Result<Vec<u8>, ImageError> {
+    container::head(magic, message).map_err(|reason| ImageError::unwritable(name, reason))
 }

@@ -17,7 +17,6 @@
 
 mod allowance;
 pub mod container;
-mod decode;
 mod dir;
 mod error;
 pub mod external;
@@ -26,14 +25,9 @@ pub mod inventory;
 pub mod nftables;
 pub mod side;
 pub mod tcp_stream;
-mod wire;
 
-/// The messages of `proto/`, generated.
-#[allow(missing_docs, clippy::all, clippy::pedantic)]
-pub mod proto {
-    include!(concat!(env!("OUT_DIR"), "/proto/mod.rs"));
-}
-
-pub use decode::{ImageMessage, Nested};
+pub use crate::encoding::{Fault, ImageMessage, Nested, proto};
 pub use dir::ImageDir;
-pub use error::{Fault, ImageError};
+pub use error::ImageError;
+
+use crate::encoding::wire;

@@ -2,10 +2,11 @@
 
 use protobuf::MessageField;
 
-use super::container::{Magic, Reader, head, push_message};
-use super::external::{from_endpoint, to_endpoint};
-use super::proto::soccr::{Soccr_direction, Soccr_dump_entry, Soccr_translation};
+use super::container::{Magic, Reader, head};
 use super::{Fault, ImageDir, ImageError};
+use crate::encoding::container::push_message;
+use crate::encoding::proto::soccr::{Soccr_direction, Soccr_dump_entry, Soccr_translation};
+use crate::encoding::{from_endpoint, to_endpoint};
 use crate::lock::conntrack::{Direction, Translation};
 
 /// The file's name.
@@ -31,7 +32,8 @@ impl SideImage {
             Soccr_dump_entry { version: Some(VERSION), id: Some(self.id.clone()), ..Default::default() };
         let mut image = head(NAME, Magic::SoccrDump, &entry)?;
         for translation in &self.translations {
-            push_message(NAME, &mut image, &to_translation(translation))?;
+            push_message(&mut image, &to_translation(translation))
+                .map_err(|reason| ImageError::unwritable(NAME, reason))?;
         }
         dir.create(NAME, &[&image])
     }

@@ -9,12 +9,12 @@ use super::connections::{self, Connections, Found};
 use crate::connection::{FourTuple, State};
 use crate::criu::image::allowance::Allowance;
 use crate::criu::image::container::{Magic, Reader};
-use crate::criu::image::decode::decode;
-use crate::criu::image::external::{port_of, state_of};
 use crate::criu::image::proto::sk_inet::Inet_sk_entry;
 use crate::criu::image::proto::sk_opts::Sk_shutdown;
 use crate::criu::image::wire::{self, Value};
 use crate::criu::image::{Fault, ImageDir, ImageError};
+use crate::encoding::decode::decode;
+use crate::encoding::{port_of, state_of};
 
 /// A TCP socket that has a peer.
 #[derive(Clone, Debug, PartialEq, Eq)]

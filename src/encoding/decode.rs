@@ -17,7 +17,7 @@ use super::wire::{self, NotAField, Value};
 /// The longest message, in bytes, that is decoded. A decoded message can take thirty times its own
 /// length (empty submessages), so this bounds the memory that a hostile file can take; the longest
 /// known one, a socket's entry with a full classic BPF filter, has 37 KiB.
-pub(super) const LIMIT: u64 = 256 << 10;
+pub(crate) const LIMIT: u64 = 256 << 10;
 
 /// A message of an image that can be decoded in bounded memory.
 pub trait ImageMessage: Message {
@@ -34,14 +34,14 @@ pub struct Nested(&'static [(u32, Nested)]);
 ///
 /// Lengths are checked first: the protobuf crate takes memory for as much as a field's length says,
 /// up to 40 MB, before it looks whether so much is there.
-pub(super) fn decode<M: ImageMessage>(message: &[u8]) -> Result<M, (usize, Fault)> {
+pub(crate) fn decode<M: ImageMessage>(message: &[u8]) -> Result<M, (usize, Fault)> {
     check_length(message.len() as u64).map_err(|fault| (0, fault))?;
     check(message, M::NESTED).map_err(|e| (e.0, Fault::Wire))?;
-    M::parse_from_bytes(message).map_err(|e| (0, e.into()))
+    M::parse_from_bytes(message).map_err(|e| (0, Fault::Message(e.to_string())))
 }
 
 /// Whether a message of `length` bytes can be decoded.
-pub(super) fn check_length(length: u64) -> Result<(), Fault> {
+pub(crate) fn check_length(length: u64) -> Result<(), Fault> {
     if length > LIMIT { Err(Fault::TooLong { length, limit: LIMIT }) } else { Ok(()) }
 }
 

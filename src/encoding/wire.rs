@@ -7,16 +7,16 @@ use std::ops::Range;
 
 /// One field of a message.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Field<'a> {
-    pub(super) number: u32,
-    pub(super) value: Value<'a>,
+pub(crate) struct Field<'a> {
+    pub(crate) number: u32,
+    pub(crate) value: Value<'a>,
     /// Where key and value stand in the message.
-    pub(super) span: Range<usize>,
+    pub(crate) span: Range<usize>,
 }
 
 /// A field's value as far as the wire tells it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Value<'a> {
+pub(crate) enum Value<'a> {
     Varint(u64),
     Fixed64,
     Bytes(&'a [u8]),
@@ -25,28 +25,28 @@ pub(super) enum Value<'a> {
 
 /// No field stands at this offset of the message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct NotAField(pub(super) usize);
+pub(crate) struct NotAField(pub(crate) usize);
 
 /// The fields of `message`, in their order.
-pub(super) fn fields(message: &[u8]) -> Fields<'_> {
+pub(crate) fn fields(message: &[u8]) -> Fields<'_> {
     Fields { message, at: 0 }
 }
 
 /// Appends the field `number` with an integer value.
-pub(super) fn put_varint(out: &mut Vec<u8>, number: u32, value: u64) {
+pub(crate) fn put_varint(out: &mut Vec<u8>, number: u32, value: u64) {
     put_raw_varint(out, u64::from(number) << 3);
     put_raw_varint(out, value);
 }
 
 /// Appends the field `number` with a string, bytes or message value.
-pub(super) fn put_bytes(out: &mut Vec<u8>, number: u32, value: &[u8]) {
+pub(crate) fn put_bytes(out: &mut Vec<u8>, number: u32, value: &[u8]) {
     put_raw_varint(out, u64::from(number) << 3 | u64::from(LENGTH_DELIMITED));
     put_raw_varint(out, value.len() as u64);
     out.extend_from_slice(value);
 }
 
 #[derive(Debug)]
-pub(super) struct Fields<'a> {
+pub(crate) struct Fields<'a> {
     message: &'a [u8],
     at: usize,
 }
