@@ -1,0 +1,203 @@
+//! The crate as others use it: freeze, bytes, thaw.
+
+mod support;
+
+use std::io::{Read, Write};
+use std::net::{Shutdown, TcpListener, TcpStream};
+use std::os::fd::{AsFd, OwnedFd};
+
+use soccr::connection::State;
+use soccr::kernel::netns::NetNs;
+use soccr::kernel::{sockopt, tcp};
+use soccr::{Connection, FreezeError, Frozen, Refused, ThawError, lock};
+use support::{connected, expect_bytes, in_own_network, pattern};
+
+const FAMILIES: [&str; 3] = ["127.0.0.1:0", "[::1]:0", "[::ffff:127.0.0.1]:0"];
+
+/// Locks in this namespace, and the elements in each.
+fn locks() -> Vec<usize> {
+    let locks = lock::list(&NetNs::current().expect("namespace")).expect("list");
+    locks.into_iter().map(|lock| lock.entries).collect()
+}
+
+fn frozen<F: AsFd>((frozen, refused): (Frozen<F>, Vec<Refused<F>>)) -> Frozen<F> {
+    let errors: Vec<String> = refused.iter().map(|refused| soccr::chain(&refused.error)).collect();
+    assert!(errors.is_empty(), "{errors:?}");
+    frozen
+}
+
+fn bytes<F: AsFd>(frozen: &Frozen<F>) -> Vec<Vec<u8>> {
+    frozen.connections().map(Connection::to_bytes).collect()
+}
+
+fn connections(bytes: &[Vec<u8>]) -> Vec<Connection> {
+    bytes.iter().map(|bytes| Connection::from_bytes(bytes).expect("a connection")).collect()
+}
+
+fn thawed(bytes: &[Vec<u8>]) -> Vec<TcpStream> {
+    let sockets = soccr::thaw(&connections(bytes)).unwrap_or_else(|error| panic!("{}", soccr::chain(&error)));
+    sockets.into_iter().map(TcpStream::from).collect()
+}
+
+#[test]
+fn a_connection_goes_through_bytes() {
+    in_own_network(|| {
+        for address in FAMILIES {
+            let (mut ours, mut theirs) = connected(address);
+            ours.set_nodelay(true).expect("TCP_NODELAY");
+            let (unread, unacked) = (pattern(1, 50_000), pattern(2, 10_000));
+            theirs.write_all(&unread).expect("write");
+            ours.write_all(&unacked).expect("write");
+            let frozen = frozen(soccr::freeze([ours]));
+            assert_eq!(locks(), [2], "locked while it is frozen");
+            theirs.write_all(b"meanwhile").expect("write"); // dies in the lock, and is sent again
+            let bytes = bytes(&frozen);
+            drop(frozen.release());
+            assert_eq!(locks(), [2], "locked while it is nowhere");
+            let ours = &mut thawed(&bytes)[0];
+            assert!(locks().is_empty());
+            assert!(ours.nodelay().expect("TCP_NODELAY"));
+            expect_bytes(ours, &[&unread[..], b"meanwhile"].concat());
+            expect_bytes(&mut theirs, &unacked);
+            ours.write_all(b"on").expect("write");
+            expect_bytes(&mut theirs, b"on");
+        }
+    });
+}
+
+#[test]
+fn what_is_frozen_can_go_on_where_it_was() {
+    in_own_network(|| {
+        for explicitly in [true, false] {
+            let (mut ours, mut theirs) = connected("127.0.0.1:0");
+            sockopt::set_reuse_addr(ours.as_fd(), true).expect("SO_REUSEADDR");
+            let frozen = frozen(soccr::freeze([&ours]));
+            assert!(tcp::in_repair(ours.as_fd()).expect("TCP_REPAIR"));
+            if explicitly {
+                assert!(frozen.resume().1.is_empty());
+            } else {
+                drop(frozen);
+            }
+            assert!(locks().is_empty());
+            assert!(!tcp::in_repair(ours.as_fd()).expect("TCP_REPAIR"));
+            assert_eq!(sockopt::reuse_addr(ours.as_fd()), Ok(1));
+            theirs.write_all(b"alive").expect("write");
+            expect_bytes(&mut ours, b"alive");
+        }
+    });
+}
+
+/// Errors by connection: the others are frozen, and those refused are as they were.
+#[test]
+fn who_cannot_be_frozen_lives_on() {
+    in_own_network(|| {
+        let (urgent, mut urgents_peer) = connected("127.0.0.1:0");
+        nix::sys::socket::send(
+            std::os::fd::AsRawFd::as_raw_fd(&urgents_peer),
+            b"!",
+            nix::sys::socket::MsgFlags::MSG_OOB,
+        )
+        .expect("urgent data");
+        let (good, mut peer) = connected("[::1]:0");
+        let listener = TcpListener::bind("127.0.0.1:0").expect("bind");
+        let pipe: OwnedFd = std::io::pipe().expect("pipe").0.into();
+        let all = [urgent.as_fd(), good.as_fd(), listener.as_fd(), pipe.as_fd()];
+        let (frozen, refused) = soccr::freeze(all);
+        assert_eq!(frozen.connections().len(), 1);
+        let errors: Vec<_> = refused.iter().map(|refused| &refused.error).collect();
+        assert!(matches!(
+            errors[..],
+            [FreezeError::NotConnected(_), FreezeError::NotConnected(_), FreezeError::Read { .. }]
+        ));
+        let told = soccr::chain(errors[2]);
+        assert!(told.contains("urgent") && told.contains(&urgent.local_addr().expect("address").to_string()));
+        assert_eq!(locks(), [2], "only the frozen one stays locked");
+        urgents_peer.write_all(b"on").expect("write");
+        let mut two = [0; 2];
+        (&urgent).read_exact(&mut two).expect("it is not locked");
+        let bytes = bytes(&frozen);
+        frozen.release();
+        drop(good);
+        let mut good = thawed(&bytes);
+        good[0].write_all(b"moved").expect("write");
+        expect_bytes(&mut peer, b"moved");
+    });
+}
+
+#[test]
+fn many_are_frozen_and_thawed_together() {
+    const MANY: usize = 300;
+    in_own_network(|| {
+        let (ours, theirs): (Vec<_>, Vec<_>) = (0..MANY).map(|n| connected(FAMILIES[n % 3])).unzip();
+        let before: Vec<_> = ours.iter().map(|stream| stream.local_addr().expect("address")).collect();
+        let frozen = frozen(soccr::freeze(ours));
+        assert_eq!(locks(), [2 * MANY]);
+        let bytes = bytes(&frozen);
+        drop(frozen.release());
+        let error = soccr::thaw(&connections(&bytes[1..])).expect_err("one is missing");
+        assert!(matches!(error, ThawError::Apart { here: 299, together: 300 }), "{error}");
+        let thawed = thawed(&bytes);
+        assert!(locks().is_empty());
+        for ((mut ours, mut theirs), before) in thawed.into_iter().zip(theirs).zip(before) {
+            assert_eq!(ours.local_addr().expect("address"), before);
+            ours.write_all(b"here").expect("write");
+            expect_bytes(&mut theirs, b"here");
+        }
+    });
+}
+
+/// A thaw that fails leaves nothing but the lock, behind which the peers wait for the next.
+#[test]
+fn a_thaw_that_fails_can_be_tried_again() {
+    in_own_network(|| {
+        let (first, mut firsts_peer) = connected("127.0.0.1:0");
+        let (second, mut seconds_peer) = connected("127.0.0.1:0");
+        let stays = second.try_clone().expect("duplicate");
+        let frozen = frozen(soccr::freeze([first, second]));
+        let bytes = bytes(&frozen);
+        drop(frozen.release());
+        let error = soccr::thaw(&connections(&bytes)).expect_err("one is still there");
+        let ThawError::Connections { failed, .. } = &error else { panic!("{error}") };
+        assert_eq!(failed[0].0.remote, seconds_peer.local_addr().expect("address"));
+        assert_eq!((failed.len(), locks()), (1, vec![4]));
+        drop(stays); // in repair mode it closes silently
+        for (mut ours, theirs) in thawed(&bytes).into_iter().zip([&mut firsts_peer, &mut seconds_peer]) {
+            ours.write_all(b"again").expect("write");
+            expect_bytes(theirs, b"again");
+        }
+    });
+}
+
+#[test]
+fn a_half_closed_connection_stays_so() {
+    in_own_network(|| {
+        let (ours, mut theirs) = connected("127.0.0.1:0");
+        theirs.write_all(b"last words").expect("write");
+        theirs.shutdown(Shutdown::Write).expect("shutdown");
+        let frozen = frozen(soccr::freeze([ours]));
+        let bytes = bytes(&frozen);
+        assert_eq!(connections(&bytes)[0].control_block().state, State::CloseWait);
+        drop(frozen.release());
+        let ours = &mut thawed(&bytes)[0];
+        let mut said = Vec::new();
+        ours.read_to_end(&mut said).expect("read");
+        assert_eq!(said, b"last words");
+        ours.write_all(b"heard").expect("write");
+        expect_bytes(&mut theirs, b"heard");
+    });
+}
+
+#[test]
+fn an_unlocked_one_says_so_and_is_locked_while_it_is_built() {
+    in_own_network(|| {
+        let (ours, mut theirs) = connected("127.0.0.1:0");
+        let frozen = frozen(soccr::freeze_unlocked([ours]));
+        assert!(locks().is_empty());
+        let bytes = bytes(&frozen);
+        drop(frozen.release());
+        let ours = &mut thawed(&bytes)[0];
+        assert!(locks().is_empty());
+        theirs.write_all(b"quiet till now").expect("write");
+        expect_bytes(ours, b"quiet till now");
+    });
+}
