@@ -11,6 +11,7 @@
 //! | `kill-agent`, `stop-agent` | the same to the agent itself |
 //! | `kill-task` | SIGKILL to the task that is being worked on, or the root task |
 //! | `error` | the step fails |
+//! | `panic` | the step panics |
 
 /// A fault of the kind `error`.
 #[derive(Debug, thiserror::Error)]
@@ -99,6 +100,7 @@ mod points {
             "kill-agent" => drop(raise(Signal::SIGKILL)),
             "stop-agent" => drop(raise(Signal::SIGSTOP)),
             "error" => return Err(Injected(name)),
+            "panic" => panic!("a fault was injected at {name}"),
             other => log::error!("SOCCR_FAULT: no action is called {other:?}"),
         }
         Ok(())

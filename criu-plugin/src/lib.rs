@@ -4,18 +4,14 @@
 //! `criu dump --tcp-established` would have written. `criu restore --tcp-close --lib DIR` makes fresh sockets, and the
 //! plugin brings the connections back into them.
 //!
-//! * `abi`: CRIU's plugin interface; `host`: what criu's process offers.
-//! * `session`: the hooks, thin; `channel`: how they ask the agent.
+//! * `hooks`: what runs in criu's process, as little as possible: CRIU's plugin interface, and how the agent is asked.
 //! * `agent`: the process that does the work.
-//! * `solo`: the two hooks for descriptors that CRIU hands over one by one.
+//! * `protocol`: what the two say to each other.
+//! * `fault`: where tests can have somebody die.
 
 #![deny(unsafe_code)]
 
-pub mod abi;
 mod agent;
-mod channel;
 mod fault;
-mod host;
-mod mode;
-mod session;
-mod solo;
+mod hooks;
+mod protocol;

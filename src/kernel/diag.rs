@@ -1,4 +1,5 @@
-//! The socket monitor (`sock_diag(7)`): finds and destroys sockets that no process has any more.
+//! The socket monitor (`sock_diag(7)`): what only it tells of sockets; finds and destroys those that no process has any
+//! more.
 
 use std::net::{IpAddr, SocketAddr};
 
@@ -48,7 +49,7 @@ fn destroy(socket: &NetlinkSocket, tuple: &FourTuple) -> SysResult<bool> {
     let Some(found) = find(socket, tuple)?.filter(|found| !found.owned) else { return Ok(false) };
     let mut id = sock_id(tuple);
     id[COOKIE].copy_from_slice(&found.cookie);
-    match ask(socket, Request::DESTROY, tuple, &id) {
+    match ask(socket, (SOCK_DESTROY, NLM_F_REQUEST | NLM_F_ACK, 0), tuple, &id) {
         Ok(_) => Ok(true),
         Err(SysError { errno: Errno::ENOENT, .. }) => Ok(true), // it is gone by itself
         Err(error) => Err(error),
@@ -73,35 +74,116 @@ pub fn find_owned(tuples: &[FourTuple]) -> SysResult<Option<FourTuple>> {
     Ok(None)
 }
 
-/// Whether the segments of the socket with these addresses in the current network namespace are signed by keys of its
-/// program (TCP_MD5SIG, RFC 2385). A listener's remote address is the unspecified one, with port 0.
-///
-/// # Errors
-/// EPERM without CAP_NET_ADMIN, by which alone the kernel tells; ENOENT without such a socket.
-pub fn has_md5_keys(tuple: &FourTuple) -> SysResult<bool> {
-    const INET_DIAG_MD5SIG: u16 = 18;
-    const INET_DIAG_MARK: u16 = 15;
-    const INET_DIAG_INFO: u8 = 2;
-    // What a protocol adds comes with its information only.
-    let request = Request { extensions: 1 << (INET_DIAG_INFO - 1), ..Request::FIND };
-    let found = ask(&NetlinkSocket::sock_diag()?, request, tuple, &sock_id(tuple))?;
-    let kinds = attribute_kinds(found.get(HEADER + REPLY..).unwrap_or_default());
-    // A mark is told to the same callers as keys are, whether or not there is one.
-    if !kinds.contains(&INET_DIAG_MARK) {
-        return Err(SysError { call: "ask the socket monitor for keys", errno: Errno::EPERM });
-    }
-    Ok(kinds.contains(&INET_DIAG_MD5SIG))
+/// An address family.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Family {
+    /// `AF_INET`.
+    Ipv4 = 2,
+    /// `AF_INET6`, IPv4-mapped addresses included.
+    Ipv6 = 10,
 }
 
-/// The types of all netlink attributes in a row.
-fn attribute_kinds(mut attributes: &[u8]) -> Vec<u16> {
-    let mut kinds = Vec::new();
-    while let [l0, l1, k0, k1, ..] = *attributes {
-        kinds.push(u16::from_ne_bytes([k0, k1]));
-        let length = usize::from(u16::from_ne_bytes([l0, l1])).max(4).next_multiple_of(4);
-        attributes = attributes.get(length..).unwrap_or_default();
+/// A kind of TCP sockets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// Listeners.
+    Listening,
+    /// Those with a peer, TIME_WAIT left out.
+    Connected,
+}
+
+/// What the monitor tells of a TCP socket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Seen {
+    /// The kernel's number for it (`SO_COOKIE`).
+    pub cookie: u64,
+    /// Whether it has keys for TCP-MD5 signatures (RFC 2385).
+    pub md5: bool,
+    /// Whether keys would be shown: only to who has CAP_NET_ADMIN.
+    pub shows_keys: bool,
+    /// Whether a protocol such as TLS sits on top in the kernel.
+    pub upper_layer: bool,
+}
+
+/// Shows `each` all TCP sockets of one family and kind in the current network namespace.
+///
+/// # Errors
+/// ENOENT where the kernel has no `tcp_diag`, EPROTONOSUPPORT where it has no socket monitor.
+pub fn for_each(family: Family, kind: Kind, mut each: impl FnMut(Seen)) -> SysResult<()> {
+    const CALL: &str = "list sockets";
+    const NLM_F_DUMP: u16 = 0x300;
+    const NLMSG_DONE: u16 = 3;
+    /// ESTABLISHED, SYN_SENT, FIN_WAIT1, FIN_WAIT2, CLOSE_WAIT, LAST_ACK, CLOSING.
+    const CONNECTED: u32 = 1 << 1 | 1 << 2 | 1 << 4 | 1 << 5 | 1 << 8 | 1 << 9 | 1 << 11;
+    const LISTEN: u32 = 1 << 10;
+    let states = if kind == Kind::Listening { LISTEN } else { CONNECTED };
+    let socket = NetlinkSocket::sock_diag()?;
+    socket.send(&request(
+        SOCK_DIAG_BY_FAMILY,
+        NLM_F_REQUEST | NLM_F_DUMP,
+        [family as u8, TCP, INFO, 0],
+        states,
+        &[0; SOCK_ID],
+    ))?;
+    let mut buffer = vec![0; 1 << 16];
+    while let Some(len) = socket.receive(&mut buffer)? {
+        let mut rest = buffer.get(..len).unwrap_or_default();
+        while let Some((kind, payload)) = next_message(&mut rest) {
+            match kind {
+                SOCK_DIAG_BY_FAMILY => {
+                    each(seen(payload).ok_or(SysError { call: CALL, errno: Errno::EBADMSG })?)
+                }
+                NLMSG_DONE => return Ok(()),
+                NLMSG_ERROR => return Err(SysError { call: CALL, errno: error_of(payload) }),
+                _ => {}
+            }
+        }
     }
-    kinds
+    Err(SysError { call: CALL, errno: Errno::EBADMSG }) // no end
+}
+
+/// What the monitor tells of the socket with these addresses in the current network namespace. A listener's remote
+/// address is the unspecified one, with port 0.
+///
+/// # Errors
+/// ENOENT without such a socket.
+pub fn look_up(tuple: &FourTuple) -> SysResult<Seen> {
+    let request = (SOCK_DIAG_BY_FAMILY, NLM_F_REQUEST, INFO);
+    let answer = ask(&NetlinkSocket::sock_diag()?, request, tuple, &sock_id(tuple))?;
+    let malformed = SysError { call: "look a socket up", errno: Errno::EBADMSG };
+    answer.get(HEADER..).and_then(seen).ok_or(malformed)
+}
+
+/// Takes the next message off: its type, and what follows its header.
+fn next_message<'a>(rest: &mut &'a [u8]) -> Option<(u16, &'a [u8])> {
+    let len = usize::try_from(u32::from_ne_bytes(rest.get(..4)?.try_into().ok()?)).ok()?;
+    let kind = u16::from_ne_bytes(rest.get(4..6)?.try_into().ok()?);
+    let payload = rest.get(HEADER..len)?;
+    *rest = rest.get(len.next_multiple_of(4)..).unwrap_or_default();
+    Some((kind, payload))
+}
+
+/// Reads a `struct inet_diag_msg` with its attributes.
+fn seen(message: &[u8]) -> Option<Seen> {
+    const MD5SIG: u16 = 18;
+    const ULP_INFO: u16 = 19;
+    // Shown to the same callers as keys are, whether or not there is one.
+    const MARK: u16 = 15;
+    const TYPE_MASK: u16 = 0x3fff;
+    let half = |at: usize| Some(u32::from_ne_bytes(message.get(4 + at..8 + at)?.try_into().ok()?));
+    let cookie = u64::from(half(COOKIE.start)?) | u64::from(half(COOKIE.start + 4)?) << 32;
+    let mut seen = Seen { cookie, md5: false, shows_keys: false, upper_layer: false };
+    let mut rest = message.get(REPLY..)?;
+    while let (Some(len), Some(kind)) = (rest.get(..2), rest.get(2..4)) {
+        let len = usize::from(u16::from_ne_bytes(len.try_into().ok()?));
+        let kind = u16::from_ne_bytes(kind.try_into().ok()?) & TYPE_MASK;
+        let value = rest.get(4..len)?;
+        seen.md5 |= kind == MD5SIG && !value.is_empty();
+        seen.upper_layer |= kind == ULP_INFO;
+        seen.shows_keys |= kind == MARK;
+        rest = rest.get(len.next_multiple_of(4)..).unwrap_or_default();
+    }
+    Some(seen)
 }
 
 struct FoundSocket {
@@ -112,7 +194,7 @@ struct FoundSocket {
 /// The socket with exactly these addresses, listeners left out.
 fn find(socket: &NetlinkSocket, tuple: &FourTuple) -> SysResult<Option<FoundSocket>> {
     let id = sock_id(tuple);
-    let found = match ask(socket, Request::FIND, tuple, &id) {
+    let found = match ask(socket, (SOCK_DIAG_BY_FAMILY, NLM_F_REQUEST, 0), tuple, &id) {
         Err(SysError { errno: Errno::ENOENT, .. }) => return Ok(None),
         other => other?,
     };
@@ -149,53 +231,49 @@ fn put_ip(field: &mut [u8], addr: SocketAddr) {
     }
 }
 
-/// What is asked for.
-#[derive(Clone, Copy)]
-struct Request {
-    kind: u16,
-    flags: u16,
-    /// A bit for each kind of attribute that is wanted.
-    extensions: u8,
-}
-
-impl Request {
-    const FIND: Self = Self { kind: SOCK_DIAG_BY_FAMILY, flags: NLM_F_REQUEST, extensions: 0 };
-    const DESTROY: Self = Self { kind: SOCK_DESTROY, flags: NLM_F_REQUEST | NLM_F_ACK, extensions: 0 };
-}
-
 /// Sends one request and returns the answer's message; an acknowledgement of success is an empty one.
 fn ask(
     socket: &NetlinkSocket,
-    request: Request,
+    (kind, flags, extensions): (u16, u16, u8),
     tuple: &FourTuple,
     id: &[u8; SOCK_ID],
 ) -> SysResult<Vec<u8>> {
     const CALL: &str = "ask the socket monitor";
-    const TCP: u8 = 6;
-    let family: u8 = if tuple.local.is_ipv4() { 2 } else { 10 };
-    let length: u32 = 16 + 56;
-    const { assert!(HEADER + REQUEST == 16 + 56) };
-    let mut message = Vec::with_capacity(HEADER + REQUEST);
-    message.extend(length.to_ne_bytes());
-    message.extend(request.kind.to_ne_bytes());
-    message.extend(request.flags.to_ne_bytes());
-    message.extend([0; 8]); // sequence and port
-    message.extend([family, TCP, request.extensions, 0]);
-    message.extend(u32::MAX.to_ne_bytes()); // in any state
-    message.extend(id);
-    socket.send(&message)?;
+    let family = if tuple.local.is_ipv4() { Family::Ipv4 } else { Family::Ipv6 };
+    socket.send(&request(kind, flags, [family as u8, TCP, extensions, 0], u32::MAX, id))?;
     let mut answer = vec![0; 4096];
     let len = socket.receive(&mut answer)?.ok_or(SysError { call: CALL, errno: Errno::ENOENT })?;
     answer.truncate(len);
     if answer.get(4..6) == Some(&NLMSG_ERROR.to_ne_bytes()) {
-        let code = answer
-            .get(HEADER..HEADER + 4)
-            .and_then(|word| word.try_into().ok())
-            .map_or(0, i32::from_ne_bytes);
-        if code != 0 {
-            return Err(SysError { call: CALL, errno: Errno::from_raw(code.wrapping_neg()) });
+        match error_of(answer.get(HEADER..).unwrap_or_default()) {
+            Errno::UnknownErrno => answer.clear(),
+            errno => return Err(SysError { call: CALL, errno }),
         }
-        answer.clear();
     }
     Ok(answer)
+}
+
+const TCP: u8 = 6;
+/// INET_DIAG_INFO: the attributes about keys and upper layers come along with it only.
+const INFO: u8 = 1 << 1;
+
+/// A request: family, protocol and extensions, then states and id.
+fn request(kind: u16, flags: u16, what: [u8; 4], states: u32, id: &[u8; SOCK_ID]) -> Vec<u8> {
+    let length: u32 = 16 + 56;
+    const { assert!(HEADER + REQUEST == 16 + 56) };
+    let mut message = Vec::with_capacity(HEADER + REQUEST);
+    message.extend(length.to_ne_bytes());
+    message.extend(kind.to_ne_bytes());
+    message.extend(flags.to_ne_bytes());
+    message.extend([0; 8]); // sequence and port
+    message.extend(what);
+    message.extend(states.to_ne_bytes());
+    message.extend(id);
+    message
+}
+
+/// What a `struct nlmsgerr` says; an acknowledgement is the unknown error 0.
+fn error_of(payload: &[u8]) -> Errno {
+    let code = payload.get(..4).and_then(|word| word.try_into().ok()).map_or(0, i32::from_ne_bytes);
+    Errno::from_raw(code.wrapping_neg())
 }

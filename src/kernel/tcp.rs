@@ -249,14 +249,6 @@ pub fn has_upper_layer(fd: BorrowedFd<'_>) -> SysResult<bool> {
     }
 }
 
-/// Whether segments are signed by keys of the program (TCP-AO, RFC 5925; Linux 6.7).
-#[must_use]
-pub fn has_ao_keys(fd: BorrowedFd<'_>) -> bool {
-    const TCP_AO_INFO: i32 = 40;
-    // ENOENT without keys, another error on a kernel or a socket without TCP-AO.
-    super::sockopt::get_bytes(fd, libc::SOL_TCP, TCP_AO_INFO).is_ok()
-}
-
 /// What is needed of `struct tcp_info`.
 #[derive(Clone, Copy, Debug)]
 pub struct Info {

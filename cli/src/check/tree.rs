@@ -9,7 +9,7 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde::Serialize;
 use soccr::connection::{FourTuple, State};
-use soccr::kernel::{diag, sockopt, tcp};
+use soccr::kernel::{SysError, ao, diag, sockopt, tcp};
 
 use crate::print_json;
 use crate::runtime::Problem;
@@ -94,7 +94,7 @@ fn problems(socket: &Socket) -> Result<Vec<(bool, Problem)>> {
         "have the program do TLS itself: kernel TLS off (KTLS of OpenSSL and nginx)",
     );
     add(
-        tcp::has_ao_keys(fd),
+        ao::has_keys(fd)? == Some(true),
         "segments are signed (TCP-AO), and the keys cannot be read",
         "close it before the dump and connect again afterwards",
     );
@@ -175,10 +175,13 @@ fn has_md5_keys(socket: &Socket, tuple: Option<FourTuple>, state: u8) -> Result<
         // Bound to nothing, found by nobody; its keys go with the program that sets them again.
         None => return Ok(false),
     };
-    match socket.ns()?.run(|| diag::has_md5_keys(&tuple))? {
+    match socket.ns()?.run(|| diag::look_up(&tuple))? {
         // Closed meanwhile.
         Err(error) if error.errno == Errno::ENOENT => Ok(false),
-        answer => Ok(answer?),
+        Ok(seen) if !seen.shows_keys => {
+            Err(SysError { call: "ask the socket monitor for keys", errno: Errno::EPERM }.into())
+        }
+        answer => Ok(answer?.md5),
     }
 }
 

@@ -1,7 +1,7 @@
-//! What can go wrong in the agent; each error names the connection, the task or the file.
+//! What can go wrong in the agent; each error names the connection, the task or the file, and has its cause behind it
+//! (`soccr::chain` tells all).
 
 use procfs::ProcError;
-pub(super) use soccr::chain;
 use soccr::checkpoint::SaveError;
 use soccr::connection::FourTuple;
 use soccr::criu::image::ImageError;
@@ -15,14 +15,14 @@ use soccr::restore::RestoreError;
 
 /// The agent cannot do what it was asked.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum AgentError {
-    #[error("cannot walk the tree of tasks: {0}")]
-    Tree(ProcError),
-    #[error("pid {pid}: {source}")]
+pub enum AgentError {
+    #[error("cannot walk the tree of tasks")]
+    Tree(#[source] ProcError),
+    #[error("pid {pid}")]
     Task { pid: i32, source: SysError },
     #[error(transparent)]
     Find(#[from] FindError),
-    #[error("{}", chain(.0))]
+    #[error(transparent)]
     Lock(#[from] LockError),
     #[error(transparent)]
     LockName(#[from] BadLockName),
@@ -30,19 +30,21 @@ pub(super) enum AgentError {
     Option(#[from] BadOption),
     #[error(transparent)]
     Pause(#[from] PauseError),
-    #[error("{}", chain(.0))]
+    #[error(transparent)]
     Record(#[from] RecordError),
-    #[error("{} ({place})", chain(.source))]
+    #[error("{place}")]
     Save { place: Place, source: SaveError },
-    #[error("{tuple} ({place}): {}", chain(.source))]
+    #[error("{tuple} ({place})")]
     Image { tuple: FourTuple, place: Place, source: ImageError },
-    #[error("{}", chain(.0))]
+    #[error(transparent)]
     Images(#[from] ImageError),
-    #[error("{}", chain(.0))]
+    #[error(transparent)]
     NetNs(#[from] NetNsError),
-    #[error("{tuple} (pid {pid}): {source}")]
+    #[error("{tuple} (pid {pid})")]
     Socket { tuple: FourTuple, pid: i32, source: SysError },
-    #[error("image {file}: {}", chain(.source))]
+    #[error("{tuple} (pid {pid})")]
+    SocketNs { tuple: FourTuple, pid: i32, source: NetNsError },
+    #[error("image {file}")]
     Restore { file: String, source: RestoreError },
     #[error("{0} is alive in this network namespace: were these images restored already?")]
     Alive(FourTuple),
@@ -50,8 +52,10 @@ pub(super) enum AgentError {
     NotFound(String),
     #[error("a connection of this restore failed before")]
     FailedBefore,
-    #[error("no random id: {0}")]
-    Random(std::io::Error),
+    #[error("cannot stat the image folder")]
+    Folder(#[source] std::io::Error),
+    #[error("no random id")]
+    Random(#[source] std::io::Error),
     #[error(transparent)]
     Injected(#[from] crate::fault::Injected),
     #[error("pid {0} was killed before its connections were whole")]

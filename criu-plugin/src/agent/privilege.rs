@@ -1,9 +1,8 @@
 //! What the agent may do: only what its work needs, whatever criu may.
 
-#![allow(unsafe_code)]
-
 use caps::errors::CapsError;
 use caps::{CapSet, Capability, CapsHashSet};
+use nix::errno::Errno;
 
 /// The capabilities that the agent keeps, each with its reason. All others are dropped for good.
 pub const KEPT: [Capability; 8] = [
@@ -40,9 +39,22 @@ pub fn drop_others() -> Result<(), CapsError> {
 /// While connections are read, no program may take the agent's processor: should criu die then, the tasks run at once, and a
 /// socket that is in repair mode just then must be out of it before its task comes to it. Where that is not allowed
 /// the agent is as prompt as any other process.
-pub fn be_prompt(prompt: bool) {
-    let policy = if prompt { libc::SCHED_FIFO | libc::SCHED_RESET_ON_FORK } else { libc::SCHED_OTHER };
-    let parameters = libc::sched_param { sched_priority: i32::from(prompt) };
+pub fn be_prompt() {
+    let _ = set_policy(libc::SCHED_FIFO, 1);
+}
+
+/// Ends that. The flag that keeps children from being prompt stays: it may not be cleared without CAP_SYS_NICE.
+pub fn be_ordinary() {
+    if let Err(error) = set_policy(libc::SCHED_OTHER, 0) {
+        log::warn!("the agent stays a real-time process: {error}");
+    }
+}
+
+#[allow(unsafe_code)]
+fn set_policy(policy: libc::c_int, priority: libc::c_int) -> Result<(), Errno> {
+    let parameters = libc::sched_param { sched_priority: priority };
     // SAFETY: reads the live structure.
-    unsafe { libc::sched_setscheduler(0, policy, &raw const parameters) };
+    let ret =
+        unsafe { libc::sched_setscheduler(0, policy | libc::SCHED_RESET_ON_FORK, &raw const parameters) };
+    Errno::result(ret).map(drop)
 }

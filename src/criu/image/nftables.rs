@@ -14,9 +14,23 @@ use super::{ImageDir, ImageError};
 /// # Errors
 /// [`ImageError`] for the first file that cannot be read or replaced; files before it are changed.
 pub fn strip_table(dir: &ImageDir, family: &str, name: &str) -> Result<usize, ImageError> {
+    strip_table_elsewhere(dir, family, name, None)
+}
+
+/// As [`strip_table`], but for the rules of the network namespace with this id, which stay as they are.
+///
+/// # Errors
+/// As [`strip_table`].
+pub fn strip_table_elsewhere(
+    dir: &ImageDir,
+    family: &str,
+    name: &str,
+    kept: Option<u32>,
+) -> Result<usize, ImageError> {
+    let kept = kept.map(|id| format!("nftables-{id}.img"));
     let mut files = Vec::new();
     dir.for_each_name(|file| {
-        if file.starts_with("nftables-") && file.ends_with(".img") {
+        if file.starts_with("nftables-") && file.ends_with(".img") && kept.as_deref() != Some(file) {
             files.push(file.to_owned());
         }
     })?;
@@ -123,6 +137,17 @@ mod tests {
             strip(&format!("# a warning {{\n{OURS}\n{OTHER}")),
             (true, format!("# a warning {{\n\n{OTHER}"))
         );
+    }
+
+    #[test]
+    fn leaves_the_rules_of_one_namespace() {
+        let folder = tempfile::tempdir().unwrap();
+        for id in [9, 10] {
+            std::fs::write(folder.path().join(format!("nftables-{id}.img")), OURS).unwrap();
+        }
+        let dir = ImageDir::open(folder.path()).unwrap();
+        assert_eq!(strip_table_elsewhere(&dir, "inet", "CRIU-0a1b", Some(9)).unwrap(), 1);
+        assert_eq!(std::fs::read_to_string(folder.path().join("nftables-9.img")).unwrap(), OURS);
     }
 
     #[test]

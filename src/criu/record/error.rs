@@ -83,6 +83,17 @@ pub enum RecordError {
         /// Who restores it.
         criu: ProcessId,
     },
+    /// The images name the record of another dump.
+    #[error(
+        "the images name the dump {id} (into {folder}) as theirs, but hold other connections than it locked: they \
+         are not restored, or its lock would go (if that dump is not needed any more: soccr clean {id})"
+    )]
+    OtherDump {
+        /// The record.
+        id: RecordId,
+        /// Where the dump's images are.
+        folder: String,
+    },
     /// An environment variable has a value that means nothing.
     #[error(transparent)]
     Option(#[from] BadOption),

@@ -27,7 +27,7 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 
 use crate::connection::FourTuple;
-use crate::criu::tasks::{Found, Place, ProcessId};
+use crate::criu::tasks::{FoundConnection, Place, ProcessId};
 use crate::kernel::netns::NetNs;
 use crate::kernel::process::RemoteFd;
 use crate::kernel::sockopt;
@@ -182,8 +182,8 @@ impl ConnectionRecord {
     }
 }
 
-impl From<&Found> for ConnectionRecord {
-    fn from(found: &Found) -> Self {
+impl From<&FoundConnection> for ConnectionRecord {
+    fn from(found: &FoundConnection) -> Self {
         let owner = match found.place {
             Place::Table(pid, fd) | Place::InFlight(pid, fd) => Some((pid, fd)),
             Place::Given => None,

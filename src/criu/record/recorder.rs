@@ -1,5 +1,7 @@
 //! Who keeps a record while a dump or a restore goes on.
 
+use std::collections::HashSet;
+use std::net::IpAddr;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -10,6 +12,7 @@ use super::{
     ConnectionRecord, Folder, LockRecord, NsId, Phase, Record, RecordError, RecordId, State, Store,
     current_boot, own_pid_ns,
 };
+use crate::connection::FourTuple;
 use crate::criu::tasks::ProcessId;
 use crate::kernel::netns::NetNs;
 use crate::lock::BadOption;
@@ -66,6 +69,35 @@ impl Recorder {
     /// # Errors
     /// [`RecordError::AtWork`] when another criu restores it right now, and whatever is wrong with the record.
     pub fn take_over(id: &RecordId, criu: i32) -> Result<Option<Self>, RecordError> {
+        Self::take_over_if(id, criu, |_, _| Ok(()))
+    }
+
+    /// As [`take_over`](Self::take_over), for a restore of these connections.
+    ///
+    /// Images can come from anybody, and name any record. So the record must tell of the very connections that they hold:
+    /// wherever it is, such a folder is the dump or a copy of it, and what it releases it also restores.
+    ///
+    /// # Errors
+    /// [`RecordError::OtherDump`] when it tells of others, and as [`take_over`](Self::take_over).
+    pub fn take_over_for(
+        id: &RecordId,
+        criu: i32,
+        connections: impl Iterator<Item = FourTuple>,
+    ) -> Result<Option<Self>, RecordError> {
+        Self::take_over_if(id, criu, |record, recorded| {
+            let recorded = comparable(recorded.iter().map(ConnectionRecord::tuple));
+            if comparable(connections) == recorded {
+                return Ok(());
+            }
+            Err(RecordError::OtherDump { id: id.clone(), folder: record.images.path.clone() })
+        })
+    }
+
+    fn take_over_if(
+        id: &RecordId,
+        criu: i32,
+        check: impl FnOnce(&Record, &[ConnectionRecord]) -> Result<(), RecordError>,
+    ) -> Result<Option<Self>, RecordError> {
         if !is_on()? {
             return Ok(None);
         }
@@ -75,6 +107,7 @@ impl Recorder {
             store.remove(id)?;
             return Ok(None);
         }
+        check(&record, &connections)?;
         let criu = identify(criu)?;
         if record.state() == State::Restoring && record.criu != criu {
             return Err(RecordError::AtWork { id: id.clone(), criu: record.criu });
@@ -137,6 +170,11 @@ impl Recorder {
     /// Says that CRIU's own locks are removed.
     pub fn forget_criu_locks(&mut self) {
         self.record.criu_locks.clear();
+    }
+
+    /// Says that this lock is not there any more.
+    pub fn forget_lock(&mut self, lock: &LockRecord) {
+        self.record.locks.retain(|known| known != lock);
     }
 
     /// Says which locks there are.
@@ -210,6 +248,13 @@ impl Recorder {
             _ => Ok(()),
         }
     }
+}
+
+/// What images and records both tell of connections that packets can reach.
+fn comparable(tuples: impl Iterator<Item = FourTuple>) -> HashSet<[(IpAddr, u16); 2]> {
+    let ends =
+        tuples.map(|tuple| [tuple.local, tuple.remote].map(|end| (end.ip().to_canonical(), end.port())));
+    ends.filter(|ends| ends.iter().all(|(_, port)| *port != 0)).collect()
 }
 
 fn is_on() -> Result<bool, BadOption> {

@@ -13,7 +13,7 @@ use crate::kernel::{SysError, sockopt};
 
 /// A queued message that carries descriptors.
 #[derive(Debug)]
-pub struct Packet {
+pub struct Message {
     /// Duplicates of what it carries, in order.
     pub files: Vec<OwnedFd>,
 }
@@ -27,7 +27,7 @@ pub fn is_unix(socket: BorrowedFd<'_>) -> bool {
 ///
 /// # Errors
 /// The kernel's answer; EMFILE when more descriptors are in flight than this process may hold.
-pub fn peek(socket: BorrowedFd<'_>) -> Result<Vec<Packet>, SysError> {
+pub fn peek(socket: BorrowedFd<'_>) -> Result<Vec<Message>, SysError> {
     let before = sockopt::peek_offset(socket)?;
     sockopt::set_peek_offset(socket, 0)?;
     let found = peek_all(socket);
@@ -35,7 +35,7 @@ pub fn peek(socket: BorrowedFd<'_>) -> Result<Vec<Packet>, SysError> {
     found
 }
 
-fn peek_all(socket: BorrowedFd<'_>) -> Result<Vec<Packet>, SysError> {
+fn peek_all(socket: BorrowedFd<'_>) -> Result<Vec<Message>, SysError> {
     /// SCM_MAX_FD of the kernel.
     const MOST: usize = 253;
     let mut data = vec![0; 1 << 16];
@@ -56,7 +56,7 @@ fn peek_all(socket: BorrowedFd<'_>) -> Result<Vec<Packet>, SysError> {
         }
         let end = message.bytes == 0 && files.is_empty();
         if !files.is_empty() {
-            found.push(Packet { files });
+            found.push(Message { files });
         }
         if end && sockopt::kind(socket)? != libc::SOCK_DGRAM {
             return Ok(found);

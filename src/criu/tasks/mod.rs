@@ -2,6 +2,7 @@
 
 mod identity;
 pub mod in_flight;
+mod keys;
 mod sockets;
 
 use std::collections::VecDeque;
@@ -17,7 +18,7 @@ use crate::kernel::netns::NetNs;
 use crate::kernel::process::{self, RemoteFd};
 
 pub use identity::ProcessId;
-pub use sockets::{FindError, Finder, Found, Place, Walker};
+pub use sockets::{FindError, Finder, FoundConnection, Place, SocketNamespaces, Walker};
 
 /// A task of the dump or the restore.
 #[derive(Debug)]

@@ -2,21 +2,22 @@
 
 use std::collections::{HashMap, HashSet};
 use std::fmt;
-use std::os::fd::{AsFd, OwnedFd};
+use std::net::SocketAddr;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use nix::errno::Errno;
 
 use crate::connection::FourTuple;
 use crate::kernel::netns::{NetNs, NetNsError};
 use crate::kernel::process::RemoteFd;
-use crate::kernel::{SysError, sockopt, tcp};
+use crate::kernel::{SysError, addr, ao, sockopt};
 use crate::repair::four_tuple;
 
-use super::{Task, in_flight};
+use super::{Task, in_flight, keys};
 
 /// A connection that is to be carried.
 #[derive(Debug)]
-pub struct Found {
+pub struct FoundConnection {
     /// Our duplicate of the socket.
     pub socket: OwnedFd,
     /// Its inode, which names its image.
@@ -75,6 +76,27 @@ pub enum FindError {
         /// Why.
         why: &'static str,
     },
+    /// A socket without a peer has what CRIU would lose.
+    #[error("{local} ({place}), not connected: {why}")]
+    RefusedUnconnected {
+        /// The socket's own end.
+        local: SocketAddr,
+        /// Where it was found.
+        place: Place,
+        /// Why.
+        why: &'static str,
+    },
+    /// The socket monitor failed.
+    #[error("{ns}: the keys of the connections cannot be told: {source}")]
+    Monitor {
+        /// The namespace that was asked for.
+        ns: NetNs,
+        /// The kernel's answer.
+        source: SysError,
+    },
+    /// A network namespace could not be entered.
+    #[error(transparent)]
+    Enter(#[from] NetNsError),
 }
 
 /// Visits each socket once, however many descriptors lead to it: those in tasks' tables and, inside unix sockets,
@@ -121,8 +143,8 @@ impl Walker {
         visit: &mut dyn FnMut(OwnedFd, Place) -> Result<(), FindError>,
     ) -> Result<(), FindError> {
         let sys = |error| FindError::Sys(place, error);
-        let packets = in_flight::peek(unix.as_fd()).map_err(sys)?;
-        for socket in packets.into_iter().flat_map(|packet| packet.files) {
+        let messages = in_flight::peek(unix.as_fd()).map_err(sys)?;
+        for socket in messages.into_iter().flat_map(|message| message.files) {
             if !in_flight::is_unix(socket.as_fd()) {
                 visit(socket, place)?;
             } else if self.unix.insert(sockopt::cookie(socket.as_fd()).map_err(sys)?) {
@@ -133,17 +155,29 @@ impl Walker {
     }
 }
 
-/// Finds each connection once, however many descriptors lead to it.
+/// Finds each connection once, however many descriptors lead to it, and refuses those that cannot be carried.
 #[derive(Debug, Default)]
 pub struct Finder {
     walker: Walker,
-    known: Known,
+    seen: HashSet<u64>,
+    namespaces: SocketNamespaces,
+    /// Whether the kernel has TCP-AO at all, once that is known.
+    no_ao: bool,
 }
 
-#[derive(Debug, Default)]
-struct Known {
-    cookies: HashSet<u64>,
-    namespaces: HashMap<u64, NetNs>,
+/// A socket that never had a peer: a listener or a fresh one. It is CRIU's matter, but for its keys.
+#[derive(Debug)]
+pub(super) struct Unconnected {
+    pub cookie: u64,
+    pub local: SocketAddr,
+    pub ns: NetNs,
+    pub place: Place,
+}
+
+/// What a TCP socket is to the finder.
+enum Kind {
+    Connection(FoundConnection),
+    Unconnected(Unconnected),
 }
 
 impl Finder {
@@ -151,13 +185,29 @@ impl Finder {
     ///
     /// # Errors
     /// [`FindError`].
-    pub fn of_task(&mut self, task: &Task) -> Result<Vec<Found>, FindError> {
-        let mut found = Vec::new();
-        let Self { walker, known } = self;
-        walker.walk(task, |socket, place| {
-            found.extend(known.connection(socket, place)?);
-            Ok(())
-        })?;
+    pub fn of_task(&mut self, task: &Task) -> Result<Vec<FoundConnection>, FindError> {
+        self.of_tasks(std::slice::from_ref(task))
+    }
+
+    /// The connections of tasks that were not found before.
+    ///
+    /// # Errors
+    /// [`FindError`].
+    pub fn of_tasks(&mut self, tasks: &[Task]) -> Result<Vec<FoundConnection>, FindError> {
+        let (mut found, mut unconnected) = (Vec::new(), Vec::new());
+        let mut walker = std::mem::take(&mut self.walker);
+        for task in tasks {
+            walker.walk(task, |socket, place| {
+                match self.examine(socket, place)? {
+                    Some(Kind::Connection(connection)) => found.push(connection),
+                    Some(Kind::Unconnected(socket)) => unconnected.push(socket),
+                    None => {}
+                }
+                Ok(())
+            })?;
+        }
+        self.walker = walker;
+        keys::refuse(&found, &unconnected)?;
         Ok(found)
     }
 
@@ -166,29 +216,37 @@ impl Finder {
     ///
     /// # Errors
     /// [`FindError`].
-    pub fn connection(&mut self, socket: OwnedFd, place: Place) -> Result<Option<Found>, FindError> {
-        self.known.connection(socket, place)
+    pub fn connection(
+        &mut self,
+        socket: OwnedFd,
+        place: Place,
+    ) -> Result<Option<FoundConnection>, FindError> {
+        let Some(Kind::Connection(found)) = self.examine(socket, place)? else { return Ok(None) };
+        keys::refuse(std::slice::from_ref(&found), &[])?;
+        Ok(Some(found))
     }
-}
 
-impl Known {
-    fn connection(&mut self, socket: OwnedFd, place: Place) -> Result<Option<Found>, FindError> {
+    fn examine(&mut self, socket: OwnedFd, place: Place) -> Result<Option<Kind>, FindError> {
         let sys = |error| FindError::Sys(place, error);
         if !sockopt::is_tcp(socket.as_fd()) {
             return Ok(None);
         }
-        // A socket that never had a peer (a listener, a fresh one) is CRIU's matter.
-        let Ok(tuple) = four_tuple(socket.as_fd()) else { return Ok(None) };
-        if tuple.remote.port() == 0 {
-            return Ok(None);
-        }
         let cookie = sockopt::cookie(socket.as_fd()).map_err(sys)?;
-        if !self.cookies.insert(cookie) {
+        if !self.seen.insert(cookie) {
             return Ok(None);
         }
-        if tcp::has_upper_layer(socket.as_fd()).map_err(sys)? {
-            let why = "a protocol on top of TCP in the kernel (TLS) cannot be carried";
-            return Err(FindError::Refused { tuple, place, why });
+        let tuple = four_tuple(socket.as_fd()).ok().filter(|tuple| tuple.remote.port() != 0);
+        let has_ao_keys = !self.no_ao && self.has_ao_keys(&socket, place)?;
+        let Some(tuple) = tuple else {
+            let local = addr::local(socket.as_fd()).map_err(sys)?;
+            if has_ao_keys {
+                return Err(FindError::RefusedUnconnected { local, place, why: keys::AO });
+            }
+            let ns = self.namespaces.of(socket.as_fd()).map_err(|error| FindError::NetNs(place, error))?;
+            return Ok(Some(Kind::Unconnected(Unconnected { cookie, local, ns, place })));
+        };
+        if has_ao_keys {
+            return Err(FindError::Refused { tuple, place, why: keys::AO });
         }
         let inode = nix::sys::stat::fstat(&socket)
             .map_err(|errno| sys(SysError { call: "stat a socket", errno }))?
@@ -197,16 +255,34 @@ impl Known {
             let why = "its inode number does not fit CRIU's images";
             return Err(FindError::Refused { tuple, place, why });
         };
-        let ns = self.namespace(&socket, place)?;
-        Ok(Some(Found { socket, inode, cookie, tuple, ns, place }))
+        let ns = self.namespaces.of(socket.as_fd()).map_err(|error| FindError::NetNs(place, error))?;
+        Ok(Some(Kind::Connection(FoundConnection { socket, inode, cookie, tuple, ns, place })))
     }
 
-    fn namespace(&mut self, socket: &OwnedFd, place: Place) -> Result<NetNs, FindError> {
-        let open = || NetNs::of_socket(socket.as_fd()).map_err(|error| FindError::NetNs(place, error));
-        let Ok(cookie) = sockopt::netns_cookie(socket.as_fd()) else { return open() };
-        match self.namespaces.get(&cookie) {
+    /// A kernel without TCP-AO is asked once.
+    fn has_ao_keys(&mut self, socket: &OwnedFd, place: Place) -> Result<bool, FindError> {
+        let keys = ao::has_keys(socket.as_fd()).map_err(|error| FindError::Sys(place, error))?;
+        self.no_ao = keys.is_none();
+        Ok(keys == Some(true))
+    }
+}
+
+/// The network namespaces of sockets, each opened once.
+#[derive(Debug, Default)]
+pub struct SocketNamespaces {
+    by_cookie: HashMap<u64, NetNs>,
+}
+
+impl SocketNamespaces {
+    /// The namespace that the socket was made in.
+    ///
+    /// # Errors
+    /// [`NetNsError`].
+    pub fn of(&mut self, socket: BorrowedFd<'_>) -> Result<NetNs, NetNsError> {
+        let Ok(cookie) = sockopt::netns_cookie(socket) else { return NetNs::of_socket(socket) };
+        match self.by_cookie.get(&cookie) {
             Some(ns) => Ok(ns.clone()),
-            None => Ok(self.namespaces.entry(cookie).or_insert(open()?).clone()),
+            None => Ok(self.by_cookie.entry(cookie).or_insert(NetNs::of_socket(socket)?).clone()),
         }
     }
 }

@@ -3,14 +3,15 @@
 use std::os::fd::BorrowedFd;
 use std::sync::Mutex;
 
+use nix::sys::signal::{Signal, kill};
 use nix::unistd::{Pid, getpid};
-use soccr::criu::record::{Phase, Store};
-use soccr::criu::tasks::ProcessId;
 
-use crate::abi::ENOTSUP;
-use crate::agent::{self, Job};
-use crate::channel::{AskError, Client, Request};
-use crate::{host, mode, solo};
+use super::abi::ENOTSUP;
+use super::client::{AskError, Client};
+use super::{host, mode, solo, start};
+use crate::agent::Job;
+use crate::fault;
+use crate::protocol::Request;
 
 /// What criu does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,15 +42,27 @@ struct Session {
 
 static SESSION: Mutex<Option<Session>> = Mutex::new(None);
 
-/// Calls `f` with the session, if there is one in this very process: criu's children inherit the memory, but they
-/// have no business with the agent.
-fn with<R>(f: impl FnOnce(&Session) -> R) -> Option<R> {
-    let session = SESSION.lock().ok()?;
-    session.as_ref().filter(|session| session.criu == getpid()).map(f)
+/// Does this with the session, if there is one in this very process: criu's children inherit the memory, but they have no
+/// business with the agent. After a panic nobody knows how far the session is: that is a failure.
+fn with(work: impl FnOnce(&Session) -> Result<(), AskError>) -> Result<(), HookError> {
+    let session = SESSION.lock().map_err(|_| HookError::Poisoned)?;
+    match session.as_ref().filter(|session| session.criu == getpid()) {
+        Some(session) => Ok(work(session)?),
+        None => Ok(()),
+    }
+}
+
+/// A hook failed.
+#[derive(Debug, thiserror::Error)]
+enum HookError {
+    #[error(transparent)]
+    Ask(#[from] AskError),
+    #[error("the plugin panicked before")]
+    Poisoned,
 }
 
 /// CRIU stops at the first plugin that answers, so success is "not mine" too, for the others' sake.
-fn answered(result: Result<(), AskError>) -> i32 {
+fn answered(result: Result<(), HookError>) -> i32 {
     match result {
         Ok(()) => ENOTSUP,
         Err(error) => {
@@ -65,96 +78,97 @@ pub fn begin(stage: Stage) -> i32 {
         host::print(log::Level::Info, &format!("stands aside: {reason}"));
         return 0;
     }
-    let result = start(stage);
+    let result = started(stage);
     if let Err(error) = &result {
         host::print(log::Level::Error, error);
     }
     if result.is_ok() { 0 } else { -1 }
 }
 
-fn start(stage: Stage) -> Result<(), String> {
+fn started(stage: Stage) -> Result<(), String> {
     let job = if stage == Stage::Dump { Job::Dump } else { Job::Restore };
-    let client = agent::spawn(job, host::image_dir()).map_err(|error| error.to_string())?;
+    let client = start::with_images(job).map_err(|error| error.to_string())?;
     if stage == Stage::Dump {
         host::pin()?;
     } else {
         client.ask(Request::Prepare, None).map_err(|error| error.to_string())?;
     }
-    if let Ok(mut session) = SESSION.lock() {
-        *session = Some(Session { stage, criu: getpid(), client });
-    }
+    let mut session = SESSION.lock().map_err(|_| HookError::Poisoned.to_string())?;
+    *session = Some(Session { stage, criu: getpid(), client });
     Ok(())
 }
 
 /// CHECKPOINT_DEVICES.
 pub fn checkpoint(pid: i32) -> i32 {
-    with(|session| answered(cleaned(session.client.ask(Request::Checkpoint(pid), None)))).unwrap_or(ENOTSUP)
+    answered(with(|session| cleaned(session.client.ask(Request::Checkpoint(pid), None))))
 }
 
 /// Has a fresh agent undo what a dead one has left, while the tasks are still frozen.
 fn cleaned(result: Result<(), AskError>) -> Result<(), AskError> {
     if let Err(AskError::Gone { .. }) = result {
-        successor(Job::Clean, Request::Clean);
+        clean_up();
     }
     result
 }
 
-/// Starts an agent after the first one's death and asks it this; `None` when that is not done.
-fn successor(job: Job, request: Request) -> Option<Client> {
-    // CRIU has closed the folder when it comes to its end.
-    let images = host::image_dir().filter(|_| job != Job::Clean);
-    let asked = match agent::spawn(job, images) {
-        Ok(client) => client.ask(request, None).map(|()| client).map_err(|error| error.to_string()),
-        Err(error) => Err(error.to_string()),
-    };
-    let report = |error: &String| {
+fn clean_up() {
+    let asked = start::to_clean().map_err(|error| error.to_string());
+    report(asked.and_then(|client| client.ask(Request::Clean, None).map_err(|error| error.to_string())));
+}
+
+fn report(undone: Result<(), String>) {
+    if let Err(error) = undone {
         let text = format!("the agent has died, and its work is not undone ({error}): see soccr status");
         host::print(log::Level::Error, &text);
-    };
-    asked.inspect_err(report).ok()
+    }
 }
 
 /// POST_FORKING.
 pub fn post_forking() -> i32 {
-    with(|session| answered(session.client.ask(Request::Forked, None))).unwrap_or(ENOTSUP)
+    answered(with(|session| session.client.ask(Request::Forked, None)))
 }
 
 /// RESUME_DEVICES_LATE. CRIU ignores the answer, so a task whose connections are not whole is killed: that
 /// makes the restore fail.
 pub fn resume(pid: i32) -> i32 {
-    let result = with(|session| session.client.ask(Request::Resume(pid), None)).unwrap_or(Ok(()));
-    if let Err(AskError::Gone { committed }) = result
-        && (committed || is_waking())
-    {
-        // All connections were whole: what is left to do is to unlock and to wake them.
-        host::print(log::Level::Warn, "the agent has died while it woke the connections");
-        successor(Job::Clean, Request::Clean);
-        return ENOTSUP;
-    }
+    let result = with(|session| {
+        let _ = fault::point("hook.resume");
+        match session.client.ask(Request::Resume(pid), None) {
+            Err(AskError::Gone { committed }) if completed() || committed => {
+                host::print(log::Level::Warn, "the agent has died while it woke the connections");
+                Ok(())
+            }
+            other => other,
+        }
+    });
     if result.is_err() {
-        host::print(log::Level::Error, &format!("kills task {pid}, whose connections cannot be restored"));
-        let _ = nix::sys::signal::kill(Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL);
+        fail_task(pid);
     }
     answered(result)
 }
 
-/// Whether the record says that all connections of this restore were whole. From there on peers' packets may have
-/// passed, even if the agent died before it could tell us: a task that is killed then would lose its connections.
-fn is_waking() -> bool {
-    let Ok(criu) = ProcessId::this() else { return false };
-    let listed = Store::open().ok().flatten().and_then(|store| store.list().ok()).unwrap_or_default();
-    let mut records = listed.into_iter().filter_map(|listed| listed.record.ok());
-    records.any(|record| record.criu == criu && record.phase == Phase::Waking)
+/// Kills a task whose connections are not whole.
+pub fn fail_task(pid: i32) {
+    host::print(log::Level::Error, &format!("kills task {pid}, whose connections cannot be restored"));
+    let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+}
+
+/// Whether all connections were whole when the agent of a restore died. From there on peers' packets may have passed, even
+/// if it could not tell us: a task that is killed then would lose its connections. A new agent reads that in the record,
+/// and does what is left to do: to unlock and to wake them.
+fn completed() -> bool {
+    start::to_clean().is_ok_and(|client| client.ask(Request::Complete, None).is_ok())
 }
 
 /// DUMP_EXT_FILE.
 pub fn dump_file(fd: i32, id: i32) -> i32 {
     let Some(file) = solo::tcp_socket(fd) else { return ENOTSUP };
-    with(|session| match cleaned(session.client.ask(Request::DumpFile(id), Some(file))) {
-        Ok(()) => 0,
-        failed => answered(failed),
-    })
-    .unwrap_or(ENOTSUP)
+    let mut mine = false;
+    let result = with(|session| {
+        mine = true;
+        cleaned(session.client.ask(Request::DumpFile(id), Some(file)))
+    });
+    if result.is_ok() && mine { 0 } else { answered(result) }
 }
 
 /// RESTORE_EXT_FILE, which CRIU calls in the process that is being restored, where the agent is out of reach.
@@ -171,7 +185,10 @@ pub fn restore_file(id: i32) -> i32 {
 
 /// exit().
 pub fn end(ret: i32) {
-    let Ok(mut guard) = SESSION.lock() else { return };
+    let Ok(mut guard) = SESSION.lock() else {
+        host::print(log::Level::Error, &HookError::Poisoned.to_string());
+        return;
+    };
     let Some(session) = guard.as_mut().filter(|session| session.criu == getpid()) else { return };
     let request = match session.stage {
         Stage::Dump => Request::DumpEnd(ret),
@@ -181,15 +198,19 @@ pub fn end(ret: i32) {
         (Ok(()), _) => {}
         // The tasks are still frozen, but nobody watches what becomes of them.
         (Err(AskError::Gone { .. }), Stage::Dump) if ret == 0 => {
-            if let Some(client) = successor(Job::TakeOver, request) {
+            let started = start::with_images(Job::TakeOver).map_err(|error| error.to_string());
+            let asked = started.and_then(|client| {
+                client.ask(request, None).map_err(|error| error.to_string())?;
                 session.client = client;
-            }
+                Ok(())
+            });
+            report(asked);
         }
-        (Err(AskError::Gone { .. }), _) => drop(successor(Job::Clean, Request::Clean)),
+        (Err(AskError::Gone { .. }), _) => clean_up(),
         (Err(error), _) => host::print(log::Level::Error, &error.to_string()),
     }
     if session.stage == Stage::Dump && getpid() == Pid::from_raw(1) {
-        agent::reap_itself();
+        start::let_children_vanish();
     }
     if session.stage == Stage::Restore {
         *guard = None;

@@ -2,10 +2,12 @@
 
 use std::sync::Mutex;
 
-use log::{Log, Metadata, Record};
+use log::{LevelFilter, Log, Metadata, Record};
+use soccr::chain;
 
-use crate::channel::Answer;
-use crate::host;
+use super::server::Answer;
+use crate::agent::error::AgentError;
+use crate::protocol::Reply;
 
 static CURRENT: Mutex<Option<Answer>> = Mutex::new(None);
 static LOGGER: Logger = Logger;
@@ -18,29 +20,25 @@ impl Log for Logger {
     }
 
     fn log(&self, record: &Record<'_>) {
-        if let Ok(current) = CURRENT.lock()
-            && let Some(answer) = &*current
-        {
-            answer.log(record.level(), &record.args().to_string());
-        }
+        reply(Reply::Log(record.level(), record.args().to_string().as_bytes()));
     }
 
     fn flush(&self) {}
 }
 
 /// Makes this the process's log.
-pub fn install() {
+pub fn install(level: LevelFilter) {
     if log::set_logger(&LOGGER).is_ok() {
-        log::set_max_level(host::log_level());
+        log::set_max_level(level);
     }
 }
 
 /// Sends the log lines of `work` along with the answer, then its result; says whether it was done.
-pub fn answering<E: std::fmt::Display>(answer: Answer, work: impl FnOnce() -> Result<(), E>) -> bool {
+pub fn answering(answer: Answer, work: impl FnOnce() -> Result<(), AgentError>) -> bool {
     set(answer.duplicate().ok());
     let result = work();
     if let Err(error) = &result {
-        log::error!("{error}");
+        log::error!("{}", chain(error));
     }
     set(None);
     answer.finish(result.is_ok());
@@ -49,10 +47,14 @@ pub fn answering<E: std::fmt::Display>(answer: Answer, work: impl FnOnce() -> Re
 
 /// Tells whoever waits for the answer that there is no way back from here on.
 pub fn commit() {
+    reply(Reply::Committed);
+}
+
+fn reply(reply: Reply<'_>) {
     if let Ok(current) = CURRENT.lock()
         && let Some(answer) = &*current
     {
-        answer.commit();
+        answer.send(reply);
     }
 }
 

@@ -2,7 +2,8 @@
 
 use std::path::PathBuf;
 
-use crate::session::Stage;
+use super::host;
+use super::session::Stage;
 
 /// Why CRIU is left alone with TCP; `None` when the plugin does the work.
 ///
@@ -21,7 +22,7 @@ pub fn stand_aside(stage: Stage) -> Option<String> {
 
 fn log_unknown(value: &str) {
     let text = format!("SOCCR_TCP={value} is unknown (carry or close); connections are carried");
-    crate::host::print(log::Level::Warn, &text);
+    host::print(log::Level::Warn, &text);
 }
 
 fn established_only() -> bool {

@@ -103,27 +103,17 @@ fn symbol_size(address: *const c_void) -> Option<usize> {
     usize::try_from(size).ok()
 }
 
-/// What CRIU means to do with the tasks after a dump, as far as it can be told.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum FinalState {
-    /// They run on (`--leave-running`).
-    Alive,
-    /// Killed, left stopped, or unknown.
-    Other,
-}
-
-/// A hint: the first `int` of CRIU's options was the tasks' final state in every version so far.
+/// Whether CRIU means to let the tasks run on after a dump (`--leave-running`). A hint: the first `int` of CRIU's
+/// options was the tasks' final state in every version so far.
 #[must_use]
-pub fn final_state() -> FinalState {
+#[allow(unsafe_code)]
+pub fn tasks_stay_alive() -> bool {
     const TASK_ALIVE: c_int = 1;
     // SAFETY: `opts` is a structure of CRIU, larger than an int.
-    match symbol(c"opts").map(|opts| unsafe { opts.cast::<c_int>().read() }) {
-        Some(TASK_ALIVE) => FinalState::Alive,
-        _ => FinalState::Other,
-    }
+    symbol(c"opts").is_some_and(|opts| unsafe { opts.cast::<c_int>().read() } == TASK_ALIVE)
 }
 
-/// Keeps this library in memory after CRIU unloads it, for [`crate::abi::at_exit`], and registers that.
+/// Keeps this library in memory after CRIU unloads it, for [`at_exit`](super::abi::at_exit), and registers that.
 ///
 /// # Errors
 /// When the loader does not find the library that this code is in.
@@ -138,7 +128,7 @@ pub fn pin() -> Result<(), &'static str> {
         libc::dlopen(info.dli_fname, libc::RTLD_LAZY | libc::RTLD_NODELETE | libc::RTLD_NOLOAD)
     };
     // SAFETY: registers a function of a library that is never unloaded from here on.
-    if handle.is_null() || unsafe { libc::atexit(crate::abi::at_exit) } != 0 {
+    if handle.is_null() || unsafe { libc::atexit(super::abi::at_exit) } != 0 {
         return Err("the plugin cannot be pinned in memory");
     }
     Ok(())

@@ -9,7 +9,7 @@ const SHARE: usize = 64;
 
 /// Does `work` on each of `items` until one fails, each thread with a state of its own. Gives what was done, in any
 /// order, whether or not the rest failed. Items that nobody came to are dropped.
-pub(super) fn for_each<T: Send, S, R: Send, E: Send>(
+pub fn for_each<T: Send, S, R: Send, E: Send>(
     items: Vec<T>,
     state: impl Fn() -> S + Sync,
     work: impl Fn(&mut S, T) -> Result<R, E> + Sync,

@@ -15,16 +15,16 @@ use soccr::kernel::{SysError, addr, sockopt, tcp};
 use soccr::repair::Paused;
 use soccr::restore::RoomForQueues;
 
-use super::AgentError;
+use crate::agent::AgentError;
 use crate::fault;
 
 /// The file id of a connection, and the socket of a restored task in which it is to be built.
-pub(super) type Wanted = (u32, OwnedFd);
+pub type Wanted = (u32, OwnedFd);
 
 /// A connection that is built, still in repair mode, and waits for the others. Dropping it closes the agent's
 /// descriptor without a word to the peer.
 #[derive(Debug)]
-pub(super) struct Built {
+pub struct Built {
     /// Until [`Built::into_paused`] or the drop takes it.
     paused: Option<Paused<OwnedFd>>,
     pub tuple: FourTuple,
@@ -53,7 +53,7 @@ impl Drop for Built {
 
 /// What all connections of one task are built from. Many threads may use it.
 #[derive(Debug)]
-pub(super) struct Builder<'a> {
+pub struct Builder<'a> {
     pub images: &'a ImageDir,
     pub index: &'a Index,
     pub forge: &'a Forge,
@@ -106,7 +106,7 @@ impl Builder<'_> {
 }
 
 /// The kernel lets the tasks run as soon as criu is dead, whole or not.
-pub(super) fn must_live(criu: &Task) -> Result<(), AgentError> {
+pub fn must_live(criu: &Task) -> Result<(), AgentError> {
     if criu.gone() { Err(AgentError::Protocol("criu is gone")) } else { Ok(()) }
 }
 

@@ -6,8 +6,9 @@ use std::ffi::{c_char, c_int, c_uint, c_void};
 use std::mem::{offset_of, size_of};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use crate::host;
-use crate::session::{self, Stage};
+use super::host;
+use super::session::{self, Stage};
+use crate::fault;
 
 /// "Not mine": CRIU goes on to the next plugin, and does without one where there is none.
 pub const ENOTSUP: c_int = -libc::ENOTSUP;
@@ -72,7 +73,7 @@ pub static mut CR_PLUGIN_DESC: PluginDesc = PluginDesc {
 static FIT_HOST: extern "C" fn() = fit_host;
 
 extern "C" fn fit_host() {
-    let known = host::hook_count().unwrap_or(HOOKS_OF_4_0);
+    let known = host::hook_count().filter(|_| fault::point("hook.count").is_ok()).unwrap_or(HOOKS_OF_4_0);
     if let Ok(most) = c_uint::try_from(HOOKS) {
         // SAFETY: the loader runs this before anybody can look the symbol up.
         unsafe { CR_PLUGIN_DESC.max_hooks = known.clamp(HOOKS_OF_4_0, most) };
@@ -81,9 +82,14 @@ extern "C" fn fit_host() {
 
 /// A panic ends as an error code at this boundary.
 fn guarded(failure: c_int, body: impl FnOnce() -> c_int) -> c_int {
+    guarded_or(|| failure, body)
+}
+
+/// As [`guarded`], where a failure takes more than a number.
+fn guarded_or(failure: impl FnOnce() -> c_int, body: impl FnOnce() -> c_int) -> c_int {
     catch_unwind(AssertUnwindSafe(body)).unwrap_or_else(|_| {
         host::print(log::Level::Error, "the plugin panicked");
-        failure
+        failure()
     })
 }
 
@@ -109,7 +115,11 @@ extern "C" fn post_forking() -> c_int {
 }
 
 extern "C" fn resume_devices_late(pid: c_int) -> c_int {
-    guarded(-1, || session::resume(pid))
+    let failure = || {
+        session::fail_task(pid); // CRIU ignores the number
+        -1
+    };
+    guarded_or(failure, || session::resume(pid))
 }
 
 extern "C" fn dump_ext_file(fd: c_int, id: c_int) -> c_int {

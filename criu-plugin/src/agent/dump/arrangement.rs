@@ -1,0 +1,90 @@
+//! Makes the images ones that stock CRIU restores with `--tcp-established`: it must find no `tcp_close` in them, and a
+//! lock that it removes by itself.
+
+use soccr::criu::image::index::Index;
+use soccr::criu::image::inventory::{self, Inventory, NetworkLock as ImageLock};
+use soccr::criu::image::nftables;
+use soccr::kernel::netns::NetNs;
+use soccr::lock::LockName;
+
+use super::saving::Saved;
+use crate::agent::AgentError;
+
+/// What the tasks' death makes of the locks, arranged in the images already.
+///
+/// Where the tree shares criu's network namespace, the lock of the images is ours: a table with the name that stock CRIU
+/// gives to its own. Where the tree has a namespace of its own, CRIU has locked that one as a whole (and, if it dumps the
+/// namespace, its rules are in the images): ours is not needed there. Other namespaces of the tree CRIU does not lock.
+#[derive(Debug)]
+pub struct Arrangement {
+    /// The namespace that CRIU has locked as a whole.
+    locked_by_criu: Option<NetNs>,
+    /// A table that CRIU made beside ours, and that nobody would delete.
+    extra_table: Option<(NetNs, LockName)>,
+}
+
+impl Arrangement {
+    /// Where the images could not be made stock's: the plugin restores them all the same.
+    pub fn as_it_is() -> Self {
+        Self { locked_by_criu: None, extra_table: None }
+    }
+
+    /// Whether our lock in this namespace stays when the tasks are dead.
+    pub fn ours_stays(&self, ns: &NetNs) -> bool {
+        self.locked_by_criu.as_ref() != Some(ns)
+    }
+
+    /// What CRIU has left beside it.
+    pub fn extra_table(&self) -> Option<(&NetNs, &LockName)> {
+        self.extra_table.as_ref().map(|(ns, name)| (ns, name))
+    }
+
+    /// Changes the images. `None`: criu ran without `--tcp-close` and carried the connections itself.
+    ///
+    /// Of our own table none is left in the images of namespaces, but where it is the only lock: namespaces that are made
+    /// anew would stay locked, since stock CRIU removes its table in the root's only.
+    pub fn make(saved: &Saved<'_>) -> Result<Option<Self>, AgentError> {
+        let images = &saved.images;
+        if !images.contains(inventory::NAME) {
+            return Ok(Some(Self::as_it_is())); // a host that is not CRIU
+        }
+        let inventory = Inventory::read(images)?;
+        if !inventory.tcp_close {
+            return Ok(None);
+        }
+        let criu_ns = NetNs::of_task(saved.criu.pid.cast_unsigned())?;
+        let locked_by_criu = locked_by_criu(saved, &criu_ns, inventory.network_lock);
+        let shared = saved.held.namespaces.first().is_none_or(|root| *root == criu_ns);
+        let only_lock = if shared || locked_by_criu.is_some() { None } else { root_net_ns_id(saved)? };
+        nftables::strip_table_elsewhere(images, "inet", saved.lock_name.as_str(), only_lock)?;
+        let id = if locked_by_criu.is_none() { Some(saved.lock_name.id()) } else { None };
+        inventory::release_to_stock(images, id)?;
+        let made = shared && inventory.network_lock == ImageLock::Nftables;
+        let id = inventory.dump_run_id.filter(|_| made);
+        let extra_table = id.and_then(|id| LockName::of_run(&id)).map(|name| (criu_ns, name));
+        Ok(Some(Self { locked_by_criu, extra_table }))
+    }
+
+    /// The arrangement of an agent that died, as far as its record and the images tell.
+    pub fn of_dead_agent(saved: &Saved<'_>) -> Result<Self, AgentError> {
+        if let Some(made) = Self::make(saved)? {
+            return Ok(made);
+        }
+        // Without --tcp-close there would have been nothing to take over: it had changed the images.
+        let criu_ns = NetNs::of_task(saved.criu.pid.cast_unsigned())?;
+        let network_lock = Inventory::read(&saved.images)?.network_lock;
+        Ok(Self { locked_by_criu: locked_by_criu(saved, &criu_ns, network_lock), extra_table: None })
+    }
+}
+
+/// The root's namespace, where that is not criu's.
+fn locked_by_criu(saved: &Saved<'_>, criu_ns: &NetNs, method: ImageLock) -> Option<NetNs> {
+    let root = saved.held.namespaces.first()?;
+    (root != criu_ns && method != ImageLock::Skip).then(|| root.clone())
+}
+
+fn root_net_ns_id(saved: &Saved<'_>) -> Result<Option<u32>, AgentError> {
+    let index = Index::read(&saved.images)?;
+    let root = index.root.and_then(|pid| index.tasks.get(&pid));
+    Ok(root.and_then(|task| task.net_ns_id))
+}

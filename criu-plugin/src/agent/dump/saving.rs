@@ -1,0 +1,243 @@
+//! The first phase of a dump: the connections of frozen tasks are found, locked and saved.
+
+use std::collections::HashMap;
+use std::os::fd::{AsFd, OwnedFd};
+
+use soccr::connection::{ControlBlock, FourTuple, Queues};
+use soccr::criu::image::ImageDir;
+use soccr::criu::image::external::ExternalImage;
+use soccr::criu::image::tcp_stream::TcpStreamImage;
+use soccr::criu::record::{ConnectionRecord, LockRecord, NsId, Phase, Recorder, Store};
+use soccr::criu::tasks::{self, FindError, Finder, FoundConnection, Place, Task};
+use soccr::kernel::netns::NetNs;
+use soccr::lock::{LockName, LockOptions, Method, NetworkLock};
+use soccr::repair::{Paused, Probe};
+
+use super::Held;
+use crate::agent::{AgentError, clean, privilege};
+use crate::fault;
+
+/// A dump whose hooks are still to come.
+#[derive(Debug)]
+pub struct Saving<'a> {
+    criu: &'a Task,
+    images: ImageDir,
+    lock_name: LockName,
+    options: LockOptions,
+    finder: Finder,
+    /// The memory of one connection's queues, used again and again.
+    queues: Queues,
+    held: Held,
+}
+
+/// A dump of which all is saved.
+#[derive(Debug)]
+pub struct Saved<'a> {
+    /// Who dumps.
+    pub criu: &'a Task,
+    /// Where.
+    pub images: ImageDir,
+    /// The locks' name.
+    pub lock_name: LockName,
+    /// What is held until the outcome.
+    pub held: Held,
+}
+
+impl<'a> Saving<'a> {
+    /// A new dump, which has changed nothing yet.
+    pub fn begin(images: ImageDir, criu: &'a Task) -> Result<Self, AgentError> {
+        fault::point("dump.init")?;
+        let lock_name = LockName::criu(&format!("soccr-{}", random_id()?))?;
+        let recorder = Recorder::new(lock_name.id(), Phase::Saving, images.as_fd(), criu.pid)?;
+        let options = LockOptions::from_env()?;
+        let (finder, queues) = (Finder::default(), Queues::default());
+        Ok(Self { criu, images, lock_name, options, finder, queues, held: Held::nothing(recorder) })
+    }
+
+    /// No further hook comes.
+    pub fn into_saved(self) -> Saved<'a> {
+        let Self { criu, images, lock_name, held, .. } = self;
+        Saved { criu, images, lock_name, held }
+    }
+
+    /// No further hook comes, and nobody needs the images.
+    pub fn into_held(self) -> Held {
+        self.held
+    }
+
+    /// CHECKPOINT_DEVICES: saves the connections of this task and its descendants.
+    pub fn checkpoint(&mut self, pid: i32) -> Result<(), AgentError> {
+        let result = self.checkpoint_tree(pid);
+        privilege::be_ordinary();
+        result
+    }
+
+    fn checkpoint_tree(&mut self, pid: i32) -> Result<(), AgentError> {
+        if self.held.tasks.iter().any(|task| task.pid == pid) {
+            return Ok(()); // came with the tree
+        }
+        fault::actors(None, Some(pid));
+        fault::point("dump.asked")?;
+        let first = self.held.tasks.len();
+        self.add_tree(pid)?;
+        fault::point("dump.tree")?;
+        let tasks = self.held.tasks.get(first..).unwrap_or_default();
+        let found = self.finder.of_tasks(tasks)?;
+        fault::point("dump.found")?;
+        self.record(&found)?;
+        fault::point("dump.recorded")?;
+        self.lock(&found)?;
+        fault::point("dump.locked")?;
+        let count = found.len();
+        for connection in found {
+            // The kernel lets the tasks run as soon as criu is dead: their sockets are theirs then.
+            if self.criu.gone() {
+                return Err(AgentError::Protocol("criu is gone"));
+            }
+            self.save(connection)?;
+        }
+        fault::point("dump.saved")?;
+        log::info!("{count} TCP connections saved, locked by the table inet {}", self.lock_name);
+        Ok(())
+    }
+
+    fn add_tree(&mut self, pid: i32) -> Result<(), AgentError> {
+        let mut pids = tasks::frozen_tree(pid, self.criu.pid).map_err(AgentError::Tree)?;
+        pids.retain(|pid| self.held.tasks.iter().all(|task| task.pid != *pid));
+        if let Some((uid, gid)) = tasks::foreign_root(pid).map_err(|error| FindError::Proc(pid, error))? {
+            self.images.give_new_files_to(uid, gid);
+        }
+        pids.into_iter().try_for_each(|pid| self.held.add_task(pid))
+    }
+
+    /// Writes down what is about to be changed on this host, while nothing is.
+    fn record(&mut self, found: &[FoundConnection]) -> Result<(), AgentError> {
+        if found.is_empty() {
+            return Ok(());
+        }
+        let recorder = &mut self.held.recorder;
+        for connection in found.iter().filter(|_| self.options.method != Method::Skip) {
+            let ns = NsId::from(&connection.ns);
+            recorder.add_lock(LockRecord { ns, name: self.lock_name.clone(), method: self.options.method });
+        }
+        self.held.tasks.iter().for_each(|task| recorder.add_task(task.pid));
+        recorder.add_connections(found.iter().map(ConnectionRecord::from));
+        recorder.save(Phase::Saving)?;
+        Ok(())
+    }
+
+    /// One transaction per namespace.
+    fn lock(&mut self, found: &[FoundConnection]) -> Result<(), AgentError> {
+        let mut tuples: HashMap<&NetNs, Vec<FourTuple>> = HashMap::new();
+        for connection in found.iter().filter(|connection| connection.tuple.local.port() != 0) {
+            tuples.entry(&connection.ns).or_default().push(connection.tuple);
+        }
+        for (ns, tuples) in tuples {
+            match self.held.locks.get_mut(ns) {
+                Some(lock) => lock.add(&tuples)?,
+                None => {
+                    let lock = NetworkLock::lock(ns, &self.lock_name, &tuples, &self.options)?;
+                    self.held.locks.insert(ns.clone(), lock);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn save(&mut self, found: FoundConnection) -> Result<(), AgentError> {
+        let tcp = self.read(&found)?;
+        fault::point("dump.resumed")?;
+        TcpStreamImage::write(&self.images, found.inode, &tcp, &self.queues.recv, &self.queues.send)
+            .map_err(|source| AgentError::Image { tuple: found.tuple, place: found.place, source })?;
+        fault::point("dump.written")?;
+        log::debug!(
+            "{} ({}): {}, {} bytes to read, {} to send",
+            found.tuple,
+            found.place,
+            tcp.state,
+            tcp.recv_len,
+            tcp.send_len
+        );
+        self.held.sockets.push((found.socket, found.tuple));
+        Ok(())
+    }
+
+    /// Reads the connection into `queues` and leaves the socket as it was.
+    fn read(&mut self, found: &FoundConnection) -> Result<ControlBlock, AgentError> {
+        let paused = Paused::pause(found.socket.as_fd())?;
+        fault::point("dump.paused")?;
+        let tcp = paused.save(&mut self.queues);
+        fault::point("dump.read")?;
+        paused.resume(Probe::None)?;
+        tcp.map_err(|source| AgentError::Save { place: found.place, source })
+    }
+
+    /// DUMP_EXT_FILE: a connection that criu hands over as an external file.
+    pub fn external(&mut self, id: i32, file: Option<OwnedFd>) -> Result<(), AgentError> {
+        let socket = file.ok_or(AgentError::Protocol("no descriptor came along"))?;
+        let found = Finder::default().connection(socket, Place::Given)?;
+        let found = found.ok_or(AgentError::Protocol("the descriptor is not a TCP connection"))?;
+        let known = self.held.sockets.iter().any(|(_, tuple)| *tuple == found.tuple);
+        if self.held.tasks.is_empty() {
+            // A host without CHECKPOINT_DEVICES: the fate of the socket is that of whoever has it.
+            let holders = tasks::holders(u64::from(found.inode)).map_err(AgentError::Tree)?;
+            let own = nix::unistd::getpid().as_raw();
+            for pid in holders.into_iter().filter(|pid| ![self.criu.pid, own].contains(pid)) {
+                let _ = self.held.add_task(pid); // gone meanwhile
+            }
+        }
+        if !known {
+            self.record(std::slice::from_ref(&found))?;
+            self.lock(std::slice::from_ref(&found))?;
+        }
+        let tcp = self.read(&found)?;
+        let image = ExternalImage {
+            tuple: found.tuple,
+            tcp,
+            options: soccr::kernel::options::read(found.socket.as_fd()),
+            shut_rd: false,
+            usec_ts_known: false,
+            lock_id: Some(self.lock_name.id().to_owned()),
+        };
+        image
+            .write(&self.images, id.cast_unsigned(), &self.queues.recv, &self.queues.send)
+            .map_err(|source| AgentError::Image { tuple: found.tuple, place: found.place, source })?;
+        if !known {
+            self.held.sockets.push((found.socket, found.tuple));
+        }
+        Ok(())
+    }
+}
+
+impl<'a> Saved<'a> {
+    /// What an agent that died has left: the record tells what is locked and which the tasks are, and they have the
+    /// sockets.
+    pub fn take_over(images: ImageDir, criu: &'a Task) -> Result<Self, AgentError> {
+        let gone = || AgentError::Protocol("there is no record of what the dead agent has done");
+        let store = Store::open()?.ok_or_else(gone)?;
+        let record = clean::of(&store, criu.pid)?.into_iter().next().ok_or_else(gone)?;
+        let recorder = Recorder::take_over(&record.id, criu.pid)?.ok_or_else(gone)?;
+        let lock_name = LockName::criu(record.id.as_str())?;
+        let options = LockOptions::from_env()?;
+        let mut held = Held::nothing(recorder);
+        for task in record.tasks.iter().filter(|task| task.lives()) {
+            held.add_task(task.pid)?;
+        }
+        for FoundConnection { socket, tuple, ns, .. } in Finder::default().of_tasks(&held.tasks)? {
+            let lock = || NetworkLock::adopt(&ns, &lock_name, &options);
+            held.locks.entry(ns.clone()).or_insert_with(lock);
+            held.sockets.push((socket, tuple));
+        }
+        log::warn!("took over from an agent that died: {} connections", held.sockets.len());
+        Ok(Self { criu, images, lock_name, held })
+    }
+}
+
+/// An id that no other dump has: 12 hexadecimal digits.
+fn random_id() -> Result<String, AgentError> {
+    use std::io::Read;
+    let mut bytes = [0; 6];
+    let read = std::fs::File::open("/dev/urandom").and_then(|mut file| file.read_exact(&mut bytes));
+    read.map_err(AgentError::Random)?;
+    Ok(bytes.iter().map(|byte| format!("{byte:02x}")).collect())
+}

@@ -1,0 +1,272 @@
+//! The connections are built as their tasks come, locked and in repair mode.
+
+use std::collections::{HashMap, HashSet};
+use std::os::fd::{AsFd, OwnedFd};
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use soccr::connection::{FourTuple, Queues};
+use soccr::criu::image::index::Packet;
+use soccr::criu::tasks::{self, Fate, SocketNamespaces, Task, in_flight};
+use soccr::forge::Forge;
+use soccr::kernel::netns::NetNs;
+use soccr::kernel::process::RemoteFd;
+use soccr::kernel::{sockopt, tcp};
+use soccr::repair::{Paused, four_tuple};
+
+use super::builder::{Builder, Built, Wanted};
+use super::{Locks, Plan, parallel};
+use crate::agent::AgentError;
+use crate::fault;
+
+/// A restore whose connections are not all built yet.
+#[derive(Debug)]
+pub struct Building<'a> {
+    pub criu: &'a Task,
+    pub plan: Plan,
+    pub locks: Locks,
+    pub tree: Tree,
+    /// What was not found in a task yet.
+    pub missing: Missing,
+    namespaces: SocketNamespaces,
+    pub forge: Forge,
+    pub built: Vec<Built>,
+}
+
+/// The restored tasks.
+#[derive(Debug, Default)]
+pub struct Tree {
+    /// The root, once it is there.
+    root: Option<Task>,
+    /// Those whose hook has come.
+    pub restored: Vec<Task>,
+    /// Inner pids of those whose hook is still to come.
+    awaited: HashSet<u32>,
+}
+
+/// What is still to be brought back.
+#[derive(Debug)]
+pub struct Missing {
+    /// File ids of connections.
+    pub connections: HashSet<u32>,
+    /// What was in flight in unix sockets, by their file ids.
+    in_flight: HashMap<u32, Vec<Packet>>,
+    /// Connections that RESTORE_EXT_FILE makes, with their SO_REUSEADDR.
+    external: HashMap<FourTuple, bool>,
+}
+
+impl<'a> Building<'a> {
+    /// Nothing is built, and nothing locked.
+    pub fn begin(mut plan: Plan, locks: Locks, criu: &'a Task) -> Self {
+        let alive = plan.index.tasks.iter().filter(|(_, task)| task.alive);
+        let tree = Tree { awaited: alive.map(|(pid, _)| *pid).collect(), ..Tree::default() };
+        let missing = Missing {
+            connections: plan.carried().map(|connection| connection.file_id).collect(),
+            in_flight: std::mem::take(&mut plan.index.in_flight),
+            external: plan.external.clone(),
+        };
+        let (namespaces, forge) = (SocketNamespaces::default(), Forge::new());
+        Self { criu, plan, locks, tree, missing, namespaces, forge, built: Vec::new() }
+    }
+
+    /// Whether hooks of tasks are still to come.
+    pub fn awaits_tasks(&self) -> bool {
+        !self.tree.awaited.is_empty()
+    }
+
+    /// init(): locks what is to be restored in criu's own namespace.
+    pub fn lock_beside_criu(&mut self) -> Result<(), AgentError> {
+        let mut tuples = self.plan.tuples(|connection| self.plan.is_beside_criu(connection));
+        tuples.extend(self.plan.external.keys());
+        self.locks.refuse_living(&tuples)?;
+        self.locks.lock(HashMap::from([(self.locks.criu_ns().clone(), tuples)]))
+    }
+
+    /// POST_FORKING: the root task is there, and no other has entered a namespace of its own.
+    pub fn forked(&mut self) -> Result<(), AgentError> {
+        if !self.missing.connections.is_empty()
+            && let Some(inner) = self.plan.index.root
+            && let Some(pid) = tasks::restored_child(self.criu.pid, inner).map_err(AgentError::Tree)?
+        {
+            self.found_root(pid)?;
+            self.lock_namespaces(&[pid])?;
+        }
+        Ok(fault::point("restore.forked")?)
+    }
+
+    fn found_root(&mut self, pid: i32) -> Result<(), AgentError> {
+        self.tree.root = Some(Task::open(pid).map_err(|source| AgentError::Task { pid, source })?);
+        self.locks.found_root(NetNs::of_task(pid.cast_unsigned())?);
+        Ok(())
+    }
+
+    /// Locks what is to be restored in the namespaces that these tasks live in. A task that cannot be looked at is a helper
+    /// of CRIU that ends.
+    fn lock_namespaces(&mut self, pids: &[i32]) -> Result<(), AgentError> {
+        let mut wanted: HashMap<NetNs, Vec<FourTuple>> = HashMap::new();
+        for pid in pids {
+            let Ok(ns) = NetNs::of_task(pid.cast_unsigned()) else { continue };
+            let task = tasks::inner_pid(*pid).ok().and_then(|inner| self.plan.index.tasks.get(&inner));
+            let id = task.and_then(|task| task.net_ns_id);
+            if id.is_some() && id != self.plan.index.root_net_ns_id && !wanted.contains_key(&ns) {
+                wanted.insert(ns, self.plan.tuples(|connection| connection.net_ns_id == id));
+            }
+        }
+        self.locks.lock(wanted)
+    }
+
+    /// RESUME_DEVICES_LATE: brings back the connections of one task.
+    pub fn bring_back(&mut self, pid: i32) -> Result<(), AgentError> {
+        fault::actors(None, Some(pid));
+        fault::point("restore.asked")?;
+        let inner = tasks::inner_pid(pid).map_err(AgentError::Tree)?;
+        if self.plan.index.root == Some(inner) && self.tree.root.is_none() {
+            self.found_root(pid)?;
+        }
+        if self.tree.restored.is_empty() {
+            self.lock_whole_tree(pid)?;
+        }
+        self.tree.awaited.remove(&inner);
+        let task = Task::open(pid).map_err(|source| AgentError::Task { pid, source })?;
+        let wanted = self.find(&task, inner)?;
+        self.lock_sockets(&wanted, pid)?;
+        let Self { criu, plan, forge, .. } = self;
+        let builder = Builder { images: &plan.images, index: &plan.index, forge, criu, pid };
+        let (built, result) =
+            parallel::for_each(wanted, Queues::default, |queues, wanted| builder.build(wanted, queues));
+        self.built.extend(built.into_iter().flatten());
+        result?;
+        self.adopt_external(&task)?;
+        self.tree.restored.push(task);
+        Ok(())
+    }
+
+    /// All tasks are there when the first of these hooks comes, each in its namespace. A criu without POST_FORKING (before
+    /// 4.2) has told of none of them yet.
+    fn lock_whole_tree(&mut self, first: i32) -> Result<(), AgentError> {
+        if self.locks.count() >= self.plan.tuples(|_| true).len() + self.plan.external.len() {
+            return Ok(());
+        }
+        let root = self.tree.root.as_ref().map_or(first, |root| root.pid);
+        self.lock_namespaces(&tasks::tree(root))
+    }
+
+    /// The sockets that CRIU has made for connections in this task.
+    fn find(&mut self, task: &Task, inner: u32) -> Result<Vec<Wanted>, AgentError> {
+        let fds = self.plan.index.tasks.get(&inner).map(|task| task.fds.clone()).unwrap_or_default();
+        let mut wanted = Vec::new();
+        for fd in fds.iter() {
+            let Ok(number) = u32::try_from(fd.fd) else { continue };
+            let copy =
+                || task.copy(RemoteFd(number)).map_err(|source| AgentError::Task { pid: task.pid, source });
+            if self.missing.connections.remove(&fd.file_id) {
+                wanted.push((fd.file_id, copy()?));
+            } else if self.missing.in_flight.contains_key(&fd.file_id) {
+                self.missing.find_in_flight(fd.file_id, &copy()?, task.pid, &mut wanted)?;
+            }
+        }
+        Ok(wanted)
+    }
+
+    /// Nothing is built where it is not locked: each socket's own namespace counts, whatever the images say.
+    fn lock_sockets(&mut self, sockets: &[Wanted], pid: i32) -> Result<(), AgentError> {
+        let mut wanted: HashMap<NetNs, Vec<FourTuple>> = HashMap::new();
+        for (file_id, socket) in sockets {
+            let Some(connection) = self.plan.index.connections.get(file_id) else { continue };
+            if connection.tuple.local.port() != 0 {
+                let ns = self.namespaces.of(socket.as_fd()).map_err(|source| AgentError::SocketNs {
+                    tuple: connection.tuple,
+                    pid,
+                    source,
+                })?;
+                wanted.entry(ns).or_default().push(connection.tuple);
+            }
+        }
+        self.locks.lock(wanted)
+    }
+
+    /// Connections that RESTORE_EXT_FILE has built in the task, and left in repair mode.
+    fn adopt_external(&mut self, task: &Task) -> Result<(), AgentError> {
+        if self.missing.external.is_empty() {
+            return Ok(());
+        }
+        let failed = |source| AgentError::Task { pid: task.pid, source };
+        let sockets = task.sockets().map_err(|_| AgentError::Protocol("cannot list a task's sockets"))?;
+        for (fd, _) in sockets {
+            let socket = task.copy(fd).map_err(failed)?;
+            let ours = sockopt::is_tcp(socket.as_fd()) && tcp::in_repair(socket.as_fd()).map_err(failed)?;
+            let Some(tuple) = four_tuple(socket.as_fd()).ok().filter(|_| ours) else { continue };
+            if let Some(reuse_addr) = self.missing.external.remove(&tuple) {
+                let mut paused = Paused::pause(socket)?;
+                paused.set_reuse_addr(reuse_addr);
+                self.built.push(Built::new(paused, tuple, None));
+            }
+        }
+        Ok(())
+    }
+
+    /// A host that restores descriptors only has them itself.
+    pub fn adopt_without_tasks(&mut self) -> Result<(), AgentError> {
+        if !self.plan.index.tasks.is_empty() {
+            return Ok(());
+        }
+        self.adopt_external(self.criu)
+    }
+
+    /// A task that was killed meanwhile makes criu fail, and the restore shall be one that can be tried again.
+    pub fn tasks_live(&self) -> Result<(), AgentError> {
+        let dead = |task: &&Task| matches!(task.fate(), Fate::Ending | Fate::Gone);
+        match self.tree.restored.iter().find(dead) {
+            Some(task) => Err(AgentError::Killed(task.pid)),
+            None => Ok(()),
+        }
+    }
+
+    /// Ends the tasks that are there, and waits until they have ended.
+    pub fn kill_tasks(&self) {
+        let tree = self.tree.root.as_ref().map(|root| tasks::tree(root.pid));
+        let tree: Vec<Task> = tree.into_iter().flatten().filter_map(|pid| Task::open(pid).ok()).collect();
+        for task in &tree {
+            let _ = kill(Pid::from_raw(task.pid), Signal::SIGKILL);
+        }
+        for task in &tree {
+            let mut gone = [PollFd::new(task.pidfd(), PollFlags::POLLIN)];
+            let _ = poll(&mut gone, PollTimeout::from(5000_u16));
+        }
+    }
+
+    /// Closes silently what was built, and leaves the locks as they were before the restore.
+    pub fn give_up(self) {
+        let Self { built, locks, .. } = self;
+        drop(built);
+        locks.put_back();
+    }
+}
+
+impl Missing {
+    /// Connections inside a unix socket's queue, which holds the same packets as at the dump.
+    fn find_in_flight(
+        &mut self,
+        unix_id: u32,
+        unix: &OwnedFd,
+        pid: i32,
+        wanted: &mut Vec<Wanted>,
+    ) -> Result<(), AgentError> {
+        let Some(expected) = self.in_flight.remove(&unix_id) else { return Ok(()) };
+        let messages = in_flight::peek(unix.as_fd()).map_err(|source| AgentError::Task { pid, source })?;
+        for (expected, message) in expected.iter().zip(messages) {
+            if expected.files.len() != message.files.len() {
+                return Err(AgentError::Protocol("a unix socket's queue is not as in the images"));
+            }
+            for (file_id, socket) in expected.files.iter().zip(message.files) {
+                if self.connections.remove(file_id) {
+                    wanted.push((*file_id, socket));
+                } else if self.in_flight.contains_key(file_id) {
+                    self.find_in_flight(*file_id, &socket, pid, wanted)?;
+                }
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,244 @@
+//! The locks of a restore, and the record that tells of them.
+
+use std::collections::{HashMap, HashSet};
+
+use soccr::chain;
+use soccr::connection::FourTuple;
+use soccr::criu::image::inventory::NetworkLock as ImageLock;
+use soccr::criu::record::{self, LockRecord, NsId, Phase, RecordError, Recorder};
+use soccr::criu::stock;
+use soccr::criu::tasks::Task;
+use soccr::kernel::diag;
+use soccr::kernel::netns::NetNs;
+use soccr::lock::{self, LockError, LockName, LockOptions, Method, NetworkLock};
+
+use super::Plan;
+use crate::agent::AgentError;
+
+/// What keeps the connections still until all are built. It ends in [`unlock`](Self::unlock) or
+/// [`put_back`](Self::put_back).
+#[derive(Debug)]
+pub struct Locks {
+    /// The namespace that criu runs in.
+    criu_ns: NetNs,
+    /// The namespace of the tree's root, once it is there.
+    root_ns: Option<NetNs>,
+    options: LockOptions,
+    name: LockName,
+    left: LeftByDump,
+    recorder: Recorder,
+    held: HashMap<NetNs, Locked>,
+}
+
+/// The lock of one namespace.
+#[derive(Debug)]
+struct Locked {
+    lock: NetworkLock,
+    tuples: HashSet<FourTuple>,
+}
+
+/// What the dump, or an earlier try, has left on this host.
+#[derive(Debug)]
+struct LeftByDump {
+    /// How the dump kept packets away, as the images say.
+    method: ImageLock,
+    /// The table of the criu that dumped.
+    run_lock: Option<LockName>,
+    /// All tables that the images name.
+    tables: Vec<LockName>,
+    /// There is a lock that waits for this restore.
+    waits: bool,
+    /// The dump, or an earlier restore of it, did not come to its end.
+    interrupted: bool,
+}
+
+impl Locks {
+    /// Nothing is locked yet.
+    pub fn new(plan: &Plan, criu: &Task) -> Result<Self, AgentError> {
+        let name = plan.lock_name()?;
+        let recorder = plan.recorder(&name, criu.pid)?;
+        let waits = !recorder.record().locks.is_empty();
+        let left = LeftByDump {
+            method: plan.index.network_lock,
+            run_lock: plan.run_lock(),
+            tables: plan.dump_locks.clone(),
+            waits,
+            interrupted: waits && recorder.record().phase != Phase::Dumped,
+        };
+        let criu_ns = NetNs::of_task(criu.pid.cast_unsigned())?;
+        let options = LockOptions::from_env()?;
+        Ok(Self { criu_ns, root_ns: None, options, name, left, recorder, held: HashMap::new() })
+    }
+
+    /// How many connections are locked.
+    pub fn count(&self) -> usize {
+        self.held.values().map(|locked| locked.tuples.len()).sum()
+    }
+
+    /// The namespace that criu runs in.
+    pub fn criu_ns(&self) -> &NetNs {
+        &self.criu_ns
+    }
+
+    /// The root task lives in this namespace.
+    pub fn found_root(&mut self, ns: NetNs) {
+        self.root_ns = Some(ns);
+    }
+
+    /// A dump that was restored already has no record. Its connections are alive then, and a lock would harm them.
+    pub fn refuse_living(&self, tuples: &[FourTuple]) -> Result<(), AgentError> {
+        if self.left.waits || tuples.is_empty() {
+            return Ok(());
+        }
+        match self.criu_ns.run(|| diag::find_owned(tuples))? {
+            Ok(Some(tuple)) => Err(AgentError::Alive(tuple)),
+            Ok(None) => Ok(()),
+            Err(error) => {
+                log::warn!("cannot tell whether the connections are alive already: {error}");
+                Ok(())
+            }
+        }
+    }
+
+    /// Locks these connections, those that are not locked yet, each in its namespace. The record comes first.
+    pub fn lock(&mut self, wanted: HashMap<NetNs, Vec<FourTuple>>) -> Result<(), AgentError> {
+        let mut missing = wanted;
+        for (ns, tuples) in &mut missing {
+            if let Some(locked) = self.held.get(ns) {
+                tuples.retain(|tuple| !locked.tuples.contains(tuple));
+            }
+        }
+        missing.retain(|_, tuples| !tuples.is_empty());
+        let new: Vec<&NetNs> = missing.keys().filter(|ns| !self.held.contains_key(ns)).collect();
+        if !new.is_empty() && self.options.method != Method::Skip {
+            for ns in new {
+                self.recorder.add_lock(self.record_of(ns, self.name.clone()));
+            }
+            self.recorder.save(Phase::Restoring)?;
+        }
+        missing.into_iter().try_for_each(|(ns, tuples)| self.lock_in(ns, tuples))
+    }
+
+    fn lock_in(&mut self, ns: NetNs, tuples: Vec<FourTuple>) -> Result<(), AgentError> {
+        if let Some(locked) = self.held.get_mut(&ns) {
+            locked.lock.add(&tuples)?;
+            locked.tuples.extend(&tuples);
+        } else {
+            let lock = NetworkLock::lock(&ns, &self.name, &tuples, &self.options)?;
+            self.held.insert(ns.clone(), Locked { lock, tuples: tuples.iter().copied().collect() });
+        }
+        if self.left.interrupted {
+            destroy_orphans(&ns, &tuples);
+        }
+        Ok(())
+    }
+
+    fn record_of(&self, ns: &NetNs, name: LockName) -> LockRecord {
+        LockRecord { ns: NsId::from(ns), name, method: self.options.method }
+    }
+
+    /// All connections are whole: from here on the record says so, and that these are their tasks.
+    pub fn record_waking(&mut self, tasks: &[Task]) -> Result<(), RecordError> {
+        self.recorder.forget_tasks();
+        tasks.iter().for_each(|task| self.recorder.add_task(task.pid));
+        self.recorder.enter(Phase::Waking)
+    }
+
+    /// Removes all that keeps the connections still, the dump's included.
+    pub fn unlock(&mut self) -> Result<(), LockError> {
+        for (ns, Locked { lock, tuples }) in self.held.drain() {
+            // Our lock (which stock CRIU removes in its own namespace only), maybe made by another method, or the rules of
+            // a stock dump, which CRIU leaves alone with --tcp-close.
+            for name in &self.left.tables {
+                lock::remove(&ns, self.options.method, name)?;
+            }
+            // Not the restore's own, which goes last: after a deletion the kernel lets the next transaction wait.
+            let others = |left: &&LockRecord| left.ns == NsId::from(&ns) && left.name != *lock.name();
+            for left in self.recorder.record().locks.iter().filter(others) {
+                lock::remove(&ns, left.method, &left.name)?;
+            }
+            if self.left.method == ImageLock::Iptables && ns == self.criu_ns {
+                stock::remove_rules(&ns, &tuples.into_iter().collect::<Vec<_>>())?;
+            }
+            lock.unlock()?;
+            self.recorder.forget_locks_in(&ns);
+        }
+        // The dump may have been made in a namespace that nothing of this restore lives in.
+        for problem in record::remove_locks(self.recorder.record()) {
+            log::error!("{problem}");
+        }
+        Ok(())
+    }
+
+    /// The restore is done: there is nothing to tell any more.
+    pub fn forget_record(&mut self) {
+        if let Err(error) = self.recorder.remove() {
+            log::error!("{}", chain(&error));
+        }
+    }
+
+    /// The restore failed: the locks become what they were before it.
+    pub fn put_back(mut self) {
+        for (ns, Locked { lock, tuples }) in std::mem::take(&mut self.held) {
+            match self.put_back_one(lock, tuples) {
+                Ok(name) => self.record_left(&ns, name),
+                Err(error) => log::error!("{ns}: the connections may be unlocked: {}", chain(&error)),
+            }
+        }
+        self.recorder.forget_tasks();
+        let waits = !self.recorder.record().locks.is_empty();
+        let kept = if waits { self.recorder.enter(Phase::Dumped) } else { self.recorder.remove() };
+        if let Err(error) = kept {
+            log::error!("{}", chain(&error));
+        }
+    }
+
+    /// Leaves the lock as it was before the restore, and says what is there of ours.
+    fn put_back_one(
+        &self,
+        lock: NetworkLock,
+        tuples: HashSet<FourTuple>,
+    ) -> Result<Option<LockName>, LockError> {
+        let ns = lock.namespace().clone();
+        let dumped_here = ns == self.criu_ns || Some(&ns) == self.root_ns.as_ref();
+        match (self.left.method, &self.left.run_lock) {
+            // CRIU may have removed the dump's table by now.
+            (ImageLock::Nftables, Some(name)) if dumped_here => {
+                let ours = lock.name().clone();
+                lock.keep();
+                let tuples: Vec<FourTuple> = tuples.into_iter().collect();
+                lock::rename(&ns, &ours, name, &tuples, &self.options)?.keep();
+                // A stock dump's own, as if nothing had been, is none of ours.
+                let is_ours = name.id() == self.recorder.record().id.as_str();
+                Ok(is_ours.then(|| name.clone()))
+            }
+            // The dump's rules are still there.
+            (ImageLock::Iptables, _) if ns == self.criu_ns => lock.unlock().map(|_| None),
+            _ => {
+                let name = lock.name().clone();
+                lock.keep();
+                Ok(Some(name))
+            }
+        }
+    }
+
+    /// Records what is left of ours in a namespace; the dump's is recorded already.
+    fn record_left(&mut self, ns: &NetNs, name: Option<LockName>) {
+        let restores = self.record_of(ns, self.name.clone());
+        self.recorder.forget_lock(&restores);
+        if let Some(name) = name {
+            self.recorder.add_lock(self.record_of(ns, name));
+        }
+    }
+}
+
+/// Where an agent died before it could close the sockets silently, their tasks' end has closed them with a FIN. Behind the
+/// lock they wait in vain for an answer to it, and hold addresses that CRIU needs for its listeners.
+fn destroy_orphans(ns: &NetNs, tuples: &[FourTuple]) {
+    match ns.run(|| diag::destroy_orphans(tuples)) {
+        Ok(Ok(0)) => {}
+        Ok(Ok(count)) => log::info!("{ns}: destroyed {count} orphans that held the connections' addresses"),
+        Ok(Err(error)) => log::warn!("{ns}: orphans may hold the connections' addresses: {}", chain(&error)),
+        Err(error) => log::warn!("{ns}: orphans may hold the connections' addresses: {}", chain(&error)),
+    }
+}

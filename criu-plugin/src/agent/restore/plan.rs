@@ -1,0 +1,140 @@
+//! What the images say is to be restored.
+
+use std::collections::HashMap;
+use std::os::fd::AsFd;
+
+use nix::sys::stat::fstat;
+use soccr::chain;
+use soccr::connection::FourTuple;
+use soccr::criu::image::ImageDir;
+use soccr::criu::image::external::ExternalImage;
+use soccr::criu::image::index::{Index, InetConnection};
+use soccr::criu::image::inventory;
+use soccr::criu::record::{ConnectionRecord, Phase, RecordError, RecordId, Recorder};
+use soccr::lock::LockName;
+
+use crate::agent::AgentError;
+
+/// The images, read as far as a restore needs before its first connection.
+#[derive(Debug)]
+pub struct Plan {
+    /// The folder.
+    pub images: ImageDir,
+    /// Tasks, descriptors, connections.
+    pub index: Index,
+    /// Connections that CRIU gave to the plugin as external files, by their addresses, with their SO_REUSEADDR.
+    pub external: HashMap<FourTuple, bool>,
+    /// The tables that the images say they are locked by.
+    pub dump_locks: Vec<LockName>,
+}
+
+impl Plan {
+    /// Reads the folder.
+    pub fn read(images: &ImageDir) -> Result<Self, AgentError> {
+        let index = if images.contains(inventory::NAME) { Index::read(images)? } else { Index::empty() };
+        let mut dump_locks: Vec<LockName> = run_lock(&index).into_iter().collect();
+        let mut external = HashMap::new();
+        ExternalImage::for_each(images, |image| {
+            let lock = image.lock_id.as_deref().and_then(|id| LockName::criu(id).ok());
+            dump_locks.extend(lock.filter(|name| !dump_locks.contains(name)));
+            external.insert(image.tuple, soccr::kernel::options::reuse_addr(&image.options));
+        })?;
+        let images = ImageDir::duplicate(images.as_fd())?;
+        Ok(Self { images, index, external, dump_locks })
+    }
+
+    /// The connections that are to be brought back, but for the external ones.
+    pub fn carried(&self) -> impl Iterator<Item = &InetConnection> {
+        self.index.connections.values().filter(|connection| connection.has_stream)
+    }
+
+    /// The addresses of those of them that packets can reach.
+    pub fn tuples(&self, wanted: impl Fn(&InetConnection) -> bool) -> Vec<FourTuple> {
+        let reachable = self.carried().filter(|connection| connection.tuple.local.port() != 0);
+        reachable.filter(|connection| wanted(connection)).map(|connection| connection.tuple).collect()
+    }
+
+    /// Whether the connection belongs into the namespace in which criu itself runs.
+    pub fn is_beside_criu(&self, connection: &InetConnection) -> bool {
+        connection.net_ns_id.is_none() || connection.net_ns_id == self.index.root_net_ns_id
+    }
+
+    /// The table of the criu that dumped.
+    pub fn run_lock(&self) -> Option<LockName> {
+        run_lock(&self.index)
+    }
+
+    /// The lock of this restore: the same at every try, so that the next one replaces it, and another one for other
+    /// images. Where they do not name their dump, the folder does.
+    pub fn lock_name(&self) -> Result<LockName, AgentError> {
+        let run_id = self.index.dump_run_id.as_deref().unwrap_or_default();
+        let mut id: String = run_id.chars().filter(char::is_ascii_alphanumeric).collect();
+        if id.is_empty() {
+            let folder = fstat(self.images.as_fd()).map_err(|errno| AgentError::Folder(errno.into()))?;
+            id = format!("{:x}.{:x}", folder.st_ino, folder.st_dev);
+        }
+        id.truncate(20);
+        Ok(LockName::soccr(&id)?)
+    }
+
+    /// The record of the dump or of an earlier try, or a new one where there is none: the dump was made by stock CRIU, on
+    /// another host, or before a reboot.
+    ///
+    /// A record that the images name must tell of the connections that they hold: images can come from anybody, and who
+    /// takes a record over removes the locks that it tells of.
+    pub fn recorder(&self, lock: &LockName, criu: i32) -> Result<Recorder, AgentError> {
+        let named = self.dump_locks.iter().chain([lock]).filter_map(|name| name.id().parse().ok());
+        let mut taken = None;
+        for id in named {
+            taken = taken.or(self.take_over(&id, criu)?);
+        }
+        if taken.is_none()
+            && let Some(id) = Recorder::id_of_folder(self.images.as_fd())?
+        {
+            taken = self.take_over(&id, criu)?;
+        }
+        if let Some(recorder) = taken {
+            return Ok(recorder);
+        }
+        let mut recorder = Recorder::new(lock.id(), Phase::Restoring, self.images.as_fd(), criu)?;
+        recorder.add_connections(self.carried().map(record_of));
+        recorder.add_connections(self.external.iter().map(|(tuple, reuse_addr)| ConnectionRecord {
+            local: tuple.local,
+            remote: tuple.remote,
+            ino: 0,
+            cookie: 0,
+            pid: None,
+            fd: None,
+            reuse_addr: *reuse_addr,
+        }));
+        Ok(recorder)
+    }
+
+    fn take_over(&self, id: &RecordId, criu: i32) -> Result<Option<Recorder>, RecordError> {
+        let carried = self.carried().map(|connection| connection.tuple);
+        match Recorder::take_over_for(id, criu, carried.chain(self.external.keys().copied())) {
+            // The images have all that a restore needs.
+            Err(error) if error.is_unreadable() => {
+                log::warn!("{}", chain(&error));
+                Ok(None)
+            }
+            other => other,
+        }
+    }
+}
+
+fn run_lock(index: &Index) -> Option<LockName> {
+    LockName::of_run(index.dump_run_id.as_deref()?)
+}
+
+fn record_of(connection: &InetConnection) -> ConnectionRecord {
+    ConnectionRecord {
+        local: connection.tuple.local,
+        remote: connection.tuple.remote,
+        ino: connection.ino,
+        cookie: 0,
+        pid: None,
+        fd: None,
+        reuse_addr: connection.reuseaddr,
+    }
+}

@@ -1,0 +1,123 @@
+//! The last step: all connections are whole, and go on.
+
+use std::convert::Infallible;
+use std::os::fd::{AsFd, OwnedFd};
+
+use soccr::chain;
+use soccr::connection::FourTuple;
+use soccr::kernel::sockopt;
+use soccr::repair::{self, PauseError, Paused, Probe};
+
+use super::builder::{Built, must_live};
+use super::building::Building;
+use super::{Progress, parallel};
+use crate::agent::{AgentError, log};
+use crate::fault;
+
+/// How the last step ended.
+pub enum Woken<'a> {
+    /// The connections are unlocked, or said to be not.
+    Awake(Progress<'a>),
+    /// Something was missing, and nothing is unlocked.
+    Failed(Building<'a>, AgentError),
+}
+
+impl<'a> From<Woken<'a>> for (Progress<'a>, Result<(), AgentError>) {
+    fn from(woken: Woken<'a>) -> Self {
+        match woken {
+            Woken::Awake(progress) => (progress, Ok(())),
+            Woken::Failed(building, error) => (Progress::Failed(building), Err(error)),
+        }
+    }
+}
+
+/// A connection that is whole, out of repair mode, and waits to be unlocked.
+struct Whole {
+    socket: OwnedFd,
+    tuple: FourTuple,
+    reuse_addr: bool,
+}
+
+/// All tasks are complete: leaves repair mode, then unlocks, then wakes the peers.
+pub fn wake(mut building: Building<'_>) -> Woken<'_> {
+    if let Err(error) = complete(&mut building) {
+        return Woken::Failed(building, error);
+    }
+    // Out of repair mode while still locked, and silently: should we die here, all of it can be done again.
+    let built = std::mem::take(&mut building.built);
+    let (whole, left) = parallel::for_each(built, || (), |(), built| leave_repair(built));
+    if let Err(error) = left.and_then(|()| may_wake(&mut building)) {
+        building.built = whole.into_iter().filter_map(enter_repair).collect();
+        return Woken::Failed(building, error);
+    }
+    // From here on packets pass: the tasks must live, and whatever fails is only told.
+    log::commit();
+    let Building { mut locks, tree, .. } = building;
+    let done = Woken::Awake(Progress::Done(tree.restored));
+    if let Err(error) = locks.unlock() {
+        ::log::error!("the connections stay locked, see soccr status: {}", chain(&error));
+        return done;
+    }
+    let _ = fault::point("restore.unlocked");
+    probe(&whole);
+    let _ = fault::point("restore.awake");
+    locks.forget_record();
+    if !whole.is_empty() {
+        ::log::info!("{} TCP connections go on", whole.len());
+    }
+    done
+}
+
+fn complete(building: &mut Building<'_>) -> Result<(), AgentError> {
+    let missing = building.missing.connections.iter();
+    let names = missing.filter_map(|id| building.plan.index.connections.get(id));
+    let names: Vec<String> = names.map(|connection| connection.tuple.to_string()).collect();
+    if !names.is_empty() {
+        return Err(AgentError::NotFound(names.join(", ")));
+    }
+    fault::point("restore.all-built")?;
+    Ok(std::mem::take(&mut building.forge).finish()?)
+}
+
+/// The last checks before packets pass.
+fn may_wake(building: &mut Building<'_>) -> Result<(), AgentError> {
+    fault::point("restore.unlocking")?;
+    must_live(building.criu)?;
+    building.tasks_live()?;
+    Ok(building.locks.record_waking(&building.tree.restored)?)
+}
+
+fn probe(whole: &[Whole]) {
+    let sockets: Vec<&Whole> = whole.iter().collect();
+    let (_, _) = parallel::for_each(
+        sockets,
+        || (),
+        |(), Whole { socket, reuse_addr, .. }| {
+            let _ = fault::point("restore.waking");
+            if let Err(error) = repair::probe(socket.as_fd(), *reuse_addr) {
+                ::log::warn!("{}: it waits for its peer to send", chain(&error));
+            }
+            Ok::<_, Infallible>(())
+        },
+    );
+}
+
+fn leave_repair(built: Built) -> Result<Whole, AgentError> {
+    let (tuple, reuse_port, paused) = (built.tuple, built.reuse_port, built.into_paused());
+    let failed = |source| AgentError::Socket { tuple, pid: 0, source };
+    if let Some(on) = reuse_port {
+        sockopt::set_reuse_port(paused.socket(), on).map_err(failed)?;
+    }
+    let reuse_addr = paused.reuse_addr();
+    let socket = paused.resume(Probe::None)?;
+    Ok(Whole { socket, tuple, reuse_addr })
+}
+
+/// Only in repair mode a socket is closed without a word, and gives its addresses back at once.
+fn enter_repair(whole: Whole) -> Option<Built> {
+    let Whole { socket, tuple, .. } = whole;
+    let told =
+        |error: &PauseError| ::log::error!("{tuple}: its peer hears that it is closed: {}", chain(error));
+    let paused = Paused::pause_only(socket).inspect_err(told).ok()?;
+    Some(Built::new(paused, tuple, None))
+}

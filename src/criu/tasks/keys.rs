@@ -1,0 +1,111 @@
+//! What the socket monitor tells of sockets and no image can hold: signatures with keys that nobody can read back
+//! (TCP-MD5, RFC 2385), and protocols on top of TCP in the kernel.
+//!
+//! Without its key a restored connection would send segments that its peer drops, silently.
+
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::os::fd::AsFd;
+
+use super::sockets::{FindError, FoundConnection, Unconnected};
+use crate::connection::State;
+use crate::kernel::netns::NetNs;
+use crate::kernel::{diag, tcp};
+
+pub(super) const AO: &str = "it has keys for TCP-AO (RFC 5925), which cannot be read back from the kernel: \
+    close it, or have its keys removed (TCP_AO_DEL_KEY), before the dump";
+const MD5: &str = "it has keys for TCP-MD5 signatures (RFC 2385), which cannot be read back from the kernel: \
+    close it, or have its keys removed (TCP_MD5SIG with no key), before the dump";
+const UPPER_LAYER: &str = "a protocol on top of TCP in the kernel (TLS) cannot be carried";
+const HIDDEN: &str = "the socket monitor does not show it, so that it may have keys that would be lost";
+
+/// A dump of the monitor can miss a socket whose neighbours in a hash chain go away meanwhile.
+const TRIES: usize = 3;
+
+/// Refuses the first of these sockets that cannot be carried. One dump of the monitor per network namespace, family, and
+/// kind of socket.
+pub(super) fn refuse(found: &[FoundConnection], unconnected: &[Unconnected]) -> Result<(), FindError> {
+    for (ns, sockets) in by_namespace(unconnected.iter().map(|socket| (&socket.ns, socket))) {
+        refuse_listeners(ns, &sockets)?;
+    }
+    for (ns, connections) in by_namespace(found.iter().map(|connection| (&connection.ns, connection))) {
+        refuse_connections(ns, &connections)?;
+    }
+    Ok(())
+}
+
+fn by_namespace<'a, T>(sockets: impl Iterator<Item = (&'a NetNs, T)>) -> HashMap<&'a NetNs, Vec<T>> {
+    let mut by_namespace: HashMap<_, Vec<T>> = HashMap::new();
+    sockets.for_each(|(ns, socket)| by_namespace.entry(ns).or_default().push(socket));
+    by_namespace
+}
+
+fn refuse_listeners(ns: &NetNs, sockets: &[&Unconnected]) -> Result<(), FindError> {
+    let wanted: HashMap<u64, &Unconnected> = sockets.iter().map(|socket| (socket.cookie, *socket)).collect();
+    let ends = sockets.iter().map(|socket| socket.local);
+    let mut refused = None;
+    monitor(ns, ends, diag::Kind::Listening, |seen| {
+        if seen.md5 {
+            refused = refused.or(wanted.get(&seen.cookie).copied());
+        }
+    })?;
+    match refused {
+        Some(Unconnected { local, place, .. }) => {
+            Err(FindError::RefusedUnconnected { local: *local, place: *place, why: MD5 })
+        }
+        None => Ok(()),
+    }
+}
+
+fn refuse_connections(ns: &NetNs, connections: &[&FoundConnection]) -> Result<(), FindError> {
+    let mut left: HashMap<u64, &FoundConnection> =
+        connections.iter().map(|connection| (connection.cookie, *connection)).collect();
+    for _ in 0..TRIES {
+        let ends: Vec<SocketAddr> = left.values().map(|connection| connection.tuple.local).collect();
+        let mut refused = None;
+        monitor(ns, ends.into_iter(), diag::Kind::Connected, |seen| {
+            if let Some(connection) = left.remove(&seen.cookie) {
+                let why = if seen.md5 { Some(MD5) } else { seen.upper_layer.then_some(UPPER_LAYER) };
+                refused = refused.or(why.map(|why| (connection, why)));
+            }
+        })?;
+        if let Some((connection, why)) = refused {
+            return Err(refuse_one(connection, why));
+        }
+        // A closed connection is in no table of the kernel, and needs keys no more.
+        for connection in left.values() {
+            let sys = |error| FindError::Sys(connection.place, error);
+            if tcp::has_upper_layer(connection.socket.as_fd()).map_err(sys)? {
+                return Err(refuse_one(connection, UPPER_LAYER));
+            }
+        }
+        left.retain(|_, connection| {
+            !tcp::info(connection.socket.as_fd()).is_ok_and(|info| info.state == State::Close as u8)
+        });
+        if left.is_empty() {
+            return Ok(());
+        }
+    }
+    left.values().next().map_or(Ok(()), |connection| Err(refuse_one(connection, HIDDEN)))
+}
+
+fn refuse_one(connection: &FoundConnection, why: &'static str) -> FindError {
+    FindError::Refused { tuple: connection.tuple, place: connection.place, why }
+}
+
+/// Asks for the families of these ends.
+fn monitor(
+    ns: &NetNs,
+    ends: impl Iterator<Item = SocketAddr>,
+    kind: diag::Kind,
+    mut each: impl FnMut(diag::Seen),
+) -> Result<(), FindError> {
+    let (mut ipv4, mut ipv6) = (false, false);
+    ends.for_each(|end| if end.is_ipv4() { ipv4 = true } else { ipv6 = true });
+    let asked = ns.run(|| {
+        let families = [(ipv4, diag::Family::Ipv4), (ipv6, diag::Family::Ipv6)];
+        let mut families = families.into_iter().filter(|(wanted, _)| *wanted);
+        families.try_for_each(|(_, family)| diag::for_each(family, kind, &mut each))
+    })?;
+    asked.map_err(|source| FindError::Monitor { ns: ns.clone(), source })
+}
