@@ -6,6 +6,14 @@
 
 # One place for what is built, whatever the shell says: scripts and tests look for it there.
 export CARGO_TARGET_DIR := $(CURDIR)/target
+# Under sudo, the Rust of whoever called it.
+ifdef SUDO_USER
+ifeq ($(shell command -v cargo),)
+INVOKER := $(shell getent passwd $(SUDO_USER) | cut -d: -f6)
+export PATH := $(PATH):$(INVOKER)/.cargo/bin
+export RUSTUP_HOME ?= $(INVOKER)/.rustup
+endif
+endif
 # CRIU's makefiles shall not inherit what was given to this one.
 unexport MAKEFLAGS MFLAGS MAKELEVEL
 
@@ -23,30 +31,30 @@ criu: ## a stock CRIU with its tests under target/criu (CRIU=DIR or FILE: yours 
 
 demo: all criu ## freeze, kill and bring back a server while its clients go on
 	@scripts/packages redis-server || echo "demo: no redis-server here, using the built-in echo server"
-	@target/release/soccr-test demo
+	@scripts/isolated target/release/soccr-test demo
 
-test: ## everything but zdtm with stock CRIU (STEPS="cargo demo …": only these)
+test: ## everything but what takes longer or tests nothing of ours (STEPS="cargo demo …": only these)
 	@scripts/test $(STEPS)
 
 bench: all criu ## what a dump and a restore cost, beside stock CRIU
-	@target/release/soccr-test bench
+	@scripts/isolated target/release/soccr-test bench
 
 soak: all criu ## dump and restore under load, loss and reordering for ten minutes
-	@target/release/soccr-test soak
+	@scripts/isolated target/release/soccr-test soak
 
 fuzz: ## the fuzz targets with libFuzzer (SECONDS=60 each, T="names": only these)
 	@scripts/fuzz $(SECONDS) $(T)
 
 faults: criu ## kill and stop everybody at every point of dump and restore (ARGS=…: see soccr-test faults --help)
 	@scripts/build --with-faults
-	@target/release/soccr-test faults $(ARGS)
+	@scripts/isolated target/release/soccr-test faults $(ARGS)
 
 lint: ## formatting, clippy, the C header, the shell scripts
 	@scripts/lint
 
-zdtm: all criu ## CRIU's own TCP tests (WHAT=plugin|libsoccr|stock, T="names": only these)
+zdtm: all criu ## CRIU's own TCP tests (WHAT=plugin|libsoccr|stock, T="names": only these, T=all: every test, beside stock)
 	@if [ $(WHAT) = libsoccr ]; then scripts/criu-with-libsoccr; fi
-	@scripts/zdtm $(WHAT) $(T)
+	@scripts/isolated scripts/zdtm $(WHAT) $(T)
 
 criu-with-libsoccr: all criu ## CRIU linked with our libsoccr.a in place of its own
 	@scripts/criu-with-libsoccr
@@ -54,8 +62,8 @@ criu-with-libsoccr: all criu ## CRIU linked with our libsoccr.a in place of its 
 install: ## what make has built, into $(DESTDIR)$(PREFIX)
 	@DESTDIR='$(DESTDIR)' PREFIX='$(PREFIX)' scripts/install
 
-clean: ## everything built here but CRIU
-	@if [ -d target ]; then find target -mindepth 1 -maxdepth 1 ! -name '*criu*' -exec rm -rf --one-file-system {} +; fi
+clean: ## everything built here but CRIU and tools
+	@if [ -d target ]; then find target -mindepth 1 -maxdepth 1 ! -name '*criu*' ! -name tools -exec rm -rf --one-file-system {} +; fi
 
 distclean: ## everything built or fetched here
 	@rm -rf --one-file-system target

@@ -4,14 +4,17 @@
 #![allow(unsafe_code, clippy::missing_panics_doc)]
 
 use std::env;
-use std::io::Read;
+use std::fs::File;
+use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsRawFd;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-/// Set in CI: a test that cannot have its namespaces fails instead of being skipped.
+/// 1 in CI: a test that cannot have its namespaces fails instead of being skipped.
 const REQUIRE: &str = "SOCCR_TEST_REQUIRE";
+/// The file in which `scripts/test` counts skipped tests, which have passed for the test runner.
+const SKIPPED: &str = "SOCCR_TEST_SKIPPED";
 /// Set for the process that has its namespaces.
 const INSIDE: &str = "SOCCR_TEST_INSIDE";
 const TIMEOUT_SECONDS: &str = "60";
@@ -27,9 +30,7 @@ pub fn in_own_network<F: FnOnce()>(body: F) {
         return body();
     }
     if !namespaces_are_available() {
-        assert!(env::var_os(REQUIRE).is_none(), "user and network namespaces are not available");
-        eprintln!("SKIPPED: user and network namespaces are not available");
-        return;
+        return skip("user and network namespaces are not available");
     }
     let test = name_of_test::<F>();
     let output = Command::new("timeout")
@@ -43,6 +44,16 @@ pub fn in_own_network<F: FnOnce()>(body: F) {
     print!("{said}{}", String::from_utf8_lossy(&output.stderr));
     assert!(output.status.success(), "{test} failed in its own network: {}", output.status);
     assert!(said.contains("1 passed"), "{test} did not run in its own network");
+}
+
+fn skip(why: &str) {
+    assert!(env::var_os(REQUIRE).is_none_or(|it| it != "1"), "{why}");
+    let line = format!("SKIPPED {}: {why}\n", std::thread::current().name().unwrap_or("?"));
+    eprint!("{line}");
+    if let Some(list) = env::var_os(SKIPPED) {
+        let list = File::options().append(true).create(true).open(list);
+        list.and_then(|mut list| list.write_all(line.as_bytes())).expect(SKIPPED);
+    }
 }
 
 /// A closure's type is named after the function that it is written in: `program::module::test::{{closure}}`.
