@@ -8,6 +8,7 @@ mod clean;
 mod config;
 mod enable;
 mod failure;
+mod generate;
 mod host;
 mod list;
 mod plugins;
@@ -21,10 +22,15 @@ mod table;
 use std::io::Write;
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
 use failure::Capability;
 
 /// Looks after TCP connections that soccr has frozen, dumped or restored on this host.
+///
+/// The plugin soccr_plugin.so lets stock CRIU dump and restore live TCP connections. While it works it changes things on
+/// the host: it locks connections in the firewall and puts their sockets into repair mode. Before it changes anything it
+/// writes a record of that into /run/soccr, and removes the record when all is undone. soccr shows these records and ends
+/// what was left behind by a crash; it has runtimes load the plugin; and it says what is in the way.
 #[derive(Debug, Parser)]
 #[command(name = "soccr", version, max_term_width = 100)]
 struct Arguments {
@@ -35,19 +41,68 @@ struct Arguments {
 #[derive(Debug, Subcommand)]
 enum Command {
     /// List the dumps and restores that have changed something on this host, and what has become of them.
+    ///
+    /// One in a line: the id, the state, the age, how many connections there are, the network namespaces in which they
+    /// are locked, the folder of the images, and the processes. Where the dumped tasks have a network namespace of their own,
+    /// CRIU itself locks all of it, which is shown as (whole). Nothing is printed when there are no records.
+    ///
+    /// The states: frozen (a dump is at work), left stopped (the dump is complete, its tasks were left stopped, and their
+    /// connections stay locked until the tasks are continued or killed), dumped (the dump is complete, or a restore of it
+    /// failed or was killed: the lock waits for `criu restore`), restoring (a restore is at work), orphaned (whoever worked
+    /// on it was killed, or the host was started anew since: `soccr clean --orphans` ends it), elsewhere (it was recorded in
+    /// another PID namespace, and from here nobody can tell whether somebody works on it).
+    ///
+    /// A record whose lock is gone, since stock CRIU has restored the dump, is removed when it is looked at. Locks and rules
+    /// that no record tells of, such as those that stock CRIU leaves behind when it is killed, are listed as not ours, with the
+    /// command that removes them: those in every network namespace that can be found by a process, a mount or an open file.
     Status(status::Arguments),
     /// End dumps and restores: remove their locks, bring back connections left in repair mode.
+    ///
+    /// Removes their locks and the rules for forged segments, brings connections that running tasks have in repair mode back
+    /// to life, removes the record, and prints what it removed. What somebody is working on is left alone. When their criu is
+    /// dead, its lock of the whole network namespace is removed too, where the record or one of its tasks leads to that
+    /// namespace and no other dump there needs it.
+    ///
+    /// Of stock CRIU (--stock-rules) it removes the iptables rules for single connections, and the locks of whole namespaces
+    /// (the iptables chain CRIU with the jumps to it, or a table "inet CRIU-RUN" of nf_tables), if they hold what CRIU puts
+    /// there and nothing else. A lock that a record tells of goes with that record only, and one whose tasks are being traced
+    /// is left alone.
     Clean(clean::Arguments),
     /// Show the connections in a folder or an archive of CRIU's images.
+    ///
+    /// Both ends, the state, the bytes in the queues (how many, not which), the largest segment, and the processes and
+    /// descriptors that they belong to. Archives are those that podman, CRI-O and containerd write.
     Show(show::Arguments),
     /// List the TCP sockets of running tasks: states, queues, options, descriptors.
+    ///
+    /// Listening sockets are among them; what they have to read is how many connections wait to be accepted. Nothing is
+    /// frozen or changed. Sockets in flight inside unix sockets (SCM_RIGHTS) are counted on the error output: to look at
+    /// them would disturb who reads there.
     List(list::Arguments),
     /// Check what this kernel offers, which criu each runtime starts, and what of a task cannot be carried.
+    ///
+    /// Tries what the kernel offers, in a network namespace of its own, and says what each feature is needed for.
+    ///
+    /// For each of runc, crun, podman, containerd, LXC and criu on PATH: which criu it starts, whether that one can work on
+    /// this kernel, whether it will load the plugin, and what to do about it. A configuration that is wrong, or in a file
+    /// that nobody reads, says nothing of itself. Services may have another PATH than this command.
+    ///
+    /// With --pid: what of a running tree of tasks cannot be carried, before anything is frozen.
     Check(check::Arguments),
     /// Have the criu that a runtime starts load the plugin: adds lines to its configuration file.
+    ///
+    /// runc reads /etc/criu/runc.conf. crun reads /etc/criu/crun.conf (or runc.conf where that is missing) since 1.26, with
+    /// libcriu 4.2 or later; an older one is refused. podman: that of the runtime that it is set up to use. The lines
+    /// tcp-close and libdir are added between two comments; what others have written there stays as it is, and what is
+    /// against it is named. Containers that are started with the annotation org.criu.config read another file.
     Enable(enable::EnableArguments),
     /// Take back what `soccr enable` did.
+    ///
+    /// Its lines go; a file or a folder that it made goes too, unless something else is in it by now.
     Disable(enable::DisableArguments),
+    /// Write the manual pages and the completions of shells.
+    #[command(hide = true)]
+    Generate(generate::Arguments),
 }
 
 fn main() -> ExitCode {
@@ -77,6 +132,7 @@ fn run(command: &Command) -> anyhow::Result<bool> {
         Command::Check(arguments) => check::run(arguments),
         Command::Enable(arguments) => enable::enable(arguments),
         Command::Disable(arguments) => enable::disable(arguments),
+        Command::Generate(arguments) => generate::run(arguments, &Arguments::command()),
     }
 }
 
@@ -85,7 +141,9 @@ fn capability(command: &Command) -> Capability {
     match command {
         Command::Status(_) | Command::Clean(_) => Capability::NetAdmin,
         Command::List(_) | Command::Check(_) => Capability::SysPtrace,
-        Command::Show(_) | Command::Enable(_) | Command::Disable(_) => Capability::DacOverride,
+        Command::Show(_) | Command::Enable(_) | Command::Disable(_) | Command::Generate(_) => {
+            Capability::DacOverride
+        }
     }
 }
 

@@ -511,3 +511,25 @@ fn a_cause_is_told_once() {
     let said = Host::new().refused(&["show", "/nonexistent/images"]);
     assert_eq!(said.matches("No such file or directory").count(), 1, "{said}");
 }
+
+#[test]
+fn pages_and_completions_have_every_command() {
+    let host = Host::new();
+    let text = |path: &str| fs::read_to_string(host.dir.path().join(path)).expect("generated");
+    host.done(&["generate", host.dir.path().to_str().expect("a plain path")]);
+    let help = host.done(&["--help"]);
+    let commands = help.lines().skip_while(|line| !line.starts_with("Commands:")).skip(1);
+    let commands = commands.take_while(|line| !line.is_empty());
+    let names = commands.filter_map(|line| line.strip_prefix("  ")?.split(' ').next());
+    let names: Vec<&str> = names.filter(|name| !name.is_empty() && *name != "help").collect();
+    assert!(names.contains(&"status") && names.contains(&"enable") && !names.contains(&"generate"), "{help}");
+    let page = text("man/soccr.1");
+    assert!(page.contains(".SH EXIT STATUS") && page.contains(".SH ENVIRONMENT"));
+    for name in names {
+        assert!(page.contains(&format!("soccr\\-{name}(1)")), "{name}");
+        assert!(text(&format!("man/soccr-{name}.1")).contains(".SH DESCRIPTION"), "{name}");
+        for shell in ["soccr.bash", "_soccr", "soccr.fish"] {
+            assert!(text(&format!("completions/{shell}")).contains(name), "{name} in {shell}");
+        }
+    }
+}
