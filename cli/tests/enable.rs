@@ -323,6 +323,8 @@ fn check_tells_a_file_that_nobody_reads() {
         assert!(outcome == "broken" && problems.contains("does not have criu read it"), "{kind}: {problems}");
     }
     host.done(&["disable"]);
+    let shown = host.done(&["check"]);
+    assert!(!shown.contains("`soccr enable crun`") && shown.contains("`soccr enable default`"), "{shown}");
     host.enable(&["default"]);
     assert_eq!(host.outcome("crun").0, "carried");
     host.program("crun", "echo 'crun version 1.24'; echo '+CRIU'");

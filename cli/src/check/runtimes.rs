@@ -197,23 +197,23 @@ fn connections(assessed: &Assessed) -> String {
         Outcome::Carried => format!("connections are carried by the plugin, according to {files}"),
         Outcome::Broken => format!("the plugin is set up and will not do its work, according to {files}"),
         Outcome::Stock => {
-            format!(
-                "connections are CRIU's own matter, according to {files}; {}",
-                cure(assessed.runtime.kind)
-            )
+            format!("connections are CRIU's own matter, according to {files}{}", cure(assessed))
         }
     }
 }
 
-fn cure(kind: Kind) -> &'static str {
-    match kind {
-        Kind::Runc | Kind::Containerd => "`soccr enable runc` has the plugin carry them",
-        Kind::Crun => "`soccr enable crun` has the plugin carry them",
-        Kind::Podman => "`soccr enable podman` has the plugin carry them",
-        Kind::Lxc | Kind::Criu => {
-            "`soccr enable default`, or --tcp-close and --libdir, has the plugin carry them"
-        }
+/// What has the plugin carry them, if nothing is in the way.
+fn cure(Assessed { runtime, problems, .. }: &Assessed) -> String {
+    if !problems.is_empty() {
+        return String::new();
     }
+    let whom = match runtime.names {
+        Some(ConfigFile::Crun) if runtime.kind == Kind::Crun => "crun",
+        Some(_) if runtime.kind == Kind::Podman => "podman",
+        Some(_) => "runc",
+        None => "default",
+    };
+    format!("; `soccr enable {whom}` has the plugin carry them")
 }
 
 #[cfg(test)]
