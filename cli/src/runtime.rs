@@ -88,6 +88,8 @@ pub struct Runtime {
     pub version: String,
     /// Through what it starts criu.
     pub through: Option<Box<Runtime>>,
+    /// Whether it can start a criu at all.
+    pub starts_criu: bool,
     /// The file that it names to criu, which then counts more than default.conf.
     pub names: Option<ConfigFile>,
     /// Why it cannot start a criu that heeds these.
@@ -110,9 +112,10 @@ fn at(kind: Kind, path: PathBuf) -> Runtime {
         Err(error) => (String::new(), Some(Problem::new(format!("{error:#}"), "see to it that it runs"))),
     };
     let version = said.lines().next().unwrap_or_default().to_owned();
-    let mut runtime = Runtime { kind, path, version, through: None, names: None, problems: Vec::new() };
+    let (through, names, problems) = (None, None, Vec::new());
+    let mut runtime = Runtime { kind, path, version, through, starts_criu: true, names, problems };
     match problem {
-        Some(problem) => runtime.problems.push(problem),
+        Some(problem) => runtime.cannot_start(problem),
         None => match kind {
             Kind::Runc => runtime.names = Some(ConfigFile::Runc),
             Kind::Crun => runtime.be_crun(&said),
@@ -125,10 +128,15 @@ fn at(kind: Kind, path: PathBuf) -> Runtime {
 }
 
 impl Runtime {
+    fn cannot_start(&mut self, problem: Problem) {
+        self.starts_criu = false;
+        self.problems.push(problem);
+    }
+
     fn go_through(&mut self, other: Result<Runtime>) {
         match other {
             Ok(other) => {
-                self.names = other.names;
+                (self.starts_criu, self.names) = (other.starts_criu, other.names);
                 self.problems.extend(other.problems.iter().cloned());
                 self.through = Some(Box::new(other));
             }
@@ -159,14 +167,14 @@ impl Runtime {
         const FORBIDS_TCP_CLOSE: (u32, u32) = (1, 23);
         if !said.contains("+CRIU") {
             let cure = "install a crun built with CRIU, or use runc (podman --runtime runc)";
-            return self.problems.push(Problem::new("this crun is built without CRIU", cure));
+            return self.cannot_start(Problem::new("this crun is built without CRIU", cure));
         }
         let version = host::version(&self.version);
         let libcriu = match libcriu() {
             Ok(Some(libcriu)) => libcriu,
             Ok(None) => {
                 let what = "there is no libcriu.so.2, by which crun starts criu";
-                return self.problems.push(Problem::new(what, "install libcriu 4.2 or later (libcriu2)"));
+                return self.cannot_start(Problem::new(what, "install libcriu 4.2 or later (libcriu2)"));
             }
             Err(error) => {
                 return self

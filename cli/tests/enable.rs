@@ -348,6 +348,11 @@ fn check_tells_a_criu_that_cannot_work() {
         let (outcome, problems) = host.outcome(kind);
         assert!(outcome == "broken" && problems.contains("has not the hooks"), "{kind}: {problems}");
     }
+    host.program("criu", "echo 'no such library' >&2; exit 127");
+    for kind in all {
+        let (outcome, problems) = host.outcome(kind);
+        assert!(outcome == "broken" && problems.contains("no such library"), "{kind}: {problems}");
+    }
     fs::remove_file(host.path("bin/criu")).expect("removed");
     let shown = String::from_utf8(host.soccr(&["check"]).stdout).expect("text");
     assert!(shown.contains("there is no criu on PATH: install CRIU 4.2 or later"), "{shown}");

@@ -63,11 +63,13 @@ pub fn assess(criu_dir: &Path) -> Vec<Assessed> {
     let criu = criu.map(|criu| Criu { path: criu.path, version: criu.version });
     let one = |mut runtime: Runtime| {
         let mut problems = std::mem::take(&mut runtime.problems);
+        let criu = criu.clone().filter(|_| runtime.starts_criu);
         if runtime.kind == Kind::Criu {
-            problems.clear(); // they are among criu's
+            problems.clone_from(&criu_problems); // its own are among them
+        } else if runtime.starts_criu {
+            problems.extend(criu_problems.iter().cloned());
         }
-        problems.extend(criu_problems.iter().cloned());
-        assess_one(runtime, criu.clone(), problems, criu_dir)
+        assess_one(runtime, criu, problems, criu_dir)
     };
     runtime::all().into_iter().map(one).collect()
 }
