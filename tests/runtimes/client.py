@@ -1,0 +1,160 @@
+#!/usr/bin/python3
+"""client.py ADDRESS PORT STREAMS: keeps streams to an echo server going and looks at every byte that comes back.
+
+Prints `ready` once all streams run. A line on stdin asks for the verdict: a stream is alive when all that it had sent
+by then and PROOF bytes more have come back within PATIENCE. The verdict is one line of JSON.
+"""
+
+import errno
+import json
+import os
+import random
+import selectors
+import socket
+import sys
+import time
+
+CHUNK = 1 << 10
+WINDOW = 16 << 10  # bytes on the way at most
+PROOF = 64 << 10
+TICK = 0.01
+PATIENCE = 20
+CONNECTING = 20
+
+
+class Stream:
+    def __init__(self, number, address):
+        # A prime length: no shift by a chunk or a window shows the same bytes.
+        self.pattern = random.Random(number).randbytes(65521) * 2
+        self.socket = connect(address)
+        self.port = self.socket.getsockname()[1]
+        self.sent = self.received = 0
+        self.goal = None
+        self.end = None  # why it is dead
+        self.heard = time.monotonic()
+        self.silence = 0.0
+
+    def bytes(self, offset, length):
+        start = offset % 65521
+        return self.pattern[start : start + length]
+
+    def write(self):
+        with self.ending():
+            if self.sent - self.received < WINDOW:
+                self.sent += self.socket.send(self.bytes(self.sent, CHUNK))
+
+    def read(self):
+        with self.ending():
+            data = self.socket.recv(WINDOW)
+            now = time.monotonic()
+            self.silence, self.heard = max(self.silence, now - self.heard), now
+            if not data:
+                self.end = "ended"
+            elif data != self.bytes(self.received, len(data)):
+                self.end = "wrong content"
+            self.received += len(data)
+
+    def ending(self):
+        return Ending(self)
+
+    def done(self):
+        return self.end or (self.goal is not None and self.received >= self.goal)
+
+
+class Ending:
+    """A socket's error ends its stream."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __enter__(self):
+        pass
+
+    def __exit__(self, kind, error, trace):
+        if isinstance(error, BlockingIOError):
+            return True
+        if isinstance(error, OSError):
+            self.stream.end = errno.errorcode.get(error.errno, str(error))
+            return True
+        return False
+
+
+def connect(address):
+    deadline = time.monotonic() + CONNECTING
+    while True:
+        try:
+            found = socket.create_connection(address, timeout=1)
+        except OSError:
+            # Nobody listens yet.
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)
+            continue
+        found.setblocking(False)
+        found.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return found
+
+
+def main():
+    address = (sys.argv[1], int(sys.argv[2]))
+    streams = [Stream(number, address) for number in range(int(sys.argv[3]))]
+    selector = selectors.DefaultSelector()
+    for stream in streams:
+        selector.register(stream.socket, selectors.EVENT_READ, stream)
+    run(selector, streams, lambda: all(stream.received > WINDOW or stream.end for stream in streams))
+    print("ready", flush=True)
+
+    selector.register(sys.stdin, selectors.EVENT_READ)
+    asked = False
+
+    def hear():
+        nonlocal asked
+        asked = True
+        os.read(0, 100)
+        selector.unregister(sys.stdin)
+        for stream in streams:
+            stream.goal = stream.sent + PROOF
+
+    run(selector, streams, lambda: asked, hear)
+    deadline = time.monotonic() + PATIENCE
+    run(selector, streams, lambda: all(s.done() for s in streams) or time.monotonic() > deadline)
+    print(json.dumps(verdict(streams)), flush=True)
+
+
+def run(selector, streams, done, hear=None):
+    tick = 0
+    while not done():
+        for key, _ in selector.select(TICK):
+            if key.data:
+                key.data.read()
+                if key.data.end:
+                    selector.unregister(key.fileobj)
+            else:
+                hear()
+        if (now := time.monotonic()) >= tick:
+            tick = now + TICK
+            for stream in streams:
+                if not stream.end:
+                    stream.write()
+                    if stream.end:
+                        selector.unregister(stream.socket)
+
+
+def verdict(streams):
+    ends = {}
+    for stream in streams:
+        if not stream.done():
+            stream.end = "silent"
+        if stream.end:
+            ends.setdefault(stream.end, []).append(stream.port)
+    alive = [stream for stream in streams if not stream.end]
+    return {
+        "alive": len(alive),
+        "ends": {end: len(ports) for end, ports in ends.items()},
+        "ports": ends,
+        "silence": round(max((stream.silence for stream in alive), default=0), 2),
+        "bytes": sum(stream.received for stream in streams),
+    }
+
+
+main()

@@ -1,0 +1,221 @@
+#!/usr/bin/python3
+"""host.py RUNTIME CASE stock|ours LOGS: one round in a host of its own; prints its result as one line of JSON.
+
+scripts/runtimes starts it in new network, mount, PID, IPC, UTS and cgroup namespaces, in cgroups of its own. It covers
+/etc, /usr and /var with overlays that hold the runtimes, /run and /tmp with file systems in memory, and wires up
+
+    LAN peer 10.77.0.2 ── 10.77.0.1 host ── the container
+
+where nothing of it reaches the machine, and all of it goes with this process.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from kinds import CASES, RUNTIMES, sh
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+HERE = ROOT / "target/runtimes"
+STREAMS = 50
+PATIENCE = 10  # seconds for what goes a little later than the container does
+
+
+def main():
+    runtime_name, case_name, who, logs = sys.argv[1:]
+    logs = Path(logs)
+    logs.mkdir(parents=True, exist_ok=True)
+    sys.stderr = open(logs / "host.log", "w", buffering=1)
+    os.dup2(sys.stderr.fileno(), 2)
+    make_host(RUNTIMES[runtime_name].userland)
+    runtime = RUNTIMES[runtime_name](Path("/run/work"), logs)
+    case = CASES[case_name]
+    configure_criu(who, runtime.settings(case))
+    try:
+        result = one_round(runtime, case, logs)
+    except Exception as error:  # whatever it was: this round failed by it
+        result = {"alive": 0, "error": f"{type(error).__name__}: {error}"}
+    runtime.keep_logs()
+    print(json.dumps(result), flush=True)
+
+
+# --- the host ---
+
+
+def make_host(userland):
+    for path in ("/run", "/tmp"):
+        if not ROOT.is_relative_to(path):
+            mount("-t", "tmpfs", "tmpfs", path)
+    for path in ("/run/netns", "/run/lock", "/run/work", "/run/own"):
+        os.makedirs(path)
+    own_cgroups()
+    unpacked = HERE / userland
+    for path in ("usr", "etc", "var"):
+        cover(f"/{path}", unpacked / path)
+    for path in ("/var/lib/containers", "/var/lib/containerd", "/var/lib/lxc"):
+        os.makedirs(path, exist_ok=True)
+        mount("-t", "tmpfs", "tmpfs", path)
+    os.environ["PATH"] = f"{ROOT}/target/criu/criu:/usr/sbin:/usr/bin:/sbin:/bin"
+    os.environ["HOME"] = "/run/work"
+    subprocess.run(["ldconfig"], check=True)
+    sh("ip link set lo up")
+    sh("sysctl -qw net.ipv4.ip_forward=1")
+    plug("lan", "10.77.0")
+
+
+def own_cgroups():
+    """In the cgroup namespace the machine's mounts show the machine's groups; these show ours alone."""
+    mounts = [line.split()[1:4] for line in Path("/proc/self/mounts").read_text().splitlines()]
+    mount("-t", "tmpfs", "tmpfs", "/sys/fs/cgroup")
+    for where, kind, options in mounts:
+        if kind in ("cgroup", "cgroup2"):
+            hierarchy = [option for option in options.split(",") if option not in ("rw", "relatime")]
+            os.makedirs(where, exist_ok=True)
+            mount("-t", kind, *(["-o", ",".join(hierarchy)] if kind == "cgroup" else []), kind, where)
+
+
+def mount(*arguments):
+    subprocess.run(["mount", *arguments], check=True)
+
+
+def cover(path, more):
+    """An overlay whose changes stay in memory."""
+    upper, work = (f"/run/own{path}/{name}" for name in ("upper", "work"))
+    os.makedirs(upper)
+    os.makedirs(work)
+    mount("-t", "overlay", "-o", f"lowerdir={more}:{path},upperdir={upper},workdir={work}", "overlay", path)
+
+
+def plug(name, net):
+    """A network namespace on a wire to the host: NET.2 there, NET.1 here."""
+    sh(f"ip netns add {name}")
+    sh(f"ip link add {name}0 type veth peer name eth0 netns {name}")
+    sh(f"ip addr add {net}.1/24 dev {name}0")
+    sh(f"ip link set {name}0 up")
+    inside = f"nsenter --net=/run/netns/{name}"
+    sh(f"{inside} ip link set lo up")
+    sh(f"{inside} ip addr add {net}.2/24 dev eth0")
+    sh(f"{inside} ip link set eth0 up")
+    sh(f"{inside} ip route add default via {net}.1")
+
+
+def configure_criu(who, more):
+    """What every runtime tells criu is the same for both; ours has the plugin besides."""
+    lines = list(more)
+    if who == "ours":
+        lines += ["tcp-close", f"libdir {ROOT}/target/plugins"]
+    folder = Path("/etc/criu")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    for name in ("runc.conf", "crun.conf", "default.conf"):
+        (folder / name).write_text("".join(f"{line}\n" for line in lines))
+
+
+# --- a round ---
+
+
+def one_round(runtime, case, logs):
+    plug("srv", "10.78.0")
+    # What a runtime sets up once and keeps, it has set up before the round begins.
+    runtime.start(case)
+    runtime.remove()
+    before = settled()
+    address = runtime.start(case)
+    with client(case, address, logs) as streams:
+        seconds = runtime.dump_and_restore(case)
+        result = streams.verdict() | {"seconds": seconds}
+        left = [f"while it runs: {line}" for line in locks(runtime)]
+    runtime.remove()
+    result["left"] = left + still_new(before)
+    return result
+
+
+class Client:
+    def __init__(self, process):
+        self.process = process
+
+    def verdict(self):
+        self.process.stdin.write("now\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+
+@contextlib.contextmanager
+def client(case, address, logs):
+    where = ["nsenter", "--net=/run/netns/lan"] if case.client == "lan" else []
+    ip, port = case.address(address)
+    command = [*where, "/usr/bin/python3", Path(__file__).with_name("client.py"), ip, str(port), str(STREAMS)]
+    with open(logs / "client.log", "w") as log:
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True)
+    try:
+        if process.stdout.readline() != "ready\n":
+            raise RuntimeError(f"the streams to {ip}:{port} do not run")
+        yield Client(process)
+    finally:
+        process.kill()
+        process.wait()
+
+
+# --- what is left ---
+
+
+def locks(runtime):
+    """Tables and chains of a lock, in the host and in the container, and records: there must be none while it runs."""
+    found = []
+    for where, enter in [("host", []), ("container", ["nsenter", f"--net=/proc/{runtime.pid()}/ns/net"])]:
+        rules = subprocess.run([*enter, "nft", "list", "ruleset"], capture_output=True, text=True, check=False).stdout
+        found += [f"{where}: {line.strip()}" for line in rules.splitlines() if "CRIU" in line or "soccr" in line]
+    found += [f"soccr status: {line}" for line in records()]
+    return found
+
+
+def records():
+    done = subprocess.run([ROOT / "target/release/soccr", "status"], capture_output=True, text=True, check=False)
+    lines = [line for line in (done.stdout + done.stderr).splitlines() if line]
+    return [] if lines == ["nothing is left behind"] else lines
+
+
+def snapshot():
+    """Rules, links, addresses, namespaces, processes and records of the host."""
+    found = set()
+    for command in ("nft -s list ruleset", "ip -o addr", "ip -o link", "ip netns list", "ip rule", "ps -eo comm="):
+        output = subprocess.run(command.split(), capture_output=True, text=True, check=False).stdout
+        chain = ""
+        for line in output.splitlines():
+            if command.startswith("nft"):
+                line = line.strip()
+                if line.startswith(("table", "chain")):
+                    chain = line
+                line = f"{chain}: {line}"
+            elif command.startswith("ip -o"):
+                line = " ".join(line.split()[1:4])
+            found.add(f"{command.split()[0]}: {line}")
+    return found | {f"soccr status: {line}" for line in records()}
+
+
+def settled():
+    """A snapshot that stays the same for a moment: a runtime's helpers end after it does."""
+    last = snapshot()
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline:
+        time.sleep(0.2)
+        now = snapshot()
+        if now == last:
+            break
+        last = now
+    return last
+
+
+def still_new(before):
+    deadline = time.monotonic() + PATIENCE
+    while (new := snapshot() - before) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    return sorted(new)
+
+
+main()

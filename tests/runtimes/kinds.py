@@ -1,0 +1,268 @@
+"""The runtimes, the cases, and what each runtime is told to do in each case."""
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+ROOTFS = ROOT / "target/runtimes/rootfs"
+PORT = 7000
+PUBLISHED = 7100
+# The server makes itself a session, which the first process of a container cannot: the shell is that one.
+SERVER = ["/bin/sh", "-c", f"/bin/soccr-test server --listen 0.0.0.0:{PORT} & wait"]
+
+
+@dataclass(frozen=True)
+class Case:
+    """Where the container's network comes from, who talks to it, and how it is dumped."""
+
+    network: str
+    client: str = "lan"
+    to: str = "container"
+    dump: str = "plain"
+
+    def address(self, container):
+        """Where the client connects to."""
+        return {
+            "container": (container, PORT),
+            "host": ("10.77.0.1", PORT if self.network == "host" else PUBLISHED),
+            "loopback": ("127.0.0.1", PUBLISHED),
+        }[self.to]
+
+
+CASES = {
+    "own": Case("own"),
+    "host": Case("host", to="host"),
+    "path": Case("path"),
+    "bridge": Case("bridge"),
+    "bridge, client on the host": Case("bridge", client="host"),
+    "published": Case("published", to="host"),
+    "published, client on the host": Case("published", client="host", to="host"),
+    "published, client on 127.0.0.1": Case("published", client="host", to="loopback"),
+    "export, rm, import": Case("bridge", dump="export"),
+    "keep": Case("bridge", dump="keep"),
+    "leave running": Case("bridge", dump="leave"),
+    "leave running, path": Case("path", dump="leave"),
+}
+
+
+def sh(command):
+    return run(*shlex.split(command))
+
+
+def run(*command, **more):
+    """Its output; an error of ours when it fails."""
+    command = [str(word) for word in command]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, **more)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}: status {done.returncode}: {(done.stderr or done.stdout).strip()[-600:]}")
+    return done.stdout.strip()
+
+
+class Clock:
+    def __init__(self):
+        self.marks = {}
+        self.at = time.monotonic()
+
+    def mark(self, name):
+        now = time.monotonic()
+        self.marks[name] = round(now - self.at, 2)
+        self.at = now
+
+
+class Podman:
+    userland = "bookworm"
+    backend = "netavark"
+    cases = [case for case in CASES if case not in ("own", "leave running, path")]
+
+    def __init__(self, work, logs):
+        self.work = work
+        self.logs = logs
+        self.image = None
+
+    def settings(self, _case):
+        return []
+
+    def configure(self):
+        Path("/etc/containers/containers.conf").write_text(
+            "[containers]\n"
+            'default_ulimits = ["nofile=20000:20000", "nproc=30000:30000"]\n'
+            "[engine]\n"
+            'cgroup_manager = "cgroupfs"\n'
+            'events_logger = "file"\n'
+            'runtime = "runc"\n'
+            "[network]\n"
+            f'network_backend = "{self.backend}"\n'
+        )
+        Path("/etc/containers/storage.conf").write_text(
+            '[storage]\ndriver = "overlay"\nrunroot = "/run/containers"\ngraphroot = "/var/lib/containers/storage"\n'
+        )
+        tar = self.work / "server.tar"
+        run("tar", "-cf", tar, "-C", ROOTFS, ".")
+        run("podman", "import", tar, "localhost/server:1")
+        self.image = "localhost/server:1"
+
+    def start(self, case):
+        if not self.image:
+            self.configure()
+        network = {
+            "host": ["--network", "host"],
+            "path": ["--network", "ns:/run/netns/srv"],
+            "bridge": ["--network", "podman"],
+            "published": ["--network", "podman", "-p", f"{PUBLISHED}:{PORT}"],
+        }[case.network]
+        run("podman", "run", "-d", "--name", "c", *network, self.image, *SERVER)
+        if case.network in ("host", "path"):
+            return "10.78.0.2"
+        return run("podman", "inspect", "-f", "{{.NetworkSettings.IPAddress}}", "c")
+
+    def dump_and_restore(self, case):
+        clock = Clock()
+        archive = self.work / "c.tar.gz"
+        more = {
+            "plain": [],
+            "keep": ["--keep"],
+            "leave": ["--leave-running"],
+            "export": ["--export", archive],
+        }[case.dump]
+        run("podman", "container", "checkpoint", "--tcp-established", *more, "c")
+        clock.mark("dump")
+        if case.dump == "leave":
+            return clock.marks
+        self.keep_logs()
+        if case.dump == "export":
+            run("podman", "rm", "c")
+            clock.mark("rm")
+            run("podman", "container", "restore", "--tcp-established", "--import", archive)
+        else:
+            keep = ["--keep"] if case.dump == "keep" else []
+            run("podman", "container", "restore", "--tcp-established", *keep, "c")
+        clock.mark("restore")
+        return clock.marks
+
+    def pid(self):
+        return run("podman", "inspect", "-f", "{{.State.Pid}}", "c")
+
+    def remove(self):
+        self.keep_logs()
+        run("podman", "rm", "-f", "-t", "0", "c")
+
+    def keep_logs(self):
+        for log in Path("/var/lib/containers/storage").glob("overlay-containers/*/userdata/*.log"):
+            if log.name in ("dump.log", "restore.log"):
+                shutil.copy(log, self.logs)
+
+
+class PodmanCni(Podman):
+    backend = "cni"
+
+
+class Oci:
+    """A runtime of the OCI's command line, driven by hand."""
+
+    cases = ["own", "host", "path", "leave running, path"]
+    userland = "bookworm"
+    name = "runc"
+
+    def __init__(self, work, logs):
+        self.logs = logs
+        self.bundle = work / "bundle"
+        self.images = work / "images"
+        self.has_bridge = False
+
+    def settings(self, case):
+        # The wire is ours, so nobody else tells criu about it.
+        return ["external veth[eth0]:own0@br0"] if case.network == "own" else []
+
+    def make_bundle(self, case):
+        shutil.rmtree(self.bundle, ignore_errors=True)
+        self.bundle.mkdir()
+        shutil.copytree(ROOTFS, self.bundle / "rootfs", symlinks=True)
+        run(self.name, "spec", cwd=self.bundle)
+        path = self.bundle / "config.json"
+        config = json.loads(path.read_text())
+        config["process"] |= {"args": SERVER, "terminal": False, "rlimits": []}
+        config["root"]["readonly"] = False
+        spaces = [space for space in config["linux"]["namespaces"] if space["type"] != "network"]
+        if case.network != "host":
+            spaces.append({"type": "network"} | ({"path": "/run/netns/srv"} if case.network == "path" else {}))
+        config["linux"]["namespaces"] = spaces
+        config["linux"]["cgroupsPath"] = "/c"
+        path.write_text(json.dumps(config))
+
+    def start(self, case):
+        self.make_bundle(case)
+        self.call("run", "-d", "--bundle", self.bundle, "c")
+        if case.network != "own":
+            return "10.78.0.2"
+        self.wire()
+        return "10.79.0.2"
+
+    def wire(self):
+        """What a user of a bare runtime does for a container that has a network namespace of its own."""
+        if not self.has_bridge:
+            sh("ip link add br0 type bridge")
+            sh("ip addr add 10.79.0.1/24 dev br0")
+            sh("ip link set br0 up")
+            self.has_bridge = True
+        pid = self.pid()
+        sh(f"ip link add own0 type veth peer name eth0 netns {pid}")
+        sh("ip link set own0 master br0 up")
+        inside = f"nsenter -t {pid} --net"
+        sh(f"{inside} ip addr add 10.79.0.2/24 dev eth0")
+        sh(f"{inside} ip link set eth0 up")
+        sh(f"{inside} ip route add default via 10.79.0.1")
+
+    def dump_and_restore(self, case):
+        clock = Clock()
+        self.images.mkdir()
+        common = ["--tcp-established", "--image-path", self.images, "--work-path", self.logs]
+        leave = ["--leave-running"] if case.dump == "leave" else []
+        self.call("checkpoint", *common, *leave, "c")
+        clock.mark("dump")
+        if case.dump != "leave":
+            self.call("restore", "-d", *common, "--bundle", self.bundle, "c")
+            if case.network == "own":
+                sh("ip link set own0 up")
+            clock.mark("restore")
+        return clock.marks
+
+    def call(self, *words):
+        # A host's file as stdout would be a mount that criu cannot find in the container.
+        words = [self.name, *map(str, words)]
+        with open(self.logs / "runtime.log", "a+") as log:
+            done = subprocess.run(
+                [*words[:1], "--log", self.logs / f"{self.name}.log", *words[1:]],
+                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False,
+            )  # fmt: skip
+            print(done.returncode, *words, file=log)
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(words)}: status {done.returncode}: {self.last_words()}")
+
+    def last_words(self):
+        log = self.logs / f"{self.name}.log"
+        lines = log.read_text().splitlines() if log.exists() else []
+        return lines[-1] if lines else "no word"
+
+    def pid(self):
+        return json.loads(run(self.name, "state", "c"))["pid"]
+
+    def remove(self):
+        self.call("delete", "--force", "c")
+
+    def keep_logs(self):
+        pass
+
+
+class Runc(Oci):
+    pass
+
+
+RUNTIMES = {"podman-runc": Podman, "podman-cni": PodmanCni, "runc": Runc}
+
+assert os.geteuid() == 0, "a container runtime needs root"
