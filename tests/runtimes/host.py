@@ -12,9 +12,11 @@ where nothing of it reaches the machine, and all of it goes with this process.
 import contextlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -23,6 +25,10 @@ from kinds import CASES, RUNTIMES, sh
 ROOT = Path(__file__).resolve().parent.parent.parent
 HERE = ROOT / "target/runtimes"
 STREAMS = 50
+# Tables and chains that iptables makes when somebody looks at them: their rules count.
+BUILT_IN = re.compile(
+    r"table ip6? (filter|nat|mangle|raw|security) {|chain (INPUT|OUTPUT|FORWARD|PREROUTING|POSTROUTING) {|type .*|}|"
+)
 PATIENCE = 10  # seconds for what goes a little later than the container does
 
 
@@ -35,7 +41,7 @@ def main():
     make_host(RUNTIMES[runtime_name].userland)
     runtime = RUNTIMES[runtime_name](Path("/run/work"), logs)
     case = CASES[case_name]
-    configure_criu(who, runtime.settings(case))
+    configure_criu(who)
     try:
         result = one_round(runtime, case, logs)
     except Exception as error:  # whatever it was: this round failed by it
@@ -104,11 +110,9 @@ def plug(name, net):
     sh(f"{inside} ip route add default via {net}.1")
 
 
-def configure_criu(who, more):
+def configure_criu(who):
     """What every runtime tells criu is the same for both; ours has the plugin besides."""
-    lines = list(more)
-    if who == "ours":
-        lines += ["tcp-close", f"libdir {ROOT}/target/plugins"]
+    lines = ["tcp-close", f"libdir {ROOT}/target/plugins"] if who == "ours" else []
     folder = Path("/etc/criu")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
@@ -126,7 +130,7 @@ def one_round(runtime, case, logs):
     runtime.remove()
     before = settled()
     address = runtime.start(case)
-    with client(case, address, logs) as streams:
+    with client(case, address, logs) as streams, watched(logs):
         seconds = runtime.dump_and_restore(case)
         result = streams.verdict() | {"seconds": seconds}
         left = [f"while it runs: {line}" for line in locks(runtime)]
@@ -161,6 +165,43 @@ def client(case, address, logs):
         process.wait()
 
 
+@contextlib.contextmanager
+def watched(logs):
+    """With SOCCR_RUNTIMES_WATCH=1, what happens on the host meanwhile, each line with its time, in watch.log."""
+    if os.environ.get("SOCCR_RUNTIMES_WATCH") != "1":
+        yield
+        return
+    sources = {
+        "rst": "tcpdump -l -n -t -i any tcp[tcpflags]&tcp-rst!=0",
+        "ip": "ip -o monitor link addr route",
+        "conntrack": "conntrack -E -p tcp",
+        "nft": "nft monitor",
+    }
+    with open(logs / "watch.log", "w", buffering=1) as log:
+        processes = [watch(name, command, log) for name, command in sources.items()]
+        time.sleep(1)  # none of them says when it has begun
+        print(f"{time.time():.6f} begin", file=log)
+        try:
+            yield
+        finally:
+            print(f"{time.time():.6f} end", file=log)
+            for process in processes:
+                process.kill()
+                process.wait()
+
+
+def watch(name, command, log):
+    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+    process = subprocess.Popen(command.split(), stdin=subprocess.DEVNULL, **pipe)
+
+    def copy():
+        for line in process.stdout:
+            print(f"{time.time():.6f} {name}: {line.rstrip()}", file=log)
+
+    threading.Thread(target=copy, daemon=True).start()
+    return process
+
+
 # --- what is left ---
 
 
@@ -183,17 +224,21 @@ def records():
 def snapshot():
     """Rules, links, addresses, namespaces, processes and records of the host."""
     found = set()
-    for command in ("nft -s list ruleset", "ip -o addr", "ip -o link", "ip netns list", "ip rule", "ps -eo comm="):
+    for command in ("nft -s list ruleset", "ip -o addr", "ip -br link", "ip netns list", "ip rule", "ps -eo comm="):
         output = subprocess.run(command.split(), capture_output=True, text=True, check=False).stdout
         chain = ""
         for line in output.splitlines():
             if command.startswith("nft"):
                 line = line.strip()
+                if BUILT_IN.fullmatch(line):
+                    continue
                 if line.startswith(("table", "chain")):
                     chain = line
-                line = f"{chain}: {line}"
-            elif command.startswith("ip -o"):
+                line = f"{chain} {line}"
+            elif command == "ip -o addr":
                 line = " ".join(line.split()[1:4])
+            elif command == "ip -br link":
+                line = line.split()[0]
             found.add(f"{command.split()[0]}: {line}")
     return found | {f"soccr status: {line}" for line in records()}
 

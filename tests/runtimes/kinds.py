@@ -64,6 +64,24 @@ def run(*command, **more):
     return done.stdout.strip()
 
 
+# An OCI runtime makes an empty network namespace, and leaves the rest to a hook, at a restore too.
+WIRE = """#!/bin/sh -e
+pid=$(sed -n 's/.*"pid": *\\([0-9]*\\).*/\\1/p')
+if ! ip link show br0 >/dev/null 2>&1; then
+	ip link add br0 type bridge
+	ip addr add 10.79.0.1/24 dev br0
+	ip link set br0 up
+fi
+ip link add own0 type veth peer name eth0 netns "$pid"
+ip link set own0 master br0 up
+nsenter --net="/proc/$pid/ns/net" sh -ec '
+	ip link set lo up
+	ip addr add 10.79.0.2/24 dev eth0
+	ip link set eth0 up
+	ip route add default via 10.79.0.1'
+"""
+
+
 class Clock:
     def __init__(self):
         self.marks = {}
@@ -84,9 +102,6 @@ class Podman:
         self.work = work
         self.logs = logs
         self.image = None
-
-    def settings(self, _case):
-        return []
 
     def configure(self):
         Path("/etc/containers/containers.conf").write_text(
@@ -156,6 +171,8 @@ class Podman:
         for log in Path("/var/lib/containers/storage").glob("overlay-containers/*/userdata/*.log"):
             if log.name in ("dump.log", "restore.log"):
                 shutil.copy(log, self.logs)
+                born = run("stat", "-c", "%.W", log)
+                (self.logs / f"{log.name}.born").write_text(f"{born}\n")
 
 
 class PodmanCni(Podman):
@@ -173,11 +190,7 @@ class Oci:
         self.logs = logs
         self.bundle = work / "bundle"
         self.images = work / "images"
-        self.has_bridge = False
-
-    def settings(self, case):
-        # The wire is ours, so nobody else tells criu about it.
-        return ["external veth[eth0]:own0@br0"] if case.network == "own" else []
+        self.wire = work / "wire"
 
     def make_bundle(self, case):
         shutil.rmtree(self.bundle, ignore_errors=True)
@@ -193,30 +206,16 @@ class Oci:
             spaces.append({"type": "network"} | ({"path": "/run/netns/srv"} if case.network == "path" else {}))
         config["linux"]["namespaces"] = spaces
         config["linux"]["cgroupsPath"] = "/c"
+        if case.network == "own":
+            self.wire.write_text(WIRE)
+            self.wire.chmod(0o755)
+            config["hooks"] = {"createRuntime": [{"path": str(self.wire)}]}
         path.write_text(json.dumps(config))
 
     def start(self, case):
         self.make_bundle(case)
         self.call("run", "-d", "--bundle", self.bundle, "c")
-        if case.network != "own":
-            return "10.78.0.2"
-        self.wire()
-        return "10.79.0.2"
-
-    def wire(self):
-        """What a user of a bare runtime does for a container that has a network namespace of its own."""
-        if not self.has_bridge:
-            sh("ip link add br0 type bridge")
-            sh("ip addr add 10.79.0.1/24 dev br0")
-            sh("ip link set br0 up")
-            self.has_bridge = True
-        pid = self.pid()
-        sh(f"ip link add own0 type veth peer name eth0 netns {pid}")
-        sh("ip link set own0 master br0 up")
-        inside = f"nsenter -t {pid} --net"
-        sh(f"{inside} ip addr add 10.79.0.2/24 dev eth0")
-        sh(f"{inside} ip link set eth0 up")
-        sh(f"{inside} ip route add default via 10.79.0.1")
+        return "10.79.0.2" if case.network == "own" else "10.78.0.2"
 
     def dump_and_restore(self, case):
         clock = Clock()
@@ -227,8 +226,6 @@ class Oci:
         clock.mark("dump")
         if case.dump != "leave":
             self.call("restore", "-d", *common, "--bundle", self.bundle, "c")
-            if case.network == "own":
-                sh("ip link set own0 up")
             clock.mark("restore")
         return clock.marks
 
