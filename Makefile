@@ -2,7 +2,7 @@
 # The work is done by the scripts in scripts/, each of which can be run by hand.
 
 .DEFAULT_GOAL := all
-.PHONY: all criu demo test bench soak faults fuzz lint zdtm criu-with-libsoccr install clean distclean help
+.PHONY: all criu demo test bench soak faults fuzz lint zdtm kernels criu-with-libsoccr install clean distclean help
 
 # One place for what is built, whatever the shell says: scripts and tests look for it there.
 export CARGO_TARGET_DIR := $(CURDIR)/target
@@ -21,6 +21,7 @@ PREFIX ?= /usr/local
 DESTDIR ?=
 WHAT ?= plugin
 T ?=
+K ?=
 SECONDS ?= 60
 
 all: ## libsoccr.{a,so}, the soccr command and the plugin for CRIU, under target/
@@ -55,6 +56,9 @@ lint: ## formatting, clippy, the C header, the shell scripts
 zdtm: all criu ## CRIU's own TCP tests (WHAT=plugin|libsoccr|stock, T="names": only these, T=all: every test, beside stock)
 	@if [ $(WHAT) = libsoccr ]; then scripts/criu-with-libsoccr; fi
 	@scripts/isolated scripts/zdtm $(WHAT) $(T)
+
+kernels: ## the tests on Debian's kernels in a virtual machine (K="6.1 …": only these)
+	@scripts/kernels $(K)
 
 criu-with-libsoccr: all criu ## CRIU linked with our libsoccr.a in place of its own
 	@scripts/criu-with-libsoccr
