@@ -284,6 +284,8 @@ fn save_once(
     let sizes = |source| SaveError::Sizes { who: who(), source };
     let info = tcp::info(fd).map_err(sizes)?;
     let state = State::try_from(info.state).map_err(|source| SaveError::State { who: who(), source })?;
+    // Before the receive queue: a peek may open our window, in a segment that the lock drops.
+    let window = tcp::window(fd).map_err(|source| SaveError::Window { who: who(), source })?;
     let received = |error| receive_error(fd, error);
     let rcv_nxt = sequence(fd, Queue::Receive).map_err(|source| received(source.into()))?;
     let recv_len = receive_len(fd, state)?;
@@ -296,7 +298,6 @@ fn save_once(
     }
     let (send_len, unsent_len) = send_len(fd, &info, state)?;
     let negotiated = negotiated(fd, &info).map_err(|source| SaveError::Options { who: who(), source })?;
-    let window = tcp::window(fd).map_err(|source| SaveError::Window { who: who(), source })?;
     let sent = |source| SaveError::SendQueue { who: who(), source };
     let write_seq = sequence(fd, Queue::Send).map_err(|source| sent(source.into()))?;
     if send_len > 0 {
