@@ -2,6 +2,7 @@
 
 mod support;
 
+use std::cell::Cell;
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -24,19 +25,28 @@ struct Saved {
     queues: Queues,
     domain: i32,
     mss: u32,
+    /// Until it is built: what a peer sends again in between would make the two differ.
+    lock: Cell<Option<NetworkLock>>,
 }
 
-/// Reads the connection and lets the socket go without a word to its peer.
+fn lock(tuple: &FourTuple) -> NetworkLock {
+    let ns = NetNs::current().expect("namespace");
+    let name = LockName::soccr(&format!("{}-{}", tuple.local.port(), tuple.remote.port())).expect("name");
+    NetworkLock::lock(&ns, &name, &[*tuple], &LockOptions::default()).expect("lock")
+}
+
+/// Locks and reads the connection, and lets the socket go without a word to its peer.
 fn save_and_close(stream: TcpStream) -> Saved {
     let mss = tcp::max_segment(stream.as_fd()).expect("segment size");
     let domain = sockopt::domain(stream.as_fd()).expect("domain");
+    let tuple = four_tuple(stream.as_fd()).expect("addresses");
+    let lock = Cell::new(Some(lock(&tuple)));
     let paused = Paused::pause(stream.as_fd()).expect("pause");
     let mut queues = Queues::default();
     let tcp = paused.save(&mut queues).expect("save");
-    let tuple = paused.four_tuple().expect("addresses");
     let _in_repair = paused.release();
     drop(stream);
-    Saved { tuple, tcp, queues, domain, mss }
+    Saved { tuple, tcp, queues, domain, mss, lock }
 }
 
 fn build(saved: &Saved) -> TcpStream {
@@ -65,6 +75,9 @@ fn build_and(saved: &Saved, compare: Compare) -> TcpStream {
     }
     if let Some(room) = room {
         room.give_back().expect("buffers");
+    }
+    if let Some(lock) = saved.lock.take() {
+        lock.unlock().expect("unlock");
     }
     paused.resume(Probe::Send).expect("resume");
     TcpStream::from(socket)
@@ -451,14 +464,10 @@ fn an_orphan_that_holds_the_addresses_makes_room() {
                 let tuple = paused.four_tuple().expect("addresses");
                 paused.resume(Probe::None).expect("resume");
                 let domain = sockopt::domain(ours.as_fd()).expect("domain");
-                Saved { tuple, tcp, queues, domain, mss: 0 }
+                Saved { tuple, tcp, queues, domain, mss: 0, lock: Cell::new(Some(lock(&tuple))) }
             };
-            let ns = NetNs::current().expect("namespace");
-            let name = LockName::criu("orphan").expect("name");
-            let lock = NetworkLock::lock(&ns, &name, &[saved.tuple], &LockOptions::default()).expect("lock");
             drop(ours); // aloud: its FIN waits behind the lock
             let mut ours = build(&saved);
-            lock.unlock().expect("unlock");
             ours.write_all(b"here").expect("write");
             expect_bytes(&mut theirs, b"here");
         }
