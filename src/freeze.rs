@@ -5,12 +5,14 @@ use std::hash::{BuildHasher, Hasher, RandomState};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 
+use nix::errno::Errno;
+
 use crate::carried::Connection;
 use crate::chain;
 use crate::connection::{FourTuple, Queues};
 use crate::encoding::Head;
 use crate::kernel::netns::{NetNs, NetNsError};
-use crate::kernel::{options, sockopt};
+use crate::kernel::{SysError, diag, options, sockopt};
 use crate::lock::{LockName, LockOptions, Method, NetworkLock};
 use crate::repair::{self, Paused, Probe, four_tuple};
 
@@ -213,8 +215,14 @@ impl<F: AsFd> Freezing<F> {
             }
         };
         let first = self.frozen.connections.len();
-        for (socket, tuple) in sockets {
-            match read(socket, tuple) {
+        for ((socket, tuple), keys) in sockets.into_iter().zip(md5_keys(ns, &tuples)) {
+            let frozen = match keys {
+                Ok(()) => read(socket, tuple),
+                Err(source) => {
+                    Err(Refused { socket, error: FreezeError::Read { connection: tuple, source } })
+                }
+            };
+            match frozen {
                 Ok(frozen) => self.frozen.connections.push(frozen),
                 Err(refused) => self.refused.push(refused),
             }
@@ -263,6 +271,23 @@ fn namespace(socket: BorrowedFd<'_>, known: &mut Vec<(u64, NetNs)>) -> Result<Ne
     let ns = NetNs::of_socket(socket)?;
     known.push((cookie, ns.clone()));
     Ok(ns)
+}
+
+/// Whether each has no keys of TCP-MD5, which only the socket monitor tells, and nobody can read.
+fn md5_keys(ns: &NetNs, tuples: &[FourTuple]) -> Vec<Result<(), Cause>> {
+    let none = |tuple: &FourTuple| match diag::look_up(&tuple.on_wire()) {
+        Ok(seen) if seen.md5 => Err(Cause::from(Box::from("keys of TCP-MD5 cannot be carried"))),
+        Ok(seen) if !seen.shows_keys => {
+            Err(Cause::from(Box::from("CAP_NET_ADMIN is needed to see whether it has keys of TCP-MD5")))
+        }
+        // A closed connection is in no table, and a kernel without socket monitor has nobody to ask.
+        Ok(_) | Err(SysError { errno: Errno::ENOENT | Errno::EPROTONOSUPPORT, .. }) => Ok(()),
+        Err(error) => Err(Arc::new(error) as Cause),
+    };
+    ns.run(|| tuples.iter().map(none).collect()).unwrap_or_else(|error| {
+        let error: Cause = Arc::new(error);
+        tuples.iter().map(|_| Err(Arc::clone(&error))).collect()
+    })
 }
 
 fn read<F: AsFd>(socket: F, tuple: FourTuple) -> Result<(Paused<F>, Connection), Refused<F>> {

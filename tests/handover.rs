@@ -124,6 +124,38 @@ fn who_cannot_be_frozen_lives_on() {
     });
 }
 
+/// Keys are nobody's to read, so a connection that is signed with them cannot go on elsewhere.
+#[test]
+fn keys_of_tcp_md5_are_refused_by_name() {
+    in_own_network(|| {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("bind");
+        let address = listener.local_addr().expect("address");
+        let ours: OwnedFd = sockopt::tcp_socket(false).expect("socket");
+        for end in [listener.as_fd(), ours.as_fd()] {
+            set_md5_key(end);
+        }
+        tcp::connect(ours.as_fd(), address).expect("connect");
+        let (mut theirs, _) = listener.accept().expect("accept");
+        let (frozen, refused) = soccr::freeze([&ours]);
+        assert_eq!((frozen.connections().len(), refused.len()), (0, 1));
+        assert!(soccr::chain(&refused[0].error).contains("TCP-MD5"), "{}", refused[0].error);
+        let mut ours = TcpStream::from(ours.try_clone().expect("duplicate"));
+        ours.write_all(b"it lives").expect("write");
+        expect_bytes(&mut theirs, b"it lives");
+    });
+}
+
+/// A `struct tcp_md5sig` for 127.0.0.1: the address, 128 bytes, then flags, prefix, length, interface, and a key of up to 80.
+fn set_md5_key(socket: std::os::fd::BorrowedFd<'_>) {
+    const TCP_MD5SIG: i32 = 14;
+    let mut value = [0; 128 + 8 + 80];
+    value[..2].copy_from_slice(&2_u16.to_ne_bytes()); // AF_INET
+    value[4..8].copy_from_slice(&[127, 0, 0, 1]);
+    value[130..132].copy_from_slice(&3_u16.to_ne_bytes());
+    value[136..139].copy_from_slice(b"key");
+    sockopt::set_bytes(socket, libc::IPPROTO_TCP, TCP_MD5SIG, &value).expect("TCP_MD5SIG");
+}
+
 #[test]
 fn many_are_frozen_and_thawed_together() {
     const MANY: usize = 300;
