@@ -5,6 +5,7 @@ use std::cell::RefCell;
 use std::io;
 use std::path::Path;
 
+use soccr::Connection;
 use soccr::connection::{Queues, State};
 use soccr::criu::image::external::ExternalImage;
 use soccr::criu::image::index::Index;
@@ -41,11 +42,21 @@ pub fn tcp_stream(input: &[u8]) {
     });
 }
 
-/// An image of a connection that CRIU handed over.
+/// An image of a connection that CRIU handed over, which is also what the crate's users have.
 pub fn external(input: &[u8]) {
+    let connection = Connection::from_bytes(input).ok();
+    if let Some(connection) = &connection {
+        let again = Connection::from_bytes(&connection.to_bytes()).expect("what was read can be written");
+        assert!(again == *connection);
+    }
     with_files(&[(&ExternalImage::name(1), input)], |dir| {
         let mut queues = Queues::default();
-        let Some(image) = explained(ExternalImage::read(dir, 1, &mut queues), input.len()) else { return };
+        let image = explained(ExternalImage::read(dir, 1, &mut queues), input.len());
+        if let Some(connection) = &connection {
+            assert_eq!(Some(connection.four_tuple()), image.as_ref().map(|image| image.tuple));
+            assert_eq!(*connection.queues(), queues);
+        }
+        let Some(image) = image else { return };
         image.write(dir, 2, &queues.recv, &queues.send).expect("it can be written");
         let mut queues_again = Queues::default();
         let again = ExternalImage::read(dir, 2, &mut queues_again).expect("it is good");
