@@ -9,7 +9,6 @@ pub(crate) mod decode;
 mod fault;
 mod head;
 pub(crate) mod stream;
-#[cfg_attr(not(feature = "criu"), allow(dead_code))] // only images are changed in place
 pub(crate) mod wire;
 
 /// The messages of `proto/`, generated.

@@ -9,7 +9,6 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use nix::errno::Errno;
-use serde::{Deserialize, Serialize};
 
 use super::nft::wire::{Attributes, Header, Malformed, Messages, Writer};
 use crate::four_tuple::FourTuple;
@@ -18,7 +17,8 @@ use crate::kernel::netlink::NetlinkSocket;
 use crate::kernel::netns::{NetNs, NetNsError};
 
 /// One direction of a connection, as its packets carry it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[cfg_attr(feature = "criu", derive(serde::Serialize, serde::Deserialize))]
 pub struct Direction {
     /// Where the packets come from.
     pub source: SocketAddr,
@@ -41,7 +41,8 @@ impl Direction {
 }
 
 /// A translated connection.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[cfg_attr(feature = "criu", derive(serde::Serialize, serde::Deserialize))]
 pub struct Translation {
     /// Packets from whoever opened the connection, before any translation.
     pub original: Direction,
