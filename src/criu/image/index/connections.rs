@@ -2,7 +2,37 @@
 
 use std::fmt;
 
-use super::sockets::InetConnection;
+use crate::connection::{FourTuple, State};
+
+/// A TCP socket that has a peer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct InetConnection {
+    /// CRIU's id of the file, by which descriptors refer to it.
+    pub file_id: u32,
+    /// The socket's inode number, which names its tcp-stream image.
+    pub ino: u32,
+    /// Both ends. The image has no scope id of a link-local address: it is 0 here, and comes from
+    /// [`ifname`](Self::ifname) when the interface is known.
+    pub tuple: FourTuple,
+    /// The state.
+    pub state: State,
+    /// The network namespace; `None` in old images, which had one only.
+    pub net_ns_id: Option<u32>,
+    /// The interface of a link-local local address.
+    pub ifname: Option<Box<str>>,
+    /// The interface that the socket is bound to (`SO_BINDTODEVICE`).
+    pub bound_device: Option<Box<str>>,
+    /// Whether the reading side is shut: by the program, or by the peer's FIN.
+    pub shutdown_read: bool,
+    /// Whether the writing side is shut.
+    pub shutdown_write: bool,
+    /// `SO_REUSEADDR`; repair mode itself disturbs it.
+    pub reuseaddr: bool,
+    /// `SO_REUSEPORT`; `None` in images that do not tell.
+    pub reuseport: Option<bool>,
+    /// Whether there is a tcp-stream image for it.
+    pub has_stream: bool,
+}
 
 /// The connections of an image by their file ids.
 ///

@@ -15,9 +15,8 @@ mod tasks;
 
 use std::collections::{BTreeMap, HashMap};
 
-pub use connections::Connections;
+pub use connections::{Connections, InetConnection};
 pub use in_flight::Packet;
-pub use sockets::InetConnection;
 pub use tasks::{Fd, Task};
 
 use super::allowance::Allowance;
