@@ -24,6 +24,8 @@
 use std::cell::Cell;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::atomic::AtomicBool;
+use std::sync::atomic::Ordering::Relaxed;
 
 use crate::connection::{
     ControlBlock, Negotiated, OPT_TIMESTAMPS, OPT_WSCALE, Queues, State, UnsupportedState, WindowScale,
@@ -267,12 +269,23 @@ fn refuse_what_is_not_carried(fd: BorrowedFd<'_>) -> Result<(), SaveError> {
     let failed = |source| SaveError::Sizes { who: Who::of(fd), source };
     let what = if tcp::has_upper_layer(fd).map_err(failed)? {
         "a protocol on top of TCP in the kernel (TLS, SMC)"
-    } else if ao::has_keys(fd).map_err(failed)? == Some(true) {
+    } else if has_ao_keys(fd).map_err(failed)? {
         "a key of TCP-AO"
     } else {
         return Ok(());
     };
     Err(SaveError::NotCarried { who: Who::of(fd), what })
+}
+
+/// A kernel without TCP-AO is asked once.
+fn has_ao_keys(fd: BorrowedFd<'_>) -> Result<bool, SysError> {
+    static UNKNOWN_TO_KERNEL: AtomicBool = AtomicBool::new(false);
+    if UNKNOWN_TO_KERNEL.load(Relaxed) {
+        return Ok(false);
+    }
+    let keys = ao::has_keys(fd)?;
+    UNKNOWN_TO_KERNEL.store(keys.is_none(), Relaxed);
+    Ok(keys == Some(true))
 }
 
 fn save_once(
