@@ -1,7 +1,8 @@
 //! Named points at which a test can have somebody die. Only in builds with the feature `fault-injection`
 //! (`target/plugins-fault`); in all others a point is nothing.
 //!
-//! `SOCCR_FAULT=POINT:ACTION[:N]` does ACTION when POINT is passed for the N-th time (1 unless told).
+//! `SOCCR_FAULT=POINT:ACTION[:N]` does ACTION when POINT is passed for the N-th time (1 unless told); several are
+//! separated by commas.
 //!
 //! Before that it writes `POINT:ACTION` into the file that `SOCCR_FAULT_TOLD` names.
 //!
@@ -52,7 +53,8 @@ mod points {
 
     static CRIU: AtomicI32 = AtomicI32::new(0);
     static TASK: AtomicI32 = AtomicI32::new(0);
-    static PASSED: AtomicU32 = AtomicU32::new(0);
+    /// How often the point of each fault was passed.
+    static PASSED: [AtomicU32; 4] = [const { AtomicU32::new(0) }; 4];
     static DISARMED: AtomicBool = AtomicBool::new(false);
 
     /// Makes all points nothing: one fault is enough.
@@ -74,14 +76,18 @@ mod points {
     /// # Errors
     /// [`Injected`], for the action `error`.
     pub fn point(name: &'static str) -> Result<(), Injected> {
-        let Ok(fault) = std::env::var("SOCCR_FAULT") else { return Ok(()) };
+        let faults = std::env::var("SOCCR_FAULT").unwrap_or_default();
+        faults.split(',').zip(&PASSED).try_for_each(|(fault, passed)| pass(fault, name, passed))
+    }
+
+    fn pass(fault: &str, name: &'static str, passed: &AtomicU32) -> Result<(), Injected> {
         let mut words = fault.split(':');
         if words.next() != Some(name) || DISARMED.load(Ordering::Relaxed) {
             return Ok(());
         }
         let action = words.next().unwrap_or_default();
         let nth = words.next().and_then(|word| word.parse().ok()).unwrap_or(1);
-        if PASSED.fetch_add(1, Ordering::Relaxed) + 1 != nth {
+        if passed.fetch_add(1, Ordering::Relaxed) + 1 != nth {
             return Ok(());
         }
         if let Some(file) = std::env::var_os("SOCCR_FAULT_TOLD") {

@@ -8,4 +8,5 @@ mod crossing;
 mod images;
 mod outcomes;
 mod pluginhost;
+mod promises;
 mod world;

@@ -43,7 +43,7 @@ impl Arrangement {
     ///
     /// Of our own table none is left in the images of namespaces, but where it is the only lock: namespaces that are made
     /// anew would stay locked, since stock CRIU removes its table in the root's only.
-    pub fn make(saved: &Saved<'_>) -> Result<Option<Self>, AgentError> {
+    pub fn make(saved: &Saved) -> Result<Option<Self>, AgentError> {
         let images = &saved.images;
         if !images.contains(inventory::NAME) {
             return Ok(Some(Self::as_it_is())); // a host that is not CRIU
@@ -52,38 +52,36 @@ impl Arrangement {
         if !inventory.tcp_close {
             return Ok(None);
         }
-        let criu_ns = NetNs::of_task(saved.criu.pid.cast_unsigned())?;
-        let locked_by_criu = locked_by_criu(saved, &criu_ns, inventory.network_lock);
-        let shared = saved.held.namespaces.first().is_none_or(|root| *root == criu_ns);
+        let locked_by_criu = locked_by_criu(saved, inventory.network_lock);
+        let shared = saved.held.locked_by_criu().is_none();
         let only_lock = if shared || locked_by_criu.is_some() { None } else { root_net_ns_id(saved)? };
         nftables::strip_table_elsewhere(images, "inet", saved.lock_name.as_str(), only_lock)?;
         let id = if locked_by_criu.is_none() { Some(saved.lock_name.id()) } else { None };
         inventory::release_to_stock(images, id)?;
         let made = shared && inventory.network_lock == ImageLock::Nftables;
         let id = inventory.dump_run_id.filter(|_| made);
-        let extra_table = id.and_then(|id| LockName::of_run(&id)).map(|name| (criu_ns, name));
+        let name = id.and_then(|id| LockName::of_run(&id));
+        let extra_table = name.map(|name| (saved.held.criu_ns().clone(), name));
         Ok(Some(Self { locked_by_criu, extra_table }))
     }
 
     /// The arrangement of an agent that died, as far as its record and the images tell.
-    pub fn of_dead_agent(saved: &Saved<'_>) -> Result<Self, AgentError> {
+    pub fn of_dead_agent(saved: &Saved) -> Result<Self, AgentError> {
         if let Some(made) = Self::make(saved)? {
             return Ok(made);
         }
         // Without --tcp-close there would have been nothing to take over: it had changed the images.
-        let criu_ns = NetNs::of_task(saved.criu.pid.cast_unsigned())?;
         let network_lock = Inventory::read(&saved.images)?.network_lock;
-        Ok(Self { locked_by_criu: locked_by_criu(saved, &criu_ns, network_lock), extra_table: None })
+        Ok(Self { locked_by_criu: locked_by_criu(saved, network_lock), extra_table: None })
     }
 }
 
-/// The root's namespace, where that is not criu's.
-fn locked_by_criu(saved: &Saved<'_>, criu_ns: &NetNs, method: ImageLock) -> Option<NetNs> {
-    let root = saved.held.namespaces.first()?;
-    (root != criu_ns && method != ImageLock::Skip).then(|| root.clone())
+/// The root's namespace, where that is not criu's and CRIU locks at all.
+fn locked_by_criu(saved: &Saved, method: ImageLock) -> Option<NetNs> {
+    saved.held.locked_by_criu().filter(|_| method != ImageLock::Skip).cloned()
 }
 
-fn root_net_ns_id(saved: &Saved<'_>) -> Result<Option<u32>, AgentError> {
+fn root_net_ns_id(saved: &Saved) -> Result<Option<u32>, AgentError> {
     let index = Index::read(&saved.images)?;
     let root = index.root.and_then(|pid| index.tasks.get(&pid));
     Ok(root.and_then(|task| task.net_ns_id))

@@ -5,7 +5,8 @@ use std::os::fd::{AsFd, OwnedFd};
 
 use soccr::chain;
 use soccr::connection::FourTuple;
-use soccr::criu::record::{Phase, Recorder};
+use soccr::criu::record::{self, NsId, Phase, Recorder, State, Store};
+use soccr::criu::stock;
 use soccr::criu::tasks::Task;
 use soccr::kernel::netns::NetNs;
 use soccr::lock::{self, Method, NetworkLock};
@@ -23,6 +24,8 @@ pub struct Held {
     pub tasks: Vec<Task>,
     /// Their network namespaces, the root's first.
     pub namespaces: Vec<NetNs>,
+    /// The network namespace of criu.
+    criu_ns: NetNs,
     /// The sockets whose connections are saved.
     pub sockets: Vec<(OwnedFd, FourTuple)>,
     /// What keeps the connections still.
@@ -33,9 +36,20 @@ pub struct Held {
 
 impl Held {
     /// Nothing is held yet.
-    pub fn nothing(recorder: Recorder) -> Self {
+    pub fn nothing(recorder: Recorder, criu: &Task) -> Result<Self, AgentError> {
         let (tasks, namespaces, sockets) = (Vec::new(), Vec::new(), Vec::new());
-        Self { tasks, namespaces, sockets, locks: HashMap::new(), recorder }
+        let criu_ns = NetNs::of_task(criu.pid.cast_unsigned())?;
+        Ok(Self { tasks, namespaces, criu_ns, sockets, locks: HashMap::new(), recorder })
+    }
+
+    /// The network namespace of criu.
+    pub fn criu_ns(&self) -> &NetNs {
+        &self.criu_ns
+    }
+
+    /// The namespace that CRIU locks as a whole: that of a root which does not share criu's.
+    pub fn locked_by_criu(&self) -> Option<&NetNs> {
+        self.namespaces.first().filter(|root| **root != self.criu_ns)
     }
 
     /// One more task, and the namespace that it lives in.
@@ -55,8 +69,21 @@ impl Held {
         }
     }
 
-    /// The tasks run on: nothing was changed in them, so the lock is all there is to undo.
+    /// The tasks run on: nothing was changed in them, so the locks are all there is to undo, CRIU's own included. CRIU
+    /// removes that itself, unless it was killed, or fails after it has locked.
     pub fn let_live(mut self) -> Vec<Task> {
+        let unlocked = self.unlock() & self.remove_criu_locks();
+        self.end_record(unlocked)
+    }
+
+    /// CRIU carries the connections itself, and needs its own lock for that.
+    pub fn stand_aside(mut self) -> Vec<Task> {
+        let unlocked = self.unlock();
+        self.end_record(unlocked)
+    }
+
+    /// Whether all our locks are gone.
+    fn unlock(&mut self) -> bool {
         let mut unlocked = true;
         for (ns, lock) in self.locks.drain() {
             if let Err(error) = lock.unlock() {
@@ -64,19 +91,46 @@ impl Held {
                 unlocked = false;
             }
         }
-        if unlocked {
+        unlocked
+    }
+
+    /// Whether CRIU's own locks are gone.
+    fn remove_criu_locks(&self) -> bool {
+        let mut removed = true;
+        for ns in self.namespaces.iter().filter(|ns| **ns != self.criu_ns && !self.is_anothers(ns)) {
+            match stock::remove_namespace_locks(ns) {
+                Ok(locks) => {
+                    locks.iter().for_each(|lock| log::warn!("{ns}: removed CRIU's own lock, {lock}"))
+                }
+                Err(error) => {
+                    log::error!("{ns}: CRIU's own lock stays: {}", chain(&error));
+                    removed = false;
+                }
+            }
+        }
+        removed
+    }
+
+    /// Containers can share a namespace: whether another dump or restore is at work there, or waits.
+    fn is_anothers(&self, ns: &NetNs) -> bool {
+        let listed = Store::open().ok().flatten().and_then(|store| store.list().ok()).unwrap_or_default();
+        let mut others = listed.into_iter().filter_map(|listed| listed.record.ok());
+        others.any(|other| {
+            other.id != self.recorder.record().id
+                && other.criu_locks.contains(&NsId::from(ns))
+                && other.state() != State::Orphaned
+        })
+    }
+
+    fn end_record(mut self, undone: bool) -> Vec<Task> {
+        if undone {
             self.forget_record();
         }
         self.tasks
     }
 
-    /// The tasks run on although criu was killed or has failed, and it may have left its own lock.
-    pub fn let_live_after_failure(self) -> Vec<Task> {
-        self.let_live()
-    }
-
     /// The tasks are dead: the connections leave this host without a word, and the locks become what was arranged.
-    pub fn leave(mut self, arrangement: &Arrangement) -> Vec<Task> {
+    pub fn leave(mut self, arrangement: Arrangement) -> Vec<Task> {
         self.close_silently();
         for (ns, lock) in std::mem::take(&mut self.locks) {
             if arrangement.ours_stays(&ns) {
@@ -88,15 +142,18 @@ impl Held {
                 Err(error) => log::error!("{ns}: our lock stays beside CRIU's: {}", chain(&error)),
             }
         }
-        if self.recorder.record().locks.is_empty() {
-            self.forget_record();
-        } else {
-            self.note(Phase::Dumped);
-        }
         if let Some((ns, name)) = arrangement.extra_table()
             && let Err(error) = lock::remove(ns, Method::Nftables, name)
         {
             log::error!("{ns}: CRIU's table inet {name} stays: {}", chain(&error));
+        }
+        // A namespace that nobody but the tasks had is gone with them, and CRIU's lock with it: if we do not hold it.
+        drop(arrangement);
+        self.namespaces.clear();
+        self.note(Phase::Dumped);
+        let record = self.recorder.record();
+        if record.locks.is_empty() && record::is_undone(record) {
+            self.forget_record();
         }
         self.tasks
     }

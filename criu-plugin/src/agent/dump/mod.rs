@@ -57,7 +57,7 @@ enum Progress<'a> {
     /// Hooks are still to come.
     Saving(Saving<'a>),
     /// The same, and an agent that died has done all but the last.
-    TakenOver(Saved<'a>),
+    TakenOver(Saved),
     /// exit() was called after a success: the tasks will die or run on.
     Watching(Watching),
     /// All is done. These were the tasks.
@@ -166,8 +166,8 @@ impl<'a> Dump<'a> {
     fn criu_gone<'d>(&mut self, progress: Progress<'d>) -> Progress<'d> {
         self.criu_lives = false;
         match progress {
-            Progress::Saving(saving) => Progress::Over(saving.into_held().let_live_after_failure()),
-            Progress::TakenOver(saved) => Progress::Over(saved.held.let_live_after_failure()),
+            Progress::Saving(saving) => Progress::Over(saving.into_held().let_live()),
+            Progress::TakenOver(saved) => Progress::Over(saved.held.let_live()),
             other => other,
         }
     }
@@ -180,7 +180,7 @@ impl<'a> Dump<'a> {
             other => return (other, Ok(())),
         };
         if ret != 0 {
-            return (Progress::Over(saved.held.let_live_after_failure()), Ok(()));
+            return (Progress::Over(saved.held.let_live()), Ok(()));
         }
         let arranged = fault::point("dump.end").map_err(AgentError::from).and_then(|()| {
             if taken_over { Arrangement::of_dead_agent(&saved).map(Some) } else { Arrangement::make(&saved) }
@@ -189,7 +189,7 @@ impl<'a> Dump<'a> {
             Ok(Some(arrangement)) => (arrangement, Ok(())),
             Ok(None) => {
                 log::info!("CRIU carries the connections itself");
-                return (Progress::Over(saved.held.let_live()), Ok(()));
+                return (Progress::Over(saved.held.stand_aside()), Ok(()));
             }
             // CRIU kills the tasks all the same: the images are as they are, and the locks are needed.
             Err(error) => (Arrangement::as_it_is(), Err(error)),

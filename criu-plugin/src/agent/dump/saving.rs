@@ -32,9 +32,7 @@ pub struct Saving<'a> {
 
 /// A dump of which all is saved.
 #[derive(Debug)]
-pub struct Saved<'a> {
-    /// Who dumps.
-    pub criu: &'a Task,
+pub struct Saved {
     /// Where.
     pub images: ImageDir,
     /// The locks' name.
@@ -51,13 +49,13 @@ impl<'a> Saving<'a> {
         let recorder = Recorder::new(lock_name.id(), Phase::Saving, images.as_fd(), criu.pid)?;
         let options = LockOptions::from_env()?;
         let (finder, queues) = (Finder::default(), Queues::default());
-        Ok(Self { criu, images, lock_name, options, finder, queues, held: Held::nothing(recorder) })
+        Ok(Self { criu, images, lock_name, options, finder, queues, held: Held::nothing(recorder, criu)? })
     }
 
     /// No further hook comes.
-    pub fn into_saved(self) -> Saved<'a> {
-        let Self { criu, images, lock_name, held, .. } = self;
-        Saved { criu, images, lock_name, held }
+    pub fn into_saved(self) -> Saved {
+        let Self { images, lock_name, held, .. } = self;
+        Saved { images, lock_name, held }
     }
 
     /// No further hook comes, and nobody needs the images.
@@ -112,10 +110,12 @@ impl<'a> Saving<'a> {
 
     /// Writes down what is about to be changed on this host, while nothing is.
     fn record(&mut self, found: &[FoundConnection]) -> Result<(), AgentError> {
-        if found.is_empty() {
+        let locked_by_criu = self.held.locked_by_criu().cloned();
+        if found.is_empty() && locked_by_criu.is_none() {
             return Ok(());
         }
         let recorder = &mut self.held.recorder;
+        locked_by_criu.iter().for_each(|ns| recorder.add_criu_lock(ns));
         for connection in found.iter().filter(|_| self.options.method != Method::Skip) {
             let ns = NsId::from(&connection.ns);
             recorder.add_lock(LockRecord { ns, name: self.lock_name.clone(), method: self.options.method });
@@ -209,17 +209,17 @@ impl<'a> Saving<'a> {
     }
 }
 
-impl<'a> Saved<'a> {
+impl Saved {
     /// What an agent that died has left: the record tells what is locked and which the tasks are, and they have the
     /// sockets.
-    pub fn take_over(images: ImageDir, criu: &'a Task) -> Result<Self, AgentError> {
+    pub fn take_over(images: ImageDir, criu: &Task) -> Result<Self, AgentError> {
         let gone = || AgentError::Protocol("there is no record of what the dead agent has done");
         let store = Store::open()?.ok_or_else(gone)?;
         let record = clean::of(&store, criu.pid)?.into_iter().next().ok_or_else(gone)?;
         let recorder = Recorder::take_over(&record.id, criu.pid)?.ok_or_else(gone)?;
         let lock_name = LockName::criu(record.id.as_str())?;
         let options = LockOptions::from_env()?;
-        let mut held = Held::nothing(recorder);
+        let mut held = Held::nothing(recorder, criu)?;
         for task in record.tasks.iter().filter(|task| task.lives()) {
             held.add_task(task.pid)?;
         }
@@ -229,7 +229,7 @@ impl<'a> Saved<'a> {
             held.sockets.push((socket, tuple));
         }
         log::warn!("took over from an agent that died: {} connections", held.sockets.len());
-        Ok(Self { criu, images, lock_name, held })
+        Ok(Self { images, lock_name, held })
     }
 }
 

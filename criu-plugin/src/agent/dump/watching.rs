@@ -59,7 +59,7 @@ impl Watching {
         let settled = |fate: &Fate| matches!(fate, Fate::Stopped | Fate::Gone);
         self.stopped = false;
         if fates.iter().all(|fate| *fate == Fate::Gone) {
-            Looked::Settled(self.held.leave(&self.arrangement))
+            Looked::Settled(self.held.leave(self.arrangement))
         } else if self.running >= self.convincing {
             Looked::Settled(self.held.let_live())
         } else if fates.iter().all(settled) {

@@ -186,7 +186,7 @@ impl Locks {
             }
         }
         self.recorder.forget_tasks();
-        let waits = !self.recorder.record().locks.is_empty();
+        let waits = self.recorder.record().has_locks();
         let kept = if waits { self.recorder.enter(Phase::Dumped) } else { self.recorder.remove() };
         if let Err(error) = kept {
             log::error!("{}", chain(&error));

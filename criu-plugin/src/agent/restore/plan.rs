@@ -138,3 +138,25 @@ fn record_of(connection: &InetConnection) -> ConnectionRecord {
         reuse_addr: connection.reuseaddr,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn lock_name(folder: &std::path::Path, run_id: Option<&str>) -> String {
+        let images = ImageDir::open(folder).unwrap();
+        let index = Index { dump_run_id: run_id.map(str::to_owned), ..Index::empty() };
+        let plan = Plan { images, index, external: HashMap::new(), dump_locks: Vec::new() };
+        plan.lock_name().unwrap().to_string()
+    }
+
+    #[test]
+    fn each_restore_has_a_lock_of_its_own_at_every_try() {
+        let (one, other) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        assert_eq!(lock_name(one.path(), None), lock_name(one.path(), None));
+        assert_ne!(lock_name(one.path(), None), lock_name(other.path(), None));
+        let run_id = Some("0a1b2c3d-0a1b-0a1b-0a1b-0a1b2c3d4e5f");
+        assert_eq!(lock_name(one.path(), run_id), "soccr-0a1b2c3d0a1b0a1b0a1b");
+        assert_eq!(lock_name(other.path(), run_id), lock_name(one.path(), run_id));
+    }
+}
