@@ -203,7 +203,7 @@ impl Restoring<'_> {
         }
     }
 
-    /// Where an agent died before it could close the old socket silently, its task's end has closed it aloud: it waits
+    /// Where an agent died before it could close the old socket silently, its task's end has closed it with a FIN: it waits
     /// behind the lock, without an owner, for an answer to its FIN, and holds the four-tuple.
     fn connect(&self) -> Result<(), SysError> {
         match self.try_connect() {

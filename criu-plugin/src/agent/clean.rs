@@ -3,7 +3,7 @@
 use soccr::criu::record::{self, CleanOptions, Phase, Record, RecordError, Store};
 use soccr::criu::tasks::ProcessId;
 
-use super::AgentError;
+use super::error::AgentError;
 use super::log::answering;
 use super::server::Server;
 use crate::fault;

@@ -5,8 +5,8 @@ use std::sync::Mutex;
 use log::{LevelFilter, Log, Metadata, Record};
 use soccr::chain;
 
-use super::server::Answer;
-use crate::agent::error::AgentError;
+use super::error::AgentError;
+use super::server::{Answer, Server};
 use crate::protocol::Reply;
 
 static CURRENT: Mutex<Option<Answer>> = Mutex::new(None);
@@ -43,6 +43,15 @@ pub fn answering(answer: Answer, work: impl FnOnce() -> Result<(), AgentError>) 
     set(None);
     answer.finish(result.is_ok());
     result.is_ok()
+}
+
+/// Refuses whatever is asked, for this reason.
+pub fn refuse_all(server: &Server, error: AgentError) {
+    let mut reason = Some(error);
+    while let Ok(Some(asked)) = server.next() {
+        let why = reason.take().unwrap_or(AgentError::Protocol("the agent could not begin"));
+        answering(asked.answer, || Err(why));
+    }
 }
 
 /// Tells whoever waits for the answer that there is no way back from here on.

@@ -21,7 +21,6 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use ::log::LevelFilter;
 use soccr::criu::image::ImageDir;
 
-use error::AgentError;
 use server::Server;
 
 /// What an agent is started for.

@@ -7,7 +7,6 @@ use nix::cmsg_space;
 use nix::sys::socket::{MsgFlags, recvmsg};
 use soccr::kernel::process::received_fds;
 
-use crate::agent::error::AgentError;
 use crate::protocol::{REQUEST, Reply, Request};
 
 /// Where requests come in.
@@ -51,15 +50,6 @@ impl Server {
         drop(files);
         let request = Request::decode(packet).ok_or(io::ErrorKind::InvalidData)?;
         Ok(Some(Asked { request, file, answer: Answer(answer) }))
-    }
-
-    /// Refuses whatever is asked, for this reason.
-    pub fn refuse_all(&self, error: AgentError) {
-        let mut reason = Some(error);
-        while let Ok(Some(asked)) = self.next() {
-            let why = reason.take().unwrap_or(AgentError::Protocol("the agent could not begin"));
-            super::log::answering(asked.answer, || Err(why));
-        }
     }
 }
 

@@ -6,12 +6,9 @@ use std::ffi::{c_char, c_int, c_uint, c_void};
 use std::mem::{offset_of, size_of};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use super::host;
-use super::session::{self, Stage};
+use super::host::{self, Stage};
+use super::session;
 use crate::fault;
-
-/// "Not mine": CRIU goes on to the next plugin, and does without one where there is none.
-pub const ENOTSUP: c_int = -libc::ENOTSUP;
 
 /// The number of hooks of CRIU 4.0; each later version has at least these.
 const HOOKS_OF_4_0: c_uint = 12;
@@ -94,7 +91,7 @@ fn guarded_or(failure: impl FnOnce() -> c_int, body: impl FnOnce() -> c_int) -> 
 }
 
 extern "C" fn init(stage: c_int) -> c_int {
-    guarded(-1, || Stage::from_criu(stage).map_or(0, session::begin))
+    guarded(-1, || Stage::from_criu(stage).map_or(0, |stage| session::begin(stage, at_exit)))
 }
 
 extern "C" fn exit(stage: c_int, ret: c_int) {
@@ -131,7 +128,7 @@ extern "C" fn restore_ext_file(id: c_int) -> c_int {
 }
 
 /// Runs when the criu process ends by exit().
-pub extern "C" fn at_exit() {
+extern "C" fn at_exit() {
     guarded(0, || {
         session::settle();
         0

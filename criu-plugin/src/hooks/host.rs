@@ -5,6 +5,30 @@
 use std::ffi::{CStr, CString, c_char, c_int, c_uint, c_void};
 use std::os::fd::BorrowedFd;
 
+/// "Not mine": CRIU goes on to the next plugin, and does without one where there is none.
+pub const ENOTSUP: c_int = -libc::ENOTSUP;
+
+/// What criu does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stage {
+    /// `criu dump`.
+    Dump,
+    /// `criu restore`.
+    Restore,
+}
+
+impl Stage {
+    /// CRIU's number; `None` for stages in which connections are left alone (pre-dump).
+    #[must_use]
+    pub fn from_criu(stage: i32) -> Option<Self> {
+        match stage {
+            0 => Some(Self::Dump),
+            2 => Some(Self::Restore),
+            _ => None,
+        }
+    }
+}
+
 /// A symbol of the host program; looked up by hand, since a host that lacks one must still load the plugin.
 fn symbol(name: &CStr) -> Option<*mut c_void> {
     // SAFETY: a lookup by a NUL-terminated name.
@@ -113,11 +137,11 @@ pub fn tasks_stay_alive() -> bool {
     symbol(c"opts").is_some_and(|opts| unsafe { opts.cast::<c_int>().read() } == TASK_ALIVE)
 }
 
-/// Keeps this library in memory after CRIU unloads it, for [`at_exit`](super::abi::at_exit), and registers that.
+/// Keeps this library in memory after CRIU unloads it, and has `at_exit` called when criu's process ends by exit().
 ///
 /// # Errors
 /// When the loader does not find the library that this code is in.
-pub fn pin() -> Result<(), &'static str> {
+pub fn pin(at_exit: extern "C" fn()) -> Result<(), &'static str> {
     // SAFETY: Dl_info is plain pointers.
     let mut info: libc::Dl_info = unsafe { std::mem::zeroed() };
     // SAFETY: an address in this library; the result outlives the library's mapping only by name, used at once.
@@ -128,7 +152,7 @@ pub fn pin() -> Result<(), &'static str> {
         libc::dlopen(info.dli_fname, libc::RTLD_LAZY | libc::RTLD_NODELETE | libc::RTLD_NOLOAD)
     };
     // SAFETY: registers a function of a library that is never unloaded from here on.
-    if handle.is_null() || unsafe { libc::atexit(super::abi::at_exit) } != 0 {
+    if handle.is_null() || unsafe { libc::atexit(at_exit) } != 0 {
         return Err("the plugin cannot be pinned in memory");
     }
     Ok(())

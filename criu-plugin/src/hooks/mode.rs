@@ -2,8 +2,7 @@
 
 use std::path::PathBuf;
 
-use super::host;
-use super::session::Stage;
+use super::host::{self, Stage};
 
 /// Why CRIU is left alone with TCP; `None` when the plugin does the work.
 ///

@@ -6,33 +6,12 @@ use std::sync::Mutex;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::{Pid, getpid};
 
-use super::abi::ENOTSUP;
 use super::client::{AskError, Client};
+use super::host::{ENOTSUP, Stage};
 use super::{host, mode, solo, start};
 use crate::agent::Job;
 use crate::fault;
 use crate::protocol::Request;
-
-/// What criu does.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Stage {
-    /// `criu dump`.
-    Dump,
-    /// `criu restore`.
-    Restore,
-}
-
-impl Stage {
-    /// CRIU's number; `None` for stages in which connections are left alone (pre-dump).
-    #[must_use]
-    pub fn from_criu(stage: i32) -> Option<Self> {
-        match stage {
-            0 => Some(Self::Dump),
-            2 => Some(Self::Restore),
-            _ => None,
-        }
-    }
-}
 
 struct Session {
     stage: Stage,
@@ -72,24 +51,24 @@ fn answered(result: Result<(), HookError>) -> i32 {
     }
 }
 
-/// init(): starts the agent, unless the user wants CRIU alone to deal with TCP.
-pub fn begin(stage: Stage) -> i32 {
+/// init(): starts the agent, unless the user wants CRIU alone to deal with TCP. `at_exit` is for the end of criu's process.
+pub fn begin(stage: Stage, at_exit: extern "C" fn()) -> i32 {
     if let Some(reason) = mode::stand_aside(stage) {
         host::print(log::Level::Info, &format!("stands aside: {reason}"));
         return 0;
     }
-    let result = started(stage);
+    let result = started(stage, at_exit);
     if let Err(error) = &result {
         host::print(log::Level::Error, error);
     }
     if result.is_ok() { 0 } else { -1 }
 }
 
-fn started(stage: Stage) -> Result<(), String> {
+fn started(stage: Stage, at_exit: extern "C" fn()) -> Result<(), String> {
     let job = if stage == Stage::Dump { Job::Dump } else { Job::Restore };
     let client = start::with_images(job).map_err(|error| error.to_string())?;
     if stage == Stage::Dump {
-        host::pin()?;
+        host::pin(at_exit)?;
     } else {
         client.ask(Request::Prepare, None).map_err(|error| error.to_string())?;
     }

@@ -1,14 +1,29 @@
 //! Makes the images ones that stock CRIU restores with `--tcp-established`: it must find no `tcp_close` in them, and a
 //! lock that it removes by itself.
 
+use soccr::criu::image::ImageDir;
 use soccr::criu::image::index::Index;
 use soccr::criu::image::inventory::{self, Inventory, NetworkLock as ImageLock};
 use soccr::criu::image::nftables;
 use soccr::kernel::netns::NetNs;
 use soccr::lock::LockName;
 
-use super::saving::Saved;
-use crate::agent::AgentError;
+use crate::agent::error::AgentError;
+
+/// The two network namespaces that CRIU tells apart.
+#[derive(Clone, Copy, Debug)]
+pub struct Namespaces<'a> {
+    /// Where criu runs.
+    pub criu: &'a NetNs,
+    /// The root task's, where that is another one: CRIU locks it as a whole.
+    pub own: Option<&'a NetNs>,
+}
+
+impl Namespaces<'_> {
+    fn locked_by_criu(&self, method: ImageLock) -> Option<NetNs> {
+        self.own.filter(|_| method != ImageLock::Skip).cloned()
+    }
+}
 
 /// What the tasks' death makes of the locks, arranged in the images already.
 ///
@@ -43,8 +58,11 @@ impl Arrangement {
     ///
     /// Of our own table none is left in the images of namespaces, but where it is the only lock: namespaces that are made
     /// anew would stay locked, since stock CRIU removes its table in the root's only.
-    pub fn make(saved: &Saved) -> Result<Option<Self>, AgentError> {
-        let images = &saved.images;
+    pub fn make(
+        images: &ImageDir,
+        lock: &LockName,
+        tree: &Namespaces<'_>,
+    ) -> Result<Option<Self>, AgentError> {
         if !images.contains(inventory::NAME) {
             return Ok(Some(Self::as_it_is())); // a host that is not CRIU
         }
@@ -52,37 +70,36 @@ impl Arrangement {
         if !inventory.tcp_close {
             return Ok(None);
         }
-        let locked_by_criu = locked_by_criu(saved, inventory.network_lock);
-        let shared = saved.held.locked_by_criu().is_none();
-        let only_lock = if shared || locked_by_criu.is_some() { None } else { root_net_ns_id(saved)? };
-        nftables::strip_table_elsewhere(images, "inet", saved.lock_name.as_str(), only_lock)?;
-        let id = if locked_by_criu.is_none() { Some(saved.lock_name.id()) } else { None };
+        let locked_by_criu = tree.locked_by_criu(inventory.network_lock);
+        let shared = tree.own.is_none();
+        let only_lock = if shared || locked_by_criu.is_some() { None } else { root_net_ns_id(images)? };
+        nftables::strip_table_elsewhere(images, "inet", lock.as_str(), only_lock)?;
+        let id = if locked_by_criu.is_none() { Some(lock.id()) } else { None };
         inventory::release_to_stock(images, id)?;
         let made = shared && inventory.network_lock == ImageLock::Nftables;
         let id = inventory.dump_run_id.filter(|_| made);
         let name = id.and_then(|id| LockName::of_run(&id));
-        let extra_table = name.map(|name| (saved.held.criu_ns().clone(), name));
+        let extra_table = name.map(|name| (tree.criu.clone(), name));
         Ok(Some(Self { locked_by_criu, extra_table }))
     }
 
     /// The arrangement of an agent that died, as far as its record and the images tell.
-    pub fn of_dead_agent(saved: &Saved) -> Result<Self, AgentError> {
-        if let Some(made) = Self::make(saved)? {
+    pub fn of_dead_agent(
+        images: &ImageDir,
+        lock: &LockName,
+        tree: &Namespaces<'_>,
+    ) -> Result<Self, AgentError> {
+        if let Some(made) = Self::make(images, lock, tree)? {
             return Ok(made);
         }
         // Without --tcp-close there would have been nothing to take over: it had changed the images.
-        let network_lock = Inventory::read(&saved.images)?.network_lock;
-        Ok(Self { locked_by_criu: locked_by_criu(saved, network_lock), extra_table: None })
+        let network_lock = Inventory::read(images)?.network_lock;
+        Ok(Self { locked_by_criu: tree.locked_by_criu(network_lock), extra_table: None })
     }
 }
 
-/// The root's namespace, where that is not criu's and CRIU locks at all.
-fn locked_by_criu(saved: &Saved, method: ImageLock) -> Option<NetNs> {
-    saved.held.locked_by_criu().filter(|_| method != ImageLock::Skip).cloned()
-}
-
-fn root_net_ns_id(saved: &Saved) -> Result<Option<u32>, AgentError> {
-    let index = Index::read(&saved.images)?;
+fn root_net_ns_id(images: &ImageDir) -> Result<Option<u32>, AgentError> {
+    let index = Index::read(images)?;
     let root = index.root.and_then(|pid| index.tasks.get(&pid));
     Ok(root.and_then(|task| task.net_ns_id))
 }

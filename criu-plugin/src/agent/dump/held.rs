@@ -12,7 +12,7 @@ use soccr::kernel::netns::NetNs;
 use soccr::lock::{self, Method, NetworkLock};
 use soccr::repair::Paused;
 
-use super::arrangement::Arrangement;
+use super::arrangement::{Arrangement, Namespaces};
 use crate::agent::error::AgentError;
 use crate::fault;
 
@@ -42,14 +42,10 @@ impl Held {
         Ok(Self { tasks, namespaces, criu_ns, sockets, locks: HashMap::new(), recorder })
     }
 
-    /// The network namespace of criu.
-    pub fn criu_ns(&self) -> &NetNs {
-        &self.criu_ns
-    }
-
-    /// The namespace that CRIU locks as a whole: that of a root which does not share criu's.
-    pub fn locked_by_criu(&self) -> Option<&NetNs> {
-        self.namespaces.first().filter(|root| **root != self.criu_ns)
+    /// Criu's network namespace, and the root's.
+    pub fn tree(&self) -> Namespaces<'_> {
+        let own = self.namespaces.first().filter(|root| **root != self.criu_ns);
+        Namespaces { criu: &self.criu_ns, own }
     }
 
     /// One more task, and the namespace that it lives in.

@@ -20,13 +20,12 @@ use soccr::criu::tasks::Task;
 
 use std::os::fd::AsFd;
 
-use super::AgentError;
-use super::log::answering;
-use super::server::{Answer, Asked, Server};
+use crate::agent::error::AgentError;
+use crate::agent::log::{answering, refuse_all};
+use crate::agent::server::{Answer, Asked, Server};
 use crate::fault;
 use crate::protocol::Request;
 use arrangement::Arrangement;
-use held::Held;
 use saving::{Saved, Saving};
 use watching::{Looked, Watching};
 
@@ -36,7 +35,7 @@ pub fn serve(images: ImageDir, criu: i32, tasks_stay_alive: bool, server: &Serve
     fault::actors(Some(criu.pid), None);
     match Saving::begin(images, &criu) {
         Ok(saving) => Dump::new(server, &criu, tasks_stay_alive).run(Progress::Saving(saving)),
-        Err(error) => server.refuse_all(error),
+        Err(error) => refuse_all(server, error),
     }
 }
 
@@ -47,7 +46,7 @@ pub fn take_over(images: ImageDir, criu: i32, tasks_stay_alive: bool, server: &S
     let Ok(criu) = Task::open(criu) else { return };
     match Saved::take_over(images, &criu) {
         Ok(saved) => Dump::new(server, &criu, tasks_stay_alive).run(Progress::TakenOver(saved)),
-        Err(error) => server.refuse_all(error),
+        Err(error) => refuse_all(server, error),
     }
 }
 
@@ -183,7 +182,12 @@ impl<'a> Dump<'a> {
             return (Progress::Over(saved.held.let_live()), Ok(()));
         }
         let arranged = fault::point("dump.end").map_err(AgentError::from).and_then(|()| {
-            if taken_over { Arrangement::of_dead_agent(&saved).map(Some) } else { Arrangement::make(&saved) }
+            let (images, lock, tree) = (&saved.images, &saved.lock_name, saved.held.tree());
+            if taken_over {
+                Arrangement::of_dead_agent(images, lock, &tree).map(Some)
+            } else {
+                Arrangement::make(images, lock, &tree)
+            }
         });
         let (arrangement, result) = match arranged {
             Ok(Some(arrangement)) => (arrangement, Ok(())),

@@ -13,8 +13,9 @@ use soccr::kernel::netns::NetNs;
 use soccr::lock::{LockName, LockOptions, Method, NetworkLock};
 use soccr::repair::{Paused, Probe};
 
-use super::Held;
-use crate::agent::{AgentError, clean, privilege};
+use super::held::Held;
+use crate::agent::error::AgentError;
+use crate::agent::{clean, privilege};
 use crate::fault;
 
 /// A dump whose hooks are still to come.
@@ -110,7 +111,7 @@ impl<'a> Saving<'a> {
 
     /// Writes down what is about to be changed on this host, while nothing is.
     fn record(&mut self, found: &[FoundConnection]) -> Result<(), AgentError> {
-        let locked_by_criu = self.held.locked_by_criu().cloned();
+        let locked_by_criu = self.held.tree().own.cloned();
         if found.is_empty() && locked_by_criu.is_none() {
             return Ok(());
         }

@@ -6,8 +6,8 @@
 use soccr::criu::record::Phase;
 use soccr::criu::tasks::{Fate, Task};
 
-use super::Held;
 use super::arrangement::Arrangement;
+use super::held::Held;
 
 /// All is saved, and the outcome is open.
 #[derive(Debug)]

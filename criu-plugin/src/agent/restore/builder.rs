@@ -15,7 +15,7 @@ use soccr::kernel::{SysError, addr, sockopt, tcp};
 use soccr::repair::Paused;
 use soccr::restore::RoomForQueues;
 
-use crate::agent::AgentError;
+use crate::agent::error::AgentError;
 use crate::fault;
 
 /// The file id of a connection, and the socket of a restored task in which it is to be built.

@@ -16,8 +16,10 @@ use soccr::kernel::{sockopt, tcp};
 use soccr::repair::{Paused, four_tuple};
 
 use super::builder::{Builder, Built, Wanted};
-use super::{Locks, Plan, parallel};
-use crate::agent::AgentError;
+use super::locks::Locks;
+use super::parallel;
+use super::plan::Plan;
+use crate::agent::error::AgentError;
 use crate::fault;
 
 /// A restore whose connections are not all built yet.

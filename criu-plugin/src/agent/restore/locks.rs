@@ -12,8 +12,8 @@ use soccr::kernel::diag;
 use soccr::kernel::netns::NetNs;
 use soccr::lock::{self, LockError, LockName, LockOptions, Method, NetworkLock};
 
-use super::Plan;
-use crate::agent::AgentError;
+use super::plan::Plan;
+use crate::agent::error::AgentError;
 
 /// What keeps the connections still until all are built. It ends in [`unlock`](Self::unlock) or
 /// [`put_back`](Self::put_back).

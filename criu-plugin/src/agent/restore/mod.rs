@@ -28,9 +28,9 @@ use nix::unistd::getppid;
 use soccr::criu::image::ImageDir;
 use soccr::criu::tasks::Task;
 
-use super::AgentError;
-use super::log::answering;
-use super::server::{Asked, Server};
+use crate::agent::error::AgentError;
+use crate::agent::log::answering;
+use crate::agent::server::{Asked, Server};
 use crate::fault;
 use crate::protocol::Request;
 use building::Building;
@@ -60,14 +60,14 @@ pub fn serve(images: ImageDir, criu: i32, server: &Server) {
 
 /// How far a restore has come.
 #[derive(Debug)]
-pub enum Progress<'a> {
+enum Progress<'a> {
     /// Nothing was asked yet.
     Idle(ImageDir),
     /// The connections are locked, and built as their tasks come.
     Building(Building<'a>),
     /// One of them could not be built, and no other shall be.
     Failed(Building<'a>),
-    /// All are awake. These are the tasks.
+    /// All connections go on. These are the tasks.
     Done(Vec<Task>),
 }
 
@@ -126,7 +126,7 @@ impl<'a> Progress<'a> {
             }
             (Request::Resume(pid), Self::Building(mut building)) => match building.bring_back(pid) {
                 Ok(()) if building.awaits_tasks() => (Self::Building(building), Ok(())),
-                Ok(()) => waking::wake(building).into(),
+                Ok(()) => Self::wake(building),
                 Err(error) => (Self::Failed(building), Err(error)),
             },
             (Request::Resume(_), failed @ Self::Failed(_)) => (failed, Err(AgentError::FailedBefore)),
@@ -141,6 +141,14 @@ impl<'a> Progress<'a> {
             }
             (Request::Forked | Request::Resume(_), other) => (other, Ok(())),
             (_, other) => (other, Err(AgentError::Protocol("this is the agent of a restore"))),
+        }
+    }
+
+    /// All is built.
+    fn wake(building: Building<'a>) -> (Self, Result<(), AgentError>) {
+        match waking::wake(building) {
+            Ok(tasks) => (Self::Done(tasks), Ok(())),
+            Err(waking::Failed { building, error }) => (Self::Failed(building), Err(error)),
         }
     }
 
@@ -175,7 +183,7 @@ fn prepare<'a>(images: &ImageDir, criu: &'a Task) -> Result<Building<'a>, AgentE
 /// exit() of a restore that succeeded, without a task whose hook could come.
 fn end(mut building: Building<'_>) -> (Progress<'_>, Result<(), AgentError>) {
     match building.adopt_without_tasks() {
-        Ok(()) => waking::wake(building).into(),
+        Ok(()) => Progress::wake(building),
         Err(error) => (Progress::Failed(building), Err(error)),
     }
 }

@@ -13,7 +13,7 @@ use soccr::criu::image::inventory;
 use soccr::criu::record::{ConnectionRecord, Phase, RecordError, RecordId, Recorder};
 use soccr::lock::LockName;
 
-use crate::agent::AgentError;
+use crate::agent::error::AgentError;
 
 /// The images, read as far as a restore needs before its first connection.
 #[derive(Debug)]

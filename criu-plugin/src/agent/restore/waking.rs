@@ -5,30 +5,23 @@ use std::os::fd::{AsFd, OwnedFd};
 
 use soccr::chain;
 use soccr::connection::FourTuple;
+use soccr::criu::tasks::Task;
 use soccr::kernel::sockopt;
 use soccr::repair::{self, PauseError, Paused, Probe};
 
 use super::builder::{Built, must_live};
 use super::building::Building;
-use super::{Progress, parallel};
-use crate::agent::{AgentError, log};
+use super::parallel;
+use crate::agent::error::AgentError;
+use crate::agent::log;
 use crate::fault;
 
-/// How the last step ended.
-pub enum Woken<'a> {
-    /// The connections are unlocked, or said to be not.
-    Awake(Progress<'a>),
-    /// Something was missing, and nothing is unlocked.
-    Failed(Building<'a>, AgentError),
-}
-
-impl<'a> From<Woken<'a>> for (Progress<'a>, Result<(), AgentError>) {
-    fn from(woken: Woken<'a>) -> Self {
-        match woken {
-            Woken::Awake(progress) => (progress, Ok(())),
-            Woken::Failed(building, error) => (Progress::Failed(building), Err(error)),
-        }
-    }
+/// Something was missing in the last step, and nothing is unlocked.
+pub struct Failed<'a> {
+    /// What can be given up.
+    pub building: Building<'a>,
+    /// What was missing.
+    pub error: AgentError,
 }
 
 /// A connection that is whole, out of repair mode, and waits to be unlocked.
@@ -38,25 +31,25 @@ struct Whole {
     reuse_addr: bool,
 }
 
-/// All tasks are complete: leaves repair mode, then unlocks, then wakes the peers.
-pub fn wake(mut building: Building<'_>) -> Woken<'_> {
+/// All tasks are complete: leaves repair mode, then unlocks, then wakes the peers. Gives the tasks back.
+#[allow(clippy::result_large_err)] // once in a restore
+pub fn wake(mut building: Building<'_>) -> Result<Vec<Task>, Failed<'_>> {
     if let Err(error) = complete(&mut building) {
-        return Woken::Failed(building, error);
+        return Err(Failed { building, error });
     }
     // Out of repair mode while still locked, and silently: should we die here, all of it can be done again.
     let built = std::mem::take(&mut building.built);
     let (whole, left) = parallel::for_each(built, || (), |(), built| leave_repair(built));
     if let Err(error) = left.and_then(|()| may_wake(&mut building)) {
         building.built = whole.into_iter().filter_map(enter_repair).collect();
-        return Woken::Failed(building, error);
+        return Err(Failed { building, error });
     }
     // From here on packets pass: the tasks must live, and whatever fails is only told.
     log::commit();
     let Building { mut locks, tree, .. } = building;
-    let done = Woken::Awake(Progress::Done(tree.restored));
     if let Err(error) = locks.unlock() {
         ::log::error!("the connections stay locked, see soccr status: {}", chain(&error));
-        return done;
+        return Ok(tree.restored);
     }
     let _ = fault::point("restore.unlocked");
     probe(&whole);
@@ -65,7 +58,7 @@ pub fn wake(mut building: Building<'_>) -> Woken<'_> {
     if !whole.is_empty() {
         ::log::info!("{} TCP connections go on", whole.len());
     }
-    done
+    Ok(tree.restored)
 }
 
 fn complete(building: &mut Building<'_>) -> Result<(), AgentError> {
