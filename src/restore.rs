@@ -203,8 +203,8 @@ impl Restoring<'_> {
         }
     }
 
-    /// Where an agent died before it could close the old socket silently, its task's end has closed it with a FIN: it waits
-    /// behind the lock, without an owner, for an answer to its FIN, and holds the four-tuple.
+    /// Where an agent died before it could close the old socket silently, its task's end has closed it with a FIN: it
+    /// waits behind the lock, without an owner, for an answer to that, and holds the four-tuple.
     fn connect(&self) -> Result<(), SysError> {
         match self.try_connect() {
             Err(SysError { errno: Errno::EADDRNOTAVAIL, .. }) if destroy_orphan(self.fd, self.tuple)? => {

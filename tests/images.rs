@@ -87,7 +87,7 @@ fn index_knows_tasks_and_descriptors() {
         assert_ne!(server.files_id, child.files_id);
         assert_eq!((zombie.files_id, zombie.net_ns_id, zombie.fds.len()), (None, None, 0));
         assert_eq!(server.net_ns_id, connection(&index, 8001).1.net_ns_id);
-        let has = |task: &soccr::criu::image::index::Task, port| {
+        let has = |task: &soccr::criu::image::index::DumpedTask, port| {
             let id = connection(&index, port).0;
             task.fds.iter().filter(|fd| fd.file_id == id).count()
         };

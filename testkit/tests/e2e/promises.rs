@@ -98,6 +98,27 @@ fn nested_server(stage: &Stage, nested: &NetNs) -> Result<Server> {
     Server::spawn(&mut command, stage.dir())
 }
 
+/// A tree with a namespace of its own has a record, too: CRIU's lock waits there for the restore, as long as the namespace.
+#[test]
+fn a_dump_of_a_namespace_is_recorded_until_its_restore() -> Result<()> {
+    for place in [Place::External, Place::Dumped] {
+        let Some(mut stage) = stage(place, &[PLUGIN])? else { return Ok(()) };
+        let server = stage.serve(SERVER_V4, &["--mode", "echo"])?;
+        let mut clients = clients(&stage, &server)?;
+        let images = stage.images()?;
+        let address = stage.freeze(server, PLUGIN, &images)?;
+        let records = || Ok::<_, anyhow::Error>(fs::read_dir(stage.records())?.count());
+        let expected = usize::from(place == Place::External);
+        ensure!(records()? == expected, "{place:?}: {} records of a dump", records()?);
+        let server = stage.thaw(address, PLUGIN, &images)?;
+        clients.iter_mut().try_for_each(|client| client.ping(1000))?;
+        stage.wait_until_clean(Some(&server))?;
+        let left = fs::read_dir(stage.records())?.count();
+        ensure!(left == 0, "{place:?}: {left} records are left");
+    }
+    Ok(())
+}
+
 /// CRIU ignores what the late hook returns: a plugin that panics there kills the task.
 #[test]
 fn a_panic_in_the_late_hook_fails_the_restore() -> Result<()> {

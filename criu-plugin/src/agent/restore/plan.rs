@@ -91,7 +91,11 @@ impl Plan {
         if taken.is_none()
             && let Some(id) = Recorder::id_of_folder(self.images.as_fd())?
         {
-            taken = self.take_over(&id, criu)?;
+            // Other images may have been here before.
+            taken = match self.take_over(&id, criu) {
+                Err(RecordError::OtherDump { .. }) => None,
+                other => other?,
+            };
         }
         if let Some(recorder) = taken {
             return Ok(recorder);

@@ -17,7 +17,7 @@ use std::collections::{BTreeMap, HashMap};
 
 pub use connections::{Connections, InetConnection};
 pub use in_flight::Packet;
-pub use tasks::{Fd, Task};
+pub use tasks::{DumpedTask, Fd};
 
 use super::allowance::Allowance;
 use super::inventory::{Inventory, NetworkLock};
@@ -35,7 +35,7 @@ pub struct Index {
     /// The network namespace in which the dumping criu itself ran.
     pub root_net_ns_id: Option<u32>,
     /// The tasks by pid, as they see it themselves inside their pid namespace.
-    pub tasks: BTreeMap<u32, Task>,
+    pub tasks: BTreeMap<u32, DumpedTask>,
     /// The pid of the tree's root.
     pub root: Option<u32>,
     /// The connections by file id.

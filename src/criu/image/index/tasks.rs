@@ -13,7 +13,7 @@ use crate::criu::image::{Fault, ImageDir, ImageError};
 
 /// A dumped task (a process; threads are not counted).
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Task {
+pub struct DumpedTask {
     /// Whether it runs, or is stopped, after the restore: only then does CRIU call its late hook. A
     /// zombie is not alive.
     pub alive: bool,
@@ -38,7 +38,7 @@ pub struct Fd {
 pub(super) fn read(
     dir: &ImageDir,
     allowance: &mut Allowance,
-) -> Result<(BTreeMap<u32, Task>, Option<u32>), ImageError> {
+) -> Result<(BTreeMap<u32, DumpedTask>, Option<u32>), ImageError> {
     let (mut tasks, mut root) = (BTreeMap::new(), None);
     let mut tables = Tables::new();
     let mut pstree = Reader::open(dir, "pstree.img", Magic::Pstree)?;
@@ -63,13 +63,13 @@ type Tables = HashMap<u32, Arc<Vec<Fd>>>;
 
 /// What a task takes, without the descriptors in its table.
 const MEMORY: usize =
-    in_tree::<(u32, Task)>() + in_hash_table::<(u32, Arc<Vec<Fd>>)>() + size_of::<Vec<Fd>>() + 16;
+    in_tree::<(u32, DumpedTask)>() + in_hash_table::<(u32, Arc<Vec<Fd>>)>() + size_of::<Vec<Fd>>() + 16;
 
 /// A task, and how long its core image's message is.
-fn read_task(dir: &ImageDir, pid: u32, tables: &mut Tables) -> Result<(Task, usize), ImageError> {
+fn read_task(dir: &ImageDir, pid: u32, tables: &mut Tables) -> Result<(DumpedTask, usize), ImageError> {
     let (alive, in_core) = is_alive(dir, pid)?;
     let Some(mut ids) = Reader::open_if_there(dir, &format!("ids-{pid}.img"), Magic::Ids)? else {
-        return Ok((Task { alive, files_id: None, net_ns_id: None, fds: Arc::default() }, in_core));
+        return Ok((DumpedTask { alive, files_id: None, net_ns_id: None, fds: Arc::default() }, in_core));
     };
     let ids: Task_kobj_ids_entry = ids.required()?;
     let files_id = ids.files_id();
@@ -77,7 +77,7 @@ fn read_task(dir: &ImageDir, pid: u32, tables: &mut Tables) -> Result<(Task, usi
         Entry::Occupied(table) => table.get().clone(),
         Entry::Vacant(table) => table.insert(read_table(dir, files_id)?).clone(),
     };
-    Ok((Task { alive, files_id: Some(files_id), net_ns_id: ids.net_ns_id, fds }, in_core))
+    Ok((DumpedTask { alive, files_id: Some(files_id), net_ns_id: ids.net_ns_id, fds }, in_core))
 }
 
 /// A table without a file has no descriptors: CRIU makes no file for nothing.
