@@ -107,9 +107,9 @@ fn a_dump_of_a_namespace_is_recorded_until_its_restore() -> Result<()> {
         let mut clients = clients(&stage, &server)?;
         let images = stage.images()?;
         let address = stage.freeze(server, PLUGIN, &images)?;
-        let records = || Ok::<_, anyhow::Error>(fs::read_dir(stage.records())?.count());
-        let expected = usize::from(place == Place::External);
-        ensure!(records()? == expected, "{place:?}: {} records of a dump", records()?);
+        // The test itself holds the namespace until the dump is over.
+        let waiting = fs::read_dir(stage.records())?.count();
+        ensure!(waiting == 1, "{place:?}: {waiting} records of a dump");
         let server = stage.thaw(address, PLUGIN, &images)?;
         clients.iter_mut().try_for_each(|client| client.ping(1000))?;
         stage.wait_until_clean(Some(&server))?;
