@@ -4,11 +4,13 @@ use std::collections::HashSet;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
 use super::namespaces::{Namespaces, find};
 use super::{LockRecord, NsId, Phase, Record, State, Store, current_boot};
 use crate::chain;
 use crate::criu::stock::{self, NamespaceLock};
-use crate::criu::tasks::{Task, Walker};
+use crate::criu::tasks::{Fate, ProcessId, Task, Walker};
 use crate::kernel::netns::NetNs;
 use crate::kernel::{sockopt, tcp};
 use crate::lock;
@@ -109,7 +111,7 @@ fn is_unlocked_by_criu(ns: &NetNs) -> bool {
 /// those of its tasks that live. None while its criu lives, which unlocks them itself.
 #[must_use]
 pub fn locked_by_criu(record: &Record) -> Vec<NetNs> {
-    if record.boot != current_boot() || record.criu.lives() {
+    if record.boot != current_boot() || works_on(record.criu) {
         return Vec::new();
     }
     let named = find(&record.criu_locks);
@@ -124,6 +126,19 @@ pub fn locked_by_criu(record: &Record) -> Vec<NetNs> {
         }
     }
     namespaces
+}
+
+/// Whether the process lives and will go on: the end of one that is being killed is waited for.
+fn works_on(process: ProcessId) -> bool {
+    /// In milliseconds.
+    const PATIENCE: u16 = 1000;
+    if let Ok(task) = Task::open(process.pid)
+        && process.lives()
+        && task.fate() == Fate::Ending
+    {
+        let _ = poll(&mut [PollFd::new(task.pidfd(), PollFlags::POLLIN)], PollTimeout::from(PATIENCE));
+    }
+    process.lives()
 }
 
 fn is_absent(ns: &NetNs, wanted: &LockRecord) -> bool {

@@ -58,7 +58,7 @@ impl Record {
         match judge(self.phase, self.criu.lives(), self.agent.lives()) {
             // The images are whole, the tasks dead, and the locks as they should be: only nobody has noted it.
             State::Orphaned if self.phase != Phase::Saving && self.phase != Phase::Waking && !tasks_live => {
-                if self.kept_after_death {
+                if self.kept_after_death || !self.criu_locks.is_empty() {
                     State::Dumped
                 } else {
                     State::Orphaned

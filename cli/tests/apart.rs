@@ -1,5 +1,6 @@
-//! What `soccr` makes of a real criu that was killed while it had locked the network namespace of its tree. Needs root and
-//! CRIU; without them each test says that it is skipped, or fails where `SOCCR_TEST_REQUIRE` is set.
+//! What becomes of dumps of a tree with a network namespace apart, by a real criu, which locks that namespace as a whole.
+//! Needs root and CRIU, and the plugin for its tests; without them a test says that it is skipped, or fails where
+//! `SOCCR_TEST_REQUIRE` is set.
 
 #[path = "../../tests/support/mod.rs"]
 #[allow(dead_code)] // this test program uses its part
@@ -10,8 +11,10 @@ use std::fs::{self, File};
 use std::io::Write;
 use std::net::TcpStream;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::path::PathBuf;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
 
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
@@ -29,8 +32,16 @@ const IPTABLES: u8 = 1;
 const NFTABLES: u8 = 2;
 
 fn criu() -> PathBuf {
-    let built = || concat!(env!("CARGO_MANIFEST_DIR"), "/../target/criu/criu/criu").into();
-    env::var_os("CRIU_BIN").map_or_else(built, PathBuf::from)
+    built("CRIU_BIN", "criu/criu/criu")
+}
+
+fn plugins() -> PathBuf {
+    built("SOCCR_PLUGIN_DIR", "plugins")
+}
+
+fn built(variable: &str, path: &str) -> PathBuf {
+    let target = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target");
+    env::var_os(variable).map_or_else(|| target.join(path), PathBuf::from)
 }
 
 /// Runs the test `name` again, as a process that has network, mounts and pids of its own.
@@ -38,25 +49,20 @@ fn on_own_host(name: &str, body: impl FnOnce()) {
     if env::var_os(INSIDE).is_some() {
         return body();
     }
-    if !nix::unistd::geteuid().is_root() || !criu().exists() {
-        assert!(env::var_os(REQUIRE).is_none(), "root or {} is missing", criu().display());
+    let there = nix::unistd::geteuid().is_root() && criu().exists() && plugins().exists();
+    if !there {
+        let why = format!("root, {} or {} is missing", criu().display(), plugins().display());
+        assert!(env::var_os(REQUIRE).is_none(), "{why}");
         // Not by a macro, whose output the test runner would hide.
-        let _ = writeln!(std::io::stderr(), "SKIPPED: root or {} is missing", criu().display());
+        let _ = writeln!(std::io::stderr(), "SKIPPED: {why}");
         return;
     }
+    // What is open from another mount namespace cannot be dumped.
+    let prepare = "mount -t tmpfs run /run && ip link set lo up &&
+        for fd in /proc/self/fd/*; do [ ${fd##*/} -le 2 ] || eval \"exec ${fd##*/}<&-\"; done; exec \"$@\"";
     let output = Command::new("timeout")
-        .args([
-            "--kill-after=5",
-            "120",
-            "unshare",
-            "-n",
-            "-m",
-            "-p",
-            "--fork",
-            "--kill-child",
-            "--mount-proc",
-        ])
-        .args(["sh", "-c", "mount -t tmpfs run /run && ip link set lo up && exec \"$@\"", "sh"])
+        .args(["--kill-after=5", "120", "unshare", "-nmp", "--fork", "--kill-child", "--mount-proc"])
+        .args(["bash", "-c", prepare, "bash"])
         .arg(env::current_exe().expect("this program"))
         .args([name, "--exact", "--nocapture"])
         .env(INSIDE, "1")
@@ -95,16 +101,52 @@ impl Stage {
         (command.spawn().expect("setsid runs"), peer)
     }
 
-    /// Begins a dump, as container runtimes do, and leaves criu waiting when it has just locked the namespace.
-    fn waiting_dump(&self, method: u8) -> Dump {
+    fn images(&self) -> PathBuf {
         let path = self.dir.path().join("images");
-        fs::create_dir(&path).expect("a folder");
-        let images = File::open(path).expect("the folder");
+        fs::create_dir_all(&path).expect("a folder");
+        path
+    }
+
+    fn file(&self, name: &str, text: &str) -> PathBuf {
+        let path = self.dir.path().join(name);
+        fs::write(&path, text).expect("written");
+        path
+    }
+
+    /// Runs `criu dump` or `restore` with the plugin, to its end.
+    fn criu(&self, action: &str, arguments: &[&str]) {
+        let namespace = format!("/proc/{}/fd/{}", std::process::id(), self.ns.as_fd().as_raw_fd());
+        let status = Command::new("bash")
+            .args(["-c", "exec 9<\"$0\" && exec \"$@\"", &namespace])
+            .arg(criu())
+            .args([action, "--tcp-close", "-v4", "-o", "criu.log", "--lib"])
+            .arg(plugins())
+            .arg("-D")
+            .arg(self.images())
+            .args(arguments)
+            .env("SOCCR_RUN_DIR", self.run_dir())
+            .stdin(Stdio::null())
+            .stderr(Stdio::null())
+            .status();
+        let log = || fs::read_to_string(self.images().join("criu.log")).unwrap_or_default();
+        assert!(status.expect("criu runs").success(), "criu {action}: {}", log());
+    }
+
+    fn run_dir(&self) -> PathBuf {
+        self.dir.path().join("run")
+    }
+
+    /// Begins a dump, as container runtimes do, and leaves criu waiting when it has just locked the namespace.
+    fn waiting_dump(&self, method: u8, configuration: &str) -> Dump {
+        let images = File::open(self.images()).expect("the folder");
         let (ours, theirs) =
             socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)
                 .expect("sockets");
         let mut command = Command::new("sh");
-        command.args(["-c", "exec \"$0\" swrk 3 3<&0 </dev/null"]).arg(criu());
+        command
+            .args(["-c", "exec \"$0\" swrk 3 3<&0 </dev/null"])
+            .arg(criu())
+            .env("SOCCR_RUN_DIR", self.run_dir());
         let criu = command.stdin(theirs).stderr(Stdio::null()).spawn().expect("criu runs");
         let dump = Dump { criu, images, socket: ours };
         let options = [
@@ -115,12 +157,13 @@ impl Stage {
             number(12, 1), // notify_scripts
             bytes(37, format!("net[{}]:tree", self.ns.inode()).as_bytes()),
             number(64, method.into()),
+            bytes(51, self.file("criu.conf", configuration).as_os_str().as_bytes()),
         ];
         write(&dump.socket, &[number(1, 1), bytes(2, &options.concat())].concat()).expect("asked to dump");
         let mut said = [0; 4096];
         loop {
             let len = read(&dump.socket, &mut said).expect("criu answers");
-            let log = || fs::read_to_string(self.dir.path().join("images/dump.log")).unwrap_or_default();
+            let log = || fs::read_to_string(self.images().join("dump.log")).unwrap_or_default();
             assert!(len > 0, "criu ended: {}", log());
             // It asks this between its lock and its first look into a task.
             if said[..len].windows(15).any(|word| word == b"query-ext-files") {
@@ -136,11 +179,7 @@ impl Stage {
 
     fn soccr(&self, arguments: &[&str]) -> Output {
         let mut command = Command::new(env!("CARGO_BIN_EXE_soccr"));
-        command
-            .args(arguments)
-            .env("SOCCR_RUN_DIR", self.dir.path().join("run"))
-            .output()
-            .expect("soccr runs")
+        command.args(arguments).env("SOCCR_RUN_DIR", self.run_dir()).output().expect("soccr runs")
     }
 
     /// What it says when it succeeds.
@@ -150,9 +189,17 @@ impl Stage {
         String::from_utf8(output.stdout).expect("text")
     }
 
+    /// The agent may be a moment behind.
+    fn wait_until_clean(&self) {
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while self.is_locked() || !self.done(&["status"]).is_empty() {
+            assert!(Instant::now() < deadline, "{}", self.done(&["status"]));
+        }
+    }
+
     /// As the agent does before criu locks anything.
     fn record(&self, dump: &Dump) {
-        let store = Store::create_at(self.dir.path().join("run")).expect("the records");
+        let store = Store::create_at(self.run_dir()).expect("the records");
         let criu = dump.criu.id().cast_signed();
         let recorder = Recorder::new("dump", Phase::Saving, dump.images.as_fd(), criu);
         let mut recorder = recorder.expect("a record").keep_in(store);
@@ -160,7 +207,7 @@ impl Stage {
         recorder.add_task(self.server.id().cast_signed());
         recorder.save(Phase::Saving).expect("written");
         // The agent is this test; it dies with criu.
-        let path = self.dir.path().join("run/dump");
+        let path = self.run_dir().join("dump");
         let text = fs::read_to_string(&path).expect("the record");
         let (agent, dead) = (ProcessId::this().expect("this process"), recorder.record().criu);
         let json = |id| serde_json::to_string(&id).expect("JSON");
@@ -222,7 +269,7 @@ impl Drop for Stage {
 fn stock_dump(method: u8) {
     let mut stage = Stage::new();
     stage.echoes();
-    let dump = stage.waiting_dump(method);
+    let dump = stage.waiting_dump(method, "");
     assert!(stage.is_locked());
     let refused = stage.soccr(&["clean", "--stock-rules"]);
     let why = String::from_utf8(refused.stderr).expect("text");
@@ -241,7 +288,7 @@ fn stock_dump(method: u8) {
 /// The agent has recorded the dump, and died with criu.
 fn recorded_dump(method: u8) {
     let mut stage = Stage::new();
-    let dump = stage.waiting_dump(method);
+    let dump = stage.waiting_dump(method, "");
     stage.record(&dump);
     assert!(!stage.soccr(&["clean", "--all"]).status.success() && stage.is_locked());
     dump.kill();
@@ -252,6 +299,35 @@ fn recorded_dump(method: u8) {
     assert!(told.contains("CRIU's lock of the whole namespace") && !stage.is_locked(), "{told}");
     stage.echoes();
     assert_eq!(stage.done(&["status"]), "");
+}
+
+/// The plugin's agent lives on when its criu is killed, and the tasks do.
+fn killed_with_plugin(method: u8) {
+    let mut stage = Stage::new();
+    stage.echoes();
+    let dump = stage.waiting_dump(method, &format!("tcp-close\nlibdir {}\n", plugins().display()));
+    assert!(stage.is_locked());
+    dump.kill();
+    stage.echoes();
+    stage.wait_until_clean();
+}
+
+/// Nobody is in the namespace until the restore.
+fn dumped_with_plugin(method: &str) {
+    let mut stage = Stage::new();
+    stage.echoes();
+    let (pid, namespace) = (stage.server.id().to_string(), format!("net[{}]:tree", stage.ns.inode()));
+    stage.criu("dump", &["-t", &pid, "--external", &namespace, "--network-lock", method]);
+    stage.server.wait().expect("its end");
+    assert!(stage.is_locked());
+    for arguments in [["status"].as_slice(), &["status", "--json"]] {
+        let shown = stage.done(arguments);
+        assert!(shown.contains("dumped") && shown.contains(&stage.ns.inode().to_string()), "{shown}");
+        assert!(!shown.contains("Not ours"), "{shown}");
+    }
+    stage.criu("restore", &["-d", "--inherit-fd", "fd[9]:tree", "--network-lock", method]);
+    stage.echoes();
+    stage.wait_until_clean();
 }
 
 #[test]
@@ -272,4 +348,24 @@ fn with_a_record_and_iptables() {
 #[test]
 fn with_a_record_and_nftables() {
     on_own_host("with_a_record_and_nftables", || recorded_dump(NFTABLES));
+}
+
+#[test]
+fn the_agent_unlocks_with_iptables() {
+    on_own_host("the_agent_unlocks_with_iptables", || killed_with_plugin(IPTABLES));
+}
+
+#[test]
+fn the_agent_unlocks_with_nftables() {
+    on_own_host("the_agent_unlocks_with_nftables", || killed_with_plugin(NFTABLES));
+}
+
+#[test]
+fn a_dump_that_waits_is_shown_with_iptables() {
+    on_own_host("a_dump_that_waits_is_shown_with_iptables", || dumped_with_plugin("iptables"));
+}
+
+#[test]
+fn a_dump_that_waits_is_shown_with_nftables() {
+    on_own_host("a_dump_that_waits_is_shown_with_nftables", || dumped_with_plugin("nftables"));
 }
