@@ -109,7 +109,7 @@ fn one(store: &Store, record: &Record, arguments: &Arguments) -> Result<bool> {
 
 fn tell(record: &Record, state: State, report: &Report, dry_run: bool) -> std::io::Result<()> {
     let would = if dry_run { "would be " } else { "" };
-    let mut out = std::io::stdout().lock();
+    let mut out = crate::out();
     writeln!(out, "{} ({state}):", record.id)?;
     for connection in &report.revived {
         writeln!(out, "  {connection}: {would}brought back from repair mode")?;
@@ -150,7 +150,7 @@ fn unreadable(
         store.remove(id)?;
     }
     let would = if arguments.dry_run { "would be " } else { "" };
-    writeln!(std::io::stdout(), "{id}: record {would}removed unread")?;
+    writeln!(crate::out(), "{id}: record {would}removed unread")?;
     Ok(true)
 }
 
@@ -169,7 +169,7 @@ fn table(name: &LockName, arguments: &Arguments) -> Result<bool> {
         if !arguments.dry_run {
             lock::remove(&ns, lock.method, name)?;
         }
-        writeln!(std::io::stdout(), "{ns}: lock {name} ({:?}) {would}removed", lock.method)?;
+        writeln!(crate::out(), "{ns}: lock {name} ({:?}) {would}removed", lock.method)?;
     }
     if !found {
         warn(&format!("there is no lock {name}"));
@@ -197,7 +197,7 @@ fn stock_rules(arguments: &Arguments) -> Result<bool> {
         }
     }
     if done && found == 0 {
-        writeln!(std::io::stdout(), "there is nothing of stock CRIU")?;
+        writeln!(crate::out(), "there is nothing of stock CRIU")?;
     }
     Ok(done)
 }
@@ -212,7 +212,7 @@ fn rules(ns: &NetNs, arguments: &Arguments) -> Result<usize> {
         true => (rules.len(), "would be removed"),
         false => (stock::remove_rules(ns, &tuples)?, "removed"),
     };
-    writeln!(std::io::stdout(), "{ns}: {count} iptables rules of stock CRIU {verb}")?;
+    writeln!(crate::out(), "{ns}: {count} iptables rules of stock CRIU {verb}")?;
     Ok(count)
 }
 
@@ -231,7 +231,7 @@ fn namespace_locks(ns: &NetNs, arguments: &Arguments) -> Result<usize> {
     }
     let would = if arguments.dry_run { "would be " } else { "" };
     for lock in &locks {
-        writeln!(std::io::stdout(), "{ns}: CRIU's lock of the whole namespace ({lock}) {would}removed")?;
+        writeln!(crate::out(), "{ns}: CRIU's lock of the whole namespace ({lock}) {would}removed")?;
     }
     Ok(locks.len())
 }

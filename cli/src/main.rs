@@ -150,7 +150,33 @@ fn capability(command: &Command) -> Capability {
 /// Says something beside the output.
 fn warn(text: &str) {
     // When stderr is closed there is nobody to tell.
-    let _ = writeln!(std::io::stderr(), "soccr: {text}");
+    let _ = writeln!(Plain(std::io::stderr()), "soccr: {text}");
+}
+
+/// Where the output goes.
+fn out() -> impl Write {
+    Plain(std::io::stdout().lock())
+}
+
+/// Shows control characters instead of sending them to a terminal: names out of images and of folders are anybody's.
+struct Plain<W>(W);
+
+impl<W: Write> Write for Plain<W> {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        let mut text = String::new();
+        for c in String::from_utf8_lossy(bytes).chars() {
+            match c {
+                '\n' => text.push(c),
+                c if c.is_control() => text.extend(c.escape_default()),
+                c => text.push(c),
+            }
+        }
+        self.0.write_all(text.as_bytes()).map(|()| bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        self.0.flush()
+    }
 }
 
 /// Prints a value as JSON.

@@ -140,7 +140,7 @@ fn owners(index: &Index) -> HashMap<u32, Vec<Owner>> {
 }
 
 fn print(images: &Images) -> std::io::Result<()> {
-    let mut out = std::io::stdout().lock();
+    let mut out = crate::out();
     let id = images.dump_run_id.as_deref().unwrap_or("without an id");
     let closes = if images.tcp_close { ", made with --tcp-close" } else { "" };
     writeln!(out, "Dump {id}, network lock {}{closes}", images.network_lock)?;

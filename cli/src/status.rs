@@ -155,7 +155,7 @@ fn strays_in(place: &Place, records: &[Entry]) -> Result<Option<Strays>> {
 }
 
 fn print(status: &Status) -> std::io::Result<()> {
-    let mut out = std::io::stdout().lock();
+    let mut out = crate::out();
     if !status.records.is_empty() {
         let head = ["ID", "STATE", "AGE", "CONNECTIONS", "NAMESPACES", "IMAGES", "PIDS"];
         let mut table = Table::new(&head);

@@ -12,6 +12,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 
 use serde_json::{Value, json};
+use soccr::criu::image::ImageDir;
+use soccr::criu::image::inventory::release_to_stock;
 use soccr::criu::record::{ConnectionRecord, LockRecord, NsId, Phase, Recorder, Store};
 use soccr::criu::stock::{self, NamespaceLock};
 use soccr::criu::tasks::{Finder, ProcessId, Task};
@@ -484,6 +486,38 @@ fn this_kernel_has_what_it_takes() {
         let there = |feature: &Value| feature["need"] != json!("must") || feature["there"] == json!(true);
         assert!(report["kernel"].as_array().expect("a list").iter().all(there));
         assert!(locks().is_empty(), "it checks elsewhere");
+    });
+}
+
+/// A folder's name, and an id in an image that somebody sent, are nothing that a terminal should act on.
+#[test]
+fn no_name_controls_the_terminal() {
+    const NAME: &str = "\u{1b}]0;owned\u{7}\u{9b}2J\r";
+    in_own_network(|| {
+        let host = Host::new();
+        host.record_apart("waits", Phase::Dumped, Some(&empty_namespace()), None);
+        host.edit("waits", |head| {
+            head["images"]["path"] = json!(NAME);
+            head["pid_ns"] = json!(1); // so that nobody sees that all is undone
+            head["phase"] = json!("saving");
+        });
+        let images = host.dir.path().join("images");
+        fs::create_dir(&images).expect("a folder");
+        let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/data/stock-4.2.1/inside");
+        for file in fs::read_dir(golden).expect("images").flatten() {
+            fs::copy(file.path(), images.join(file.file_name())).expect("copied");
+        }
+        let plain = "a".repeat(NAME.len());
+        release_to_stock(&ImageDir::open(&images).expect("images"), Some(&plain)).expect("another id");
+        let mut inventory = fs::read(images.join("inventory.img")).expect("the inventory");
+        let at = inventory.windows(NAME.len()).position(|bytes| bytes == plain.as_bytes()).expect("the id");
+        inventory[at..at + NAME.len()].copy_from_slice(NAME.as_bytes());
+        fs::write(images.join("inventory.img"), inventory).expect("written");
+        let images = images.to_str().expect("a plain path");
+        for shown in [host.done(&["status"]), host.done(&["show", images]), host.refused(&["show", NAME])] {
+            assert!(shown.contains("\\u{1b}]0;owned\\u{7}\\u{9b}2J\\r"), "{shown}");
+            assert!(!shown.chars().any(|c| c.is_control() && c != '\n'), "{shown:?}");
+        }
     });
 }
 

@@ -9,7 +9,10 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use nix::errno::Errno;
+use nix::fcntl::{OFlag, OpenHow, ResolveFlag, open, openat2};
 use nix::sched::{CloneFlags, setns};
+use nix::sys::stat::Mode;
+use nix::sys::statfs::{NSFS_MAGIC, fstatfs};
 
 use super::{SysError, check};
 
@@ -84,11 +87,40 @@ impl NetNs {
 
     /// The namespace that a file names, such as `/run/netns/NAME` or `/proc/PID/ns/net`.
     ///
+    /// The path may lead through what somebody else changes meanwhile, such as `/proc/PID/fd/N`. So nothing but a
+    /// namespace is ever opened: not a pipe, which would wait for ever, nor a device, to which that may mean something.
+    ///
     /// # Errors
     /// [`NetNsError::Open`].
     pub fn open(path: &Path) -> Result<Self, NetNsError> {
-        let failed = |source| NetNsError::Open { path: path.to_owned(), source };
-        Self::from_fd(File::open(path).map_err(failed)?.into()).map_err(failed)
+        let failed = |source: io::Error| NetNsError::Open { path: path.to_owned(), source };
+        let place =
+            open(path, OFlag::O_PATH | OFlag::O_CLOEXEC, Mode::empty()).map_err(|e| failed(e.into()))?;
+        Self::from_place(place).map_err(failed)
+    }
+
+    /// As [`open`](Self::open), the path taken as it is for a process whose root folder `root` is: no link on the way,
+    /// which that process may have made, leads out of there.
+    ///
+    /// # Errors
+    /// [`NetNsError::Open`].
+    pub fn open_within(root: &Path, path: &Path) -> Result<Self, NetNsError> {
+        let failed = |source: io::Error| NetNsError::Open { path: root.join(path), source };
+        let flags = OFlag::O_PATH | OFlag::O_CLOEXEC;
+        let place = || {
+            let root = open(root, flags | OFlag::O_DIRECTORY, Mode::empty())?;
+            let resolve = ResolveFlag::RESOLVE_IN_ROOT | ResolveFlag::RESOLVE_NO_MAGICLINKS;
+            openat2(root, path, OpenHow::new().flags(flags).resolve(resolve))
+        };
+        Self::from_place(place().map_err(|e| failed(e.into()))?).map_err(failed)
+    }
+
+    /// The namespace file that an `O_PATH` descriptor stands for.
+    fn from_place(place: OwnedFd) -> io::Result<Self> {
+        if fstatfs(&place)?.filesystem_type() != NSFS_MAGIC {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "it is no namespace"));
+        }
+        Self::from_fd(File::open(format!("/proc/self/fd/{}", place.as_raw_fd()))?.into())
     }
 
     /// The namespace that a socket was made in, wherever its owner lives now (`SIOCGSKNS`, Linux 4.10).

@@ -78,10 +78,24 @@ impl Search<'_> {
     }
 
     fn look_at(&mut self, path: &Path) {
-        if self.is_complete() {
-            return;
+        if !self.is_complete()
+            && let Ok(ns) = NetNs::open(path)
+        {
+            self.consider(ns, path);
         }
-        let Ok(ns) = NetNs::open(path) else { return };
+    }
+
+    /// The path is what a process has mounted.
+    fn look_within(&mut self, root: &Path, path: &Path) {
+        let path = path.strip_prefix("/").unwrap_or(path);
+        if !self.is_complete()
+            && let Ok(ns) = NetNs::open_within(root, path)
+        {
+            self.consider(ns, &root.join(path));
+        }
+    }
+
+    fn consider(&mut self, ns: NetNs, path: &Path) {
         let id = NsId::from(&ns);
         if self.wanted.is_none_or(|wanted| wanted.contains(&id)) {
             self.namespaces.found.entry(id).or_insert_with(|| (ns, path.to_owned()));
@@ -119,8 +133,7 @@ fn mounted(pid: i32, search: &mut Search<'_>, views: &mut Views) {
     let mounts = Process::new(pid).and_then(|process| process.mountinfo());
     for mount in mounts.map(|mounts| mounts.0).unwrap_or_default() {
         if mount.fs_type == "nsfs" && mount.root.starts_with("net:[") {
-            let inside = mount.mount_point.strip_prefix("/").unwrap_or(&mount.mount_point);
-            search.look_at(&Path::new(&format!("/proc/{pid}/root")).join(inside));
+            search.look_within(Path::new(&format!("/proc/{pid}/root")), &mount.mount_point);
         }
     }
 }
