@@ -312,6 +312,42 @@ fn killed_with_plugin(method: u8) {
     stage.wait_until_clean();
 }
 
+/// What the agent may do, and who can reach it, whatever criu may do.
+fn agent_of_a_dump() {
+    // CAP_CHOWN, CAP_DAC_OVERRIDE, CAP_FOWNER, CAP_NET_BIND_SERVICE, CAP_NET_ADMIN, CAP_NET_RAW, CAP_SYS_PTRACE, CAP_SYS_ADMIN
+    const EIGHT: u64 = 1 << 0 | 1 << 1 | 1 << 3 | 1 << 10 | 1 << 12 | 1 << 13 | 1 << 19 | 1 << 21;
+    let stage = Stage::new();
+    let dump = stage.waiting_dump(NFTABLES, &format!("tcp-close\nlibdir {}\n", plugins().display()));
+    let processes = fs::read_dir("/proc").expect("processes").flatten().map(|entry| entry.path());
+    let is_agent =
+        |path: &PathBuf| fs::read_to_string(path.join("comm")).is_ok_and(|it| it == "soccr-agent\n");
+    let agents: Vec<PathBuf> = processes.filter(is_agent).collect();
+    let [agent] = &agents[..] else { panic!("{agents:?}") };
+    let status = fs::read_to_string(agent.join("status")).expect("its status");
+    let field = |name: &str| status.lines().find_map(|line| line.strip_prefix(name)).expect("a field").trim();
+    for (set, least) in [("CapInh:", 0), ("CapAmb:", 0), ("CapPrm:", EIGHT), ("CapEff:", EIGHT)] {
+        assert_eq!(u64::from_str_radix(field(set), 16), Ok(least), "{set}");
+    }
+    // So that no program that it starts gets them back.
+    assert_eq!(field("NoNewPrivs:"), "1");
+    // It has sockets of criu, without a name that others could connect to, and no files but two folders.
+    let files = fs::read_dir(agent.join("fd")).expect("its files").flatten();
+    let files: Vec<PathBuf> = files.filter_map(|file| fs::read_link(file.path()).ok()).collect();
+    let unix = fs::read_to_string(agent.join("net/unix")).expect("sockets");
+    for file in files.iter().map(|file| file.display().to_string()) {
+        if let Some(inode) = file.strip_prefix("socket:[").and_then(|rest| rest.strip_suffix(']')) {
+            let line = unix.lines().find(|line| line.split_whitespace().nth(6) == Some(inode));
+            assert!(line.is_none_or(|line| line.split_whitespace().count() == 7), "{line:?}");
+        } else {
+            let folders = [stage.images(), stage.run_dir(), "/dev/null".into()];
+            let known = folders.iter().any(|folder| file == folder.display().to_string());
+            assert!(known || file.starts_with("anon_inode:") || file.starts_with("net:["), "{file}");
+        }
+    }
+    dump.kill();
+    stage.wait_until_clean();
+}
+
 /// Nobody is in the namespace until the restore.
 fn dumped_with_plugin(method: &str) {
     let mut stage = Stage::new();
@@ -368,4 +404,9 @@ fn a_dump_that_waits_is_shown_with_iptables() {
 #[test]
 fn a_dump_that_waits_is_shown_with_nftables() {
     on_own_host("a_dump_that_waits_is_shown_with_nftables", || dumped_with_plugin("nftables"));
+}
+
+#[test]
+fn the_agent_may_do_what_it_needs() {
+    on_own_host("the_agent_may_do_what_it_needs", agent_of_a_dump);
 }

@@ -23,7 +23,8 @@ pub const KEPT: [Capability; 8] = [
     Capability::CAP_FOWNER,
 ];
 
-/// Drops all capabilities but these. Capabilities that criu itself does not have are no loss.
+/// Drops all capabilities but these, for good: no program that is started gets more. Capabilities that criu itself does
+/// not have are no loss.
 ///
 /// # Errors
 /// The kernel's answer.
@@ -33,7 +34,9 @@ pub fn drop_others() -> Result<(), CapsError> {
     caps::clear(None, CapSet::Ambient)?;
     caps::clear(None, CapSet::Inheritable)?;
     caps::set(None, CapSet::Effective, &kept)?;
-    caps::set(None, CapSet::Permitted, &kept)
+    caps::set(None, CapSet::Permitted, &kept)?;
+    // Without that root has them all again after an exec.
+    nix::sys::prctl::set_no_new_privs().map_err(|errno| CapsError::from(errno.to_string()))
 }
 
 /// While connections are read, no program may take the agent's processor: should criu die then, the tasks run at once, and a
