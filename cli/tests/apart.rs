@@ -115,21 +115,22 @@ impl Stage {
 
     /// Runs `criu dump` or `restore` with the plugin, to its end.
     fn criu(&self, action: &str, arguments: &[&str]) {
+        let status = self.criu_command(action, arguments).status().expect("criu runs");
+        assert!(status.success(), "criu {action}: {}", self.log());
+    }
+
+    fn log(&self) -> String {
+        fs::read_to_string(self.images().join("criu.log")).unwrap_or_default()
+    }
+
+    fn criu_command(&self, action: &str, arguments: &[&str]) -> Command {
         let namespace = format!("/proc/{}/fd/{}", std::process::id(), self.ns.as_fd().as_raw_fd());
-        let status = Command::new("bash")
-            .args(["-c", "exec 9<\"$0\" && exec \"$@\"", &namespace])
-            .arg(criu())
-            .args([action, "--tcp-close", "-v4", "-o", "criu.log", "--lib"])
-            .arg(plugins())
-            .arg("-D")
-            .arg(self.images())
-            .args(arguments)
-            .env("SOCCR_RUN_DIR", self.run_dir())
-            .stdin(Stdio::null())
-            .stderr(Stdio::null())
-            .status();
-        let log = || fs::read_to_string(self.images().join("criu.log")).unwrap_or_default();
-        assert!(status.expect("criu runs").success(), "criu {action}: {}", log());
+        let mut command = Command::new("bash");
+        command.args(["-c", "exec 9<\"$0\" && exec \"$@\"", &namespace]).arg(criu());
+        command.args([action, "--tcp-close", "-v4", "-o", "criu.log", "--lib"]).arg(plugins());
+        command.arg("-D").arg(self.images()).args(arguments).env("SOCCR_RUN_DIR", self.run_dir());
+        command.stdin(Stdio::null()).stderr(Stdio::null());
+        command
     }
 
     fn run_dir(&self) -> PathBuf {
@@ -153,7 +154,7 @@ impl Stage {
             number(1, dump.images.as_raw_fd().cast_unsigned()),
             number(2, self.server.id()),
             number(5, 1), // tcp_established
-            bytes(10, b"dump.log"),
+            bytes(10, b"criu.log"),
             number(12, 1), // notify_scripts
             bytes(37, format!("net[{}]:tree", self.ns.inode()).as_bytes()),
             number(64, method.into()),
@@ -163,8 +164,7 @@ impl Stage {
         let mut said = [0; 4096];
         loop {
             let len = read(&dump.socket, &mut said).expect("criu answers");
-            let log = || fs::read_to_string(self.images().join("dump.log")).unwrap_or_default();
-            assert!(len > 0, "criu ended: {}", log());
+            assert!(len > 0, "criu ended: {}", self.log());
             // It asks this between its lock and its first look into a task.
             if said[..len].windows(15).any(|word| word == b"query-ext-files") {
                 return dump;
@@ -312,6 +312,25 @@ fn killed_with_plugin(method: u8) {
     stage.wait_until_clean();
 }
 
+/// CRIU forgets its lock when the transfer of lazy pages fails, and lets the tasks run.
+fn lazy_transfer_that_fails(method: &str) {
+    let mut stage = Stage::new();
+    let (pid, namespace) = (stage.server.id().to_string(), format!("net[{}]:tree", stage.ns.inode()));
+    let lazy = ["--lazy-pages", "--address", "127.0.0.1", "--port", "7001", "--network-lock", method];
+    let mut command = stage.criu_command("dump", &["-t", &pid, "--external", &namespace]);
+    let mut dump = command.args(lazy).spawn().expect("criu runs");
+    let mut client = loop {
+        assert!(dump.try_wait().expect("its state").is_none(), "{}", stage.log());
+        if let Ok(client) = TcpStream::connect("127.0.0.1:7001") {
+            break client;
+        }
+    };
+    client.write_all(&[0xff; 64]).expect("sent what is no request for pages");
+    assert!(!dump.wait().expect("its end").success(), "the transfer did not fail");
+    stage.echoes();
+    stage.wait_until_clean();
+}
+
 /// What the agent may do, and who can reach it, whatever criu may do.
 fn agent_of_a_dump() {
     // CAP_CHOWN, CAP_DAC_OVERRIDE, CAP_FOWNER, CAP_NET_BIND_SERVICE, CAP_NET_ADMIN, CAP_NET_RAW, CAP_SYS_PTRACE, CAP_SYS_ADMIN
@@ -409,4 +428,14 @@ fn a_dump_that_waits_is_shown_with_nftables() {
 #[test]
 fn the_agent_may_do_what_it_needs() {
     on_own_host("the_agent_may_do_what_it_needs", agent_of_a_dump);
+}
+
+#[test]
+fn a_lazy_transfer_fails_with_iptables() {
+    on_own_host("a_lazy_transfer_fails_with_iptables", || lazy_transfer_that_fails("iptables"));
+}
+
+#[test]
+fn a_lazy_transfer_fails_with_nftables() {
+    on_own_host("a_lazy_transfer_fails_with_nftables", || lazy_transfer_that_fails("nftables"));
 }
