@@ -19,10 +19,13 @@ use std::time::{Duration, Instant};
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use nix::unistd::{read, write};
+use soccr::criu::image::ImageDir;
+use soccr::criu::image::inventory::release_to_stock;
 use soccr::criu::record::{Phase, Recorder, Store};
 use soccr::criu::stock;
 use soccr::criu::tasks::ProcessId;
 use soccr::kernel::netns::NetNs;
+use soccr::lock;
 use support::{connected, expect_bytes, pattern};
 
 const INSIDE: &str = "SOCCR_TEST_INSIDE";
@@ -76,6 +79,8 @@ fn on_own_host(name: &str, body: impl FnOnce()) {
 /// A server with one connection in a namespace that is not criu's, and what criu and soccr need to work on it.
 struct Stage {
     dir: tempfile::TempDir,
+    /// Of the records.
+    run: PathBuf,
     ns: NetNs,
     server: Child,
     peer: TcpStream,
@@ -85,8 +90,20 @@ impl Stage {
     fn new() -> Self {
         let apart = || unshare(CloneFlags::CLONE_NEWNET).map(|()| NetNs::current().expect("a namespace"));
         let ns = std::thread::spawn(apart).join().expect("no panic").expect("a namespace");
+        let dir = tempfile::tempdir().expect("a folder");
+        Self::within(ns, dir.path().join("run"), dir)
+    }
+
+    /// In criu's own namespace, with the records of another stage.
+    fn at_home(records: Option<&Stage>) -> Self {
+        let dir = tempfile::tempdir().expect("a folder");
+        let run = records.map_or_else(|| dir.path().join("run"), Self::run_dir);
+        Self::within(NetNs::current().expect("a namespace"), run, dir)
+    }
+
+    fn within(ns: NetNs, run: PathBuf, dir: tempfile::TempDir) -> Self {
         let (server, peer) = ns.run(Self::serve).expect("entered");
-        Self { dir: tempfile::tempdir().expect("a folder"), ns, server, peer }
+        Self { dir, run, ns, server, peer }
     }
 
     fn serve() -> (Child, TcpStream) {
@@ -134,7 +151,7 @@ impl Stage {
     }
 
     fn run_dir(&self) -> PathBuf {
-        self.dir.path().join("run")
+        self.run.clone()
     }
 
     /// Begins a dump, as container runtimes do, and leaves criu waiting when it has just locked the namespace.
@@ -385,6 +402,33 @@ fn dumped_with_plugin(method: &str) {
     stage.wait_until_clean();
 }
 
+/// Images that somebody sent, and that claim to be of the dump of another.
+fn images_with_anothers_id() {
+    let dump = |stage: &mut Stage| {
+        let pid = stage.server.id().to_string();
+        stage.criu("dump", &["-t", &pid]);
+        stage.server.wait().expect("its end");
+    };
+    let mut victim = Stage::at_home(None);
+    dump(&mut victim);
+    let status: serde_json::Value = serde_json::from_str(&victim.done(&["status", "--json"])).expect("JSON");
+    let id = status["records"][0]["id"].as_str().expect("its id").to_owned();
+    let mut hostile = Stage::at_home(Some(&victim));
+    dump(&mut hostile);
+    release_to_stock(&ImageDir::open(&hostile.images()).expect("images"), Some(&id)).expect("another id");
+    let restored = hostile.criu_command("restore", &["-d"]).status().expect("criu runs");
+    let locks: Vec<_> =
+        lock::list(&victim.ns).expect("locks").into_iter().map(|lock| lock.name.to_string()).collect();
+    assert!(
+        locks.contains(&format!("CRIU-{id}")),
+        "the restore (success: {}) left {locks:?}",
+        restored.success()
+    );
+    assert!(victim.done(&["status"]).contains(&id));
+    victim.criu("restore", &["-d"]);
+    victim.echoes();
+}
+
 #[test]
 fn stock_criu_with_iptables() {
     on_own_host("stock_criu_with_iptables", || stock_dump(IPTABLES));
@@ -438,4 +482,9 @@ fn a_lazy_transfer_fails_with_iptables() {
 #[test]
 fn a_lazy_transfer_fails_with_nftables() {
     on_own_host("a_lazy_transfer_fails_with_nftables", || lazy_transfer_that_fails("nftables"));
+}
+
+#[test]
+fn images_release_no_lock_of_another_dump() {
+    on_own_host("images_release_no_lock_of_another_dump", images_with_anothers_id);
 }

@@ -139,7 +139,7 @@ fn a_record_ends_its_own_lock_and_no_other() {
         let folder = tempfile::tempdir().unwrap();
         let record = orphan(&folder.path().join("run"), "mine");
         let (near, _far) = connected("127.0.0.1:0");
-        let tuple = soccr::checkpoint::four_tuple(near.as_fd()).unwrap();
+        let tuple = soccr::repair::four_tuple(near.as_fd()).unwrap();
         let here = NetNs::current().unwrap();
         for name in ["mine", "other"] {
             NetworkLock::lock(&here, &LockName::criu(name).unwrap(), &[tuple], &NFTABLES).unwrap().keep();

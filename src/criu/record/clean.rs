@@ -107,17 +107,13 @@ fn is_unlocked_by_criu(ns: &NetNs) -> bool {
     stock::find_namespace_locks(ns).is_ok_and(|locks| locks.is_empty())
 }
 
-/// The namespaces whose lock by CRIU nobody else will remove: those [apart](namespaces_apart), but none while its criu
-/// lives, which unlocks them itself.
+/// The namespaces that CRIU may have locked as a whole for this dump or restore: those that the record names, and
+/// those of its tasks that live. None while its criu lives, which unlocks them itself.
 #[must_use]
 pub fn locked_by_criu(record: &Record) -> Vec<NetNs> {
-    if record.boot != current_boot() || works_on(record.criu) { Vec::new() } else { namespaces_apart(record) }
-}
-
-/// The namespaces that CRIU may have locked as a whole for this dump or restore: those that the record names, and
-/// those of its tasks that live.
-#[must_use]
-pub fn namespaces_apart(record: &Record) -> Vec<NetNs> {
+    if record.boot != current_boot() || works_on(record.criu) {
+        return Vec::new();
+    }
     let named = find(&record.criu_locks);
     let mut namespaces: Vec<NetNs> = named.iter().map(|(ns, _)| ns.clone()).collect();
     for task in &record.tasks {
