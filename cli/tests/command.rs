@@ -140,6 +140,16 @@ impl Echo {
         name
     }
 
+    /// Puts the socket into repair mode when the program waits in read(), which would fail if it came later.
+    fn repair(&self) {
+        let syscall = format!("/proc/{}/syscall", self.child.id());
+        let read = format!("{} ", nix::libc::SYS_read);
+        while !fs::read_to_string(&syscall).expect("its system call").starts_with(&read) {
+            std::thread::yield_now();
+        }
+        tcp::set_repair(self.socket.as_fd(), Repair::On).expect("TCP_REPAIR");
+    }
+
     /// Sends and gets back the same.
     fn echoes(&mut self) {
         let bytes = pattern(7, 100_000);
@@ -179,7 +189,7 @@ fn what_a_killed_dump_left_is_shown_and_brought_back() {
         sockopt::set_reuse_addr(echo.socket.as_fd(), true).expect("SO_REUSEADDR");
         let name = echo.record(&host, "crashed", Phase::Saving);
         echo.lock(&name);
-        tcp::set_repair(echo.socket.as_fd(), Repair::On).expect("TCP_REPAIR");
+        echo.repair();
         host.orphan("crashed");
 
         let status = host.status();
@@ -226,7 +236,7 @@ fn an_option_that_repair_mode_took_is_put_back() {
                 assert!(text.contains(&cookie), "{text}");
                 fs::write(host.record("crashed"), text.replace(&cookie, "\"cookie\":0")).expect("the record");
             }
-            tcp::set_repair(socket, Repair::On).expect("TCP_REPAIR");
+            echo.repair();
             tcp::set_repair(socket, Repair::OffNoProbe).expect("TCP_REPAIR");
             assert_eq!(sockopt::reuse_addr(socket), Ok(0));
             host.orphan("crashed");
