@@ -2,7 +2,8 @@
 
 use std::ffi::{OsStr, OsString};
 use std::fs;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -169,6 +170,12 @@ impl Criu {
         self.call("dump", side, images).arg("-t").arg(pid.to_string())
     }
 
+    /// `criu pre-dump`.
+    #[must_use]
+    pub fn pre_dump<'a>(&'a self, side: Side, pid: Pid, images: &'a Path) -> Call<'a> {
+        self.call("pre-dump", side, images).arg("-t").arg(pid.to_string())
+    }
+
     /// `criu restore`, detached. Run it with [`Call::restore`].
     #[must_use]
     pub fn restore<'a>(&'a self, side: Side, images: &'a Path) -> Call<'a> {
@@ -217,7 +224,6 @@ impl<'a> Call<'a> {
     /// # Errors
     /// When the descriptor cannot be duplicated.
     pub fn inherit(mut self, ns: &NetNs, key: &str) -> Result<Self> {
-        use std::os::fd::AsFd;
         self.inherit.push((ns.as_fd().try_clone_to_owned()?, key.to_owned()));
         Ok(self)
     }
@@ -365,18 +371,21 @@ fn is_fresh(plugin: &Path) -> Result<()> {
 
 /// `--inherit-fd fd[N]:KEY` for each, with N open in the child.
 fn inherit(command: &mut Command, descriptors: Vec<(OwnedFd, String)>) {
-    use std::os::fd::AsRawFd;
-    use std::os::unix::process::CommandExt;
     for (fd, key) in descriptors {
         command.arg("--inherit-fd").arg(format!("fd[{}]:{key}", fd.as_raw_fd()));
-        // SAFETY: between fork and exec only fcntl() is called, which is async-signal-safe; the
-        // closure owns the descriptor, which is therefore open when it runs.
-        unsafe {
-            command.pre_exec(move || {
-                nix::fcntl::fcntl(&fd, nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::empty()))?;
-                Ok(())
-            });
-        }
+        pass_on(command, fd);
+    }
+}
+
+/// Leaves the descriptor open in the child.
+pub(crate) fn pass_on(command: &mut Command, fd: OwnedFd) {
+    // SAFETY: between fork and exec only fcntl() is called, which is async-signal-safe; the
+    // closure owns the descriptor, which is therefore open when it runs.
+    unsafe {
+        command.pre_exec(move || {
+            nix::fcntl::fcntl(&fd, nix::fcntl::FcntlArg::F_SETFD(nix::fcntl::FdFlag::empty()))?;
+            Ok(())
+        });
     }
 }
 
@@ -408,7 +417,8 @@ pub fn frozen_time(images: &Path) -> Result<Duration> {
 }
 
 /// The bytes or the number of one field of a protobuf message that has only varints and messages.
-fn field(mut message: &[u8], wanted: u64) -> Option<(&[u8], u64)> {
+#[must_use]
+pub fn field(mut message: &[u8], wanted: u64) -> Option<(&[u8], u64)> {
     while !message.is_empty() {
         let key = varint(&mut message)?;
         let number = varint(&mut message)?;

@@ -13,6 +13,7 @@ pub mod leftovers;
 pub mod netns;
 pub mod pattern;
 pub mod relay;
+pub mod rpc;
 pub mod server;
 pub mod skip;
 pub mod sockets;

@@ -5,17 +5,25 @@ use std::io::Write;
 
 use anyhow::{Context, Result, ensure};
 
-/// Set to `1`, a test that cannot run fails: in CI, for instance.
+/// Set to `1`, a test fails for want of a privilege or a tool: in CI, for instance.
 pub const REQUIRE: &str = "SOCCR_TEST_REQUIRE";
 /// A file that takes a line for each test that was skipped: to the test runner it has passed.
 pub const LIST: &str = "SOCCR_TEST_SKIPPED";
 
-/// Says that the test of this thread is skipped, and why.
+/// Says that the test of this thread is skipped for want of a privilege or a tool.
 ///
 /// # Errors
 /// Where that is not allowed, or cannot be said.
 pub fn skip(why: &str) -> Result<()> {
     ensure!(std::env::var_os(REQUIRE).is_none_or(|it| it != "1"), "{why}");
+    lacks(why)
+}
+
+/// Says that the test of this thread is skipped because this kernel cannot do what it needs.
+///
+/// # Errors
+/// Where it cannot be said.
+pub fn lacks(why: &str) -> Result<()> {
     let thread = std::thread::current();
     let line = format!("SKIPPED {}: {why}\n", thread.name().unwrap_or("?").replace('\n', " "));
     // Not by a macro, whose output the test runner would hide.

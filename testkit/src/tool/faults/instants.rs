@@ -66,7 +66,7 @@ pub fn run(tools: &Tools, place: Place, report: &mut Report, count: usize, seed:
                 misses += 1;
             }
             match verdict {
-                Ok(verdict) if verdict.lost.is_empty() => {
+                Ok(verdict) if verdict.is_good() => {
                     if hit {
                         seen.add(&verdict);
                     }

@@ -105,7 +105,8 @@ fn comes_back(scene: &Scene, server: Server, fleet: Fleet<Client>, images: &Path
 }
 
 fn ends(scene: &Scene, server: Server, fleet: Fleet<Client>, images: &Path, kind: Kind) -> Result<usize> {
-    let verdict = outcome::of_dump(scene, server, fleet, images, false)?;
+    let mut verdict = outcome::of_dump(scene, server, fleet, images, false)?;
+    verdict.left.take().map_or(Ok(()), Err)?;
     ensure!(verdict.lost.is_empty(), "lost:\n{}", verdict.lost.join("\n"));
     ensure!(verdict.kind == kind, "{:?} instead of {kind:?}", verdict.kind);
     Ok(verdict.connections)

@@ -33,8 +33,29 @@ pub struct Verdict {
     pub living: Option<(Server, Vec<Client>)>,
     pub connections: usize,
     pub lost: Vec<String>,
+    /// What was left behind.
+    pub left: Option<anyhow::Error>,
     /// Whether `soccr clean --orphans` was needed first.
     pub cleaned: bool,
+}
+
+impl Verdict {
+    fn of(
+        scene: &Scene,
+        kind: Kind,
+        living: Option<(Server, Vec<Client>)>,
+        connections: usize,
+        lost: Vec<String>,
+        cleaned: bool,
+    ) -> Self {
+        let left = scene.check_spotless(living.as_ref().map(|(server, _)| server)).err();
+        Self { kind, living, connections, lost, left, cleaned }
+    }
+
+    /// Whether nothing was lost and nothing left.
+    pub fn is_good(&self) -> bool {
+        self.lost.is_empty() && self.left.is_none()
+    }
 }
 
 /// After a dump, whatever became of it. `killed`: the case killed the server before the images were complete.
@@ -53,14 +74,7 @@ pub fn of_dump(
         go_on(server.pid());
         let Seen { alive, lost, .. } = fleet.stop(PATIENCE);
         if lost.is_empty() || server.task.is_alive()? {
-            scene.check_spotless(Some(&server))?;
-            return Ok(Verdict {
-                kind: Kind::Lives,
-                living: Some((server, alive)),
-                connections,
-                lost,
-                cleaned,
-            });
+            return Ok(Verdict::of(scene, Kind::Lives, Some((server, alive)), connections, lost, cleaned));
         }
         // It was about to die when we looked.
         return match server.task.end()? {
@@ -107,16 +121,13 @@ pub fn of_restore(
         drop(fleet);
         ensure!(killed, "the server is gone, and no record says that the dump waits for its restore");
         drop(Task::adopt(pid));
-        scene.check_spotless(None)?;
-        let kind = Kind::EndedWithTask;
-        return Ok(Verdict { kind, living: None, connections, lost: Vec::new(), cleaned });
+        return Ok(Verdict::of(scene, Kind::EndedWithTask, None, connections, Vec::new(), cleaned));
     }
     let server = Server::restored(address, Task::adopt(pid), scene.dir());
     wait_until("the server is traced no more", PATIENCE, || Ok(!server.task.is_traced()))?;
     go_on(pid);
     let Seen { alive, lost, .. } = fleet.stop(PATIENCE);
-    scene.check_spotless(Some(&server))?;
-    Ok(Verdict { kind: Kind::Lives, living: Some((server, alive)), connections, lost, cleaned })
+    Ok(Verdict::of(scene, Kind::Lives, Some((server, alive)), connections, lost, cleaned))
 }
 
 fn restored(
@@ -133,14 +144,12 @@ fn restored(
     })?;
     let Seen { alive, lost, .. } = fleet.stop(PATIENCE);
     scene.wait_until_quiet()?;
-    scene.check_spotless(Some(&server))?;
-    Ok(Verdict { kind: Kind::Restored, living: Some((server, alive)), connections, lost, cleaned })
+    Ok(Verdict::of(scene, Kind::Restored, Some((server, alive)), connections, lost, cleaned))
 }
 
 fn over(scene: &Scene, server: Server, kind: Kind, connections: usize, cleaned: bool) -> Result<Verdict> {
     server.task.wait(PATIENCE)?;
-    scene.check_spotless(None)?;
-    Ok(Verdict { kind, living: None, connections, lost: Vec::new(), cleaned })
+    Ok(Verdict::of(scene, kind, None, connections, Vec::new(), cleaned))
 }
 
 /// A task that somebody left stopped goes on.

@@ -152,7 +152,7 @@ pub fn run(tools: &Tools, place: Place, report: &mut Report, only: Option<&str>)
             let ended = report.fault(action.name(), &name, &verdict);
             line.push(format!("{ended} {:.1} s", start.elapsed().as_secs_f64()));
             match verdict {
-                Ok(verdict) if verdict.lost.is_empty() => living = verdict.living,
+                Ok(verdict) if verdict.is_good() => living = verdict.living,
                 _ => scene.sweep()?,
             }
             scene.reap(living.as_ref().map(|(server, _)| server.pid()))?;

@@ -30,14 +30,14 @@ impl Report {
                 return format!("{short} FAILED");
             }
         };
-        if verdict.kind == Kind::Breakpoint {
-            // Neither a success of ours nor a failure.
-        } else if verdict.lost.is_empty() {
-            self.passed += 1;
-        } else {
+        if !verdict.is_good() {
             self.failed += 1;
             self.lost += verdict.lost.len();
-            println!("FAILED {name}: of {} lost:\n  {}\n", verdict.connections, verdict.lost.join("\n  "));
+            let left = verdict.left.as_ref().map(|left| format!("{left:#}")).unwrap_or_default();
+            let (lost, of) = (verdict.lost.len(), verdict.connections);
+            println!("FAILED {name}: {lost} of {of} lost {}\n{left}\n", verdict.lost.join("\n  "));
+        } else if verdict.kind != Kind::Breakpoint {
+            self.passed += 1;
         }
         let checked = verdict.connections;
         let word = match verdict.kind {
@@ -61,7 +61,8 @@ impl Report {
             }
         };
         self.cleaned += usize::from(verdict.cleaned);
-        format!("{short} {word}{}", if verdict.cleaned { " (cleaned)" } else { "" })
+        let failed = if verdict.is_good() { "" } else { "FAILED, " };
+        format!("{short} {failed}{word}{}", if verdict.cleaned { " (cleaned)" } else { "" })
     }
 
     /// A case that counts for itself: how many connections it checked.
