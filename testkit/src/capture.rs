@@ -47,9 +47,6 @@ pub struct Capture {
 
 impl Capture {
     /// Starts it.
-    ///
-    /// # Errors
-    /// Without `CAP_NET_RAW`.
     pub fn start(ns: &NetNs) -> Result<Self> {
         let socket = ns.run(packet_socket)?;
         // A busy peer must not make the capture lose what it looks for.
@@ -60,9 +57,6 @@ impl Capture {
     }
 
     /// Ends it.
-    ///
-    /// # Errors
-    /// Those of the capture.
     pub fn stop(mut self) -> Result<Seen> {
         self.stop.write_all(&[0])?;
         self.thread.join().expect("the capture does not panic")

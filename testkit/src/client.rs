@@ -32,17 +32,11 @@ pub struct Client {
 
 impl Client {
     /// Connects from the calling thread's namespace (see [`crate::NetNs::run`]).
-    ///
-    /// # Errors
-    /// When nobody listens.
     pub fn connect(server: SocketAddr) -> Result<Self> {
         Self::adopt(TcpStream::connect(server).with_context(|| format!("cannot connect to {server}"))?)
     }
 
     /// Connects with a receive buffer of about this size, which the peer can fill.
-    ///
-    /// # Errors
-    /// When nobody listens.
     pub fn connect_small(server: SocketAddr, receive_buffer: usize) -> Result<Self> {
         let family = if server.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
         let fd = socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC, None).context("socket")?;
@@ -62,56 +56,42 @@ impl Client {
     }
 
     /// The client's own port, which names its two patterns.
-    #[must_use]
     pub fn port(&self) -> u16 {
         self.port
     }
 
     /// Bytes written so far.
-    #[must_use]
     pub fn sent(&self) -> u64 {
         self.sent
     }
 
     /// Bytes read and checked so far.
-    #[must_use]
     pub fn received(&self) -> u64 {
         self.received
     }
 
     /// In a [`crate::Fleet`]: sends as much as it can and reads nothing until the end, which fills all queues.
-    #[must_use]
     pub fn greedy(self, greedy: bool) -> Self {
         Self { greedy, ..self }
     }
 
     /// The longest time for which it waited in a [`crate::Fleet`] for bytes that were due.
-    #[must_use]
     pub fn silence(&self) -> Duration {
         self.silence
     }
 
     /// Sends `len` bytes of this client's stream and has an echo server send them back.
-    ///
-    /// # Errors
-    /// When the connection is dead or a byte is wrong.
     pub fn ping(&mut self, len: usize) -> Result<()> {
         self.send(len)?;
         self.receive_echo(len)
     }
 
     /// Receives `len` bytes of what an echo server sends back.
-    ///
-    /// # Errors
-    /// When the connection is dead or a byte is wrong.
     pub fn receive_echo(&mut self, len: usize) -> Result<()> {
         self.read_checked(Pattern::to_server(self.port), len)
     }
 
     /// Sends `len` bytes of this client's stream.
-    ///
-    /// # Errors
-    /// When the connection is dead.
     pub fn send(&mut self, len: usize) -> Result<()> {
         let bytes = Pattern::to_server(self.port).bytes(self.sent, len);
         self.stream.write_all(&bytes).with_context(|| self.at("cannot send"))?;
@@ -120,9 +100,6 @@ impl Client {
     }
 
     /// Sends until nothing more fits into either side's buffers; how many bytes that took.
-    ///
-    /// # Errors
-    /// When the connection is dead.
     pub fn fill(&mut self) -> Result<u64> {
         let before = self.sent;
         self.stream.set_nonblocking(true)?;
@@ -151,17 +128,11 @@ impl Client {
     }
 
     /// Receives and checks `len` bytes of the server's stream.
-    ///
-    /// # Errors
-    /// When the connection is dead or a byte is wrong.
     pub fn receive(&mut self, len: usize) -> Result<()> {
         self.read_checked(Pattern::to_client(self.port), len)
     }
 
     /// Receives the server's stream to its end and checks that it is `len` bytes in all.
-    ///
-    /// # Errors
-    /// When the connection is reset, or a byte is wrong, missing or too many.
     pub fn receive_to_end(&mut self, len: u64) -> Result<()> {
         let rest = usize::try_from(len.checked_sub(self.received).context("more than that came already")?)?;
         self.receive(rest)?;
@@ -171,9 +142,6 @@ impl Client {
     }
 
     /// Ends this client's stream; the server's may go on.
-    ///
-    /// # Errors
-    /// When the connection is dead.
     pub fn finish(&mut self) -> Result<()> {
         self.stream.shutdown(Shutdown::Write).with_context(|| self.at("cannot shut down"))
     }
@@ -226,17 +194,11 @@ impl Talk for Client {
 /// For who polls: after [`Client::set_nonblocking`] nothing here waits.
 impl Client {
     /// Whether calls wait, which they do unless told.
-    ///
-    /// # Errors
-    /// The kernel's.
     pub fn set_nonblocking(&self, on: bool) -> Result<()> {
         Ok(self.stream.set_nonblocking(on)?)
     }
 
     /// Sends up to 1 KiB of this client's stream, as much as there is room for.
-    ///
-    /// # Errors
-    /// When the connection is dead.
     pub fn write_some(&mut self) -> Result<()> {
         if !self.waits() {
             self.asked = Instant::now();
@@ -245,9 +207,6 @@ impl Client {
     }
 
     /// Receives and checks what an echo server has sent back by now; whether that was anything.
-    ///
-    /// # Errors
-    /// When the connection is dead or a byte is wrong.
     pub fn read_some(&mut self) -> Result<bool> {
         let mut buf = [0; 16 << 10];
         match self.stream.read(&mut buf) {

@@ -30,7 +30,6 @@ pub enum Lock {
 
 impl Lock {
     /// The word that `criu --network-lock` and `SOCCR_LOCK` know.
-    #[must_use]
     pub fn name(self) -> &'static str {
         match self {
             Self::Iptables => "iptables",
@@ -84,26 +83,22 @@ pub struct Done {
 
 impl Criu {
     /// These two paths.
-    #[must_use]
     pub fn new(bin: impl Into<PathBuf>, plugins: impl Into<PathBuf>) -> Self {
         Self { bin: bin.into(), plugins: plugins.into(), records: None }
     }
 
     /// The same with records of its own, not the host's in `/run/soccr`.
-    #[must_use]
     pub fn with_records(&self, records: &Path) -> Self {
         Self { records: Some(records.to_owned()), ..self.clone() }
     }
 
     /// The same with another plugin: one in which faults can be injected.
-    #[must_use]
     pub fn with_plugins(&self, plugins: impl Into<PathBuf>) -> Self {
         Self { plugins: plugins.into(), ..self.clone() }
     }
 
     /// The criu of `$CRIU_BIN` or `target/criu`, the plugin of `$SOCCR_PLUGIN_DIR` or
     /// `target/plugins`, where `make criu` and `make` put them.
-    #[must_use]
     pub fn from_env() -> Self {
         let path =
             |name, default| std::env::var_os(name).map_or_else(|| target().join(default), PathBuf::from);
@@ -111,19 +106,16 @@ impl Criu {
     }
 
     /// The program.
-    #[must_use]
     pub fn bin(&self) -> &Path {
         &self.bin
     }
 
     /// The plugin's file.
-    #[must_use]
     pub fn plugin(&self) -> PathBuf {
         self.plugins.join("soccr_plugin.so")
     }
 
     /// CRIU's `crit`: the one of the same source tree, or the installed one.
-    #[must_use]
     pub fn crit(&self) -> Command {
         let tree = self
             .bin
@@ -140,9 +132,6 @@ impl Criu {
     }
 
     /// Whether the program is there, and the plugin if `with_plugin`.
-    ///
-    /// # Errors
-    /// Says what is missing and how to make it.
     pub fn check(&self, with_plugin: bool) -> Result<()> {
         if !self.bin.exists() {
             bail!("no criu at {} (run `make criu`, or set CRIU_BIN)", self.bin.display());
@@ -154,9 +143,6 @@ impl Criu {
     }
 
     /// Whether the plugin is what these sources make, where it is the one of `target/plugins`.
-    ///
-    /// # Errors
-    /// Says why not, and what to do.
     pub fn check_fresh(&self) -> Result<()> {
         if self.plugins.canonicalize()? != target().join("plugins").canonicalize()? {
             return Ok(());
@@ -165,19 +151,16 @@ impl Criu {
     }
 
     /// `criu dump` of the tree that starts at `pid` into the folder `images`.
-    #[must_use]
     pub fn dump<'a>(&'a self, side: Side, pid: Pid, images: &'a Path) -> Call<'a> {
         self.call("dump", side, images).arg("-t").arg(pid.to_string())
     }
 
     /// `criu pre-dump`.
-    #[must_use]
     pub fn pre_dump<'a>(&'a self, side: Side, pid: Pid, images: &'a Path) -> Call<'a> {
         self.call("pre-dump", side, images).arg("-t").arg(pid.to_string())
     }
 
     /// `criu restore`, detached. Run it with [`Call::restore`].
-    #[must_use]
     pub fn restore<'a>(&'a self, side: Side, images: &'a Path) -> Call<'a> {
         self.call("restore", side, images).arg("-d").arg("--pidfile").arg(images.join("restored.pid"))
     }
@@ -192,60 +175,48 @@ impl Criu {
 
 impl<'a> Call<'a> {
     /// Runs criu in this network namespace.
-    #[must_use]
     pub fn inside(mut self, ns: &'a NetNs) -> Self {
         self.ns = Some(ns);
         self
     }
 
     /// One more argument.
-    #[must_use]
     pub fn arg(mut self, arg: impl AsRef<OsStr>) -> Self {
         self.args.push(arg.as_ref().to_owned());
         self
     }
 
     /// More arguments.
-    #[must_use]
     pub fn args<S: AsRef<OsStr>>(mut self, args: impl IntoIterator<Item = S>) -> Self {
         self.args.extend(args.into_iter().map(|arg| arg.as_ref().to_owned()));
         self
     }
 
     /// One more variable in criu's environment.
-    #[must_use]
     pub fn env(mut self, name: &'static str, value: impl AsRef<OsStr>) -> Self {
         self.env.push((name, value.as_ref().to_owned()));
         self
     }
 
     /// Hands criu this network namespace as the external one that the images call `key`.
-    ///
-    /// # Errors
-    /// When the descriptor cannot be duplicated.
     pub fn inherit(mut self, ns: &NetNs, key: &str) -> Result<Self> {
         self.inherit.push((ns.as_fd().try_clone_to_owned()?, key.to_owned()));
         Ok(self)
     }
 
     /// Kills criu after this time (1 minute unless told).
-    #[must_use]
     pub fn limit(mut self, limit: Duration) -> Self {
         self.limit = limit;
         self
     }
 
     /// Has criu log warnings and errors only, where its log would cost more than what is measured.
-    #[must_use]
     pub fn quiet(mut self) -> Self {
         self.verbosity = "-v2";
         self
     }
 
     /// Runs it.
-    ///
-    /// # Errors
-    /// Unless criu succeeds; the message has the errors of its log.
     pub fn run(self) -> Result<Done> {
         let log = self.log();
         let (action, side, limit) = (self.action, self.side, self.limit);
@@ -258,9 +229,6 @@ impl<'a> Call<'a> {
     }
 
     /// Dumps a task and waits until the whole tree is gone, so that its process ids are free.
-    ///
-    /// # Errors
-    /// Unless criu succeeds and the tree ends.
     pub fn dump_and_wait(self, task: Task) -> Result<Done> {
         let limit = self.limit;
         let done = self.run()?;
@@ -269,9 +237,6 @@ impl<'a> Call<'a> {
     }
 
     /// Restores, and takes charge of the restored tree.
-    ///
-    /// # Errors
-    /// Unless criu succeeds.
     pub fn restore(self) -> Result<(Task, Done)> {
         let pidfile = self.images.join("restored.pid");
         match fs::remove_file(&pidfile) {
@@ -288,16 +253,12 @@ impl<'a> Call<'a> {
     }
 
     /// Another plugin: one in which faults can be injected.
-    #[must_use]
     pub fn plugins(mut self, plugins: impl Into<PathBuf>) -> Self {
         self.plugins = plugins.into();
         self
     }
 
     /// Starts criu and comes back at once, with the log's path.
-    ///
-    /// # Errors
-    /// When it cannot be started.
     pub fn spawn(self) -> Result<(std::process::Child, PathBuf)> {
         let log = self.log();
         let bin = self.criu.bin.display().to_string();
@@ -309,7 +270,6 @@ impl<'a> Call<'a> {
     }
 
     /// The command, for who wants to change more about it. What this call refers to must live until it is spawned.
-    #[must_use]
     pub fn command(self) -> Command {
         let mut command =
             self.ns.map_or_else(|| Command::new(&self.criu.bin), |ns| ns.command(&self.criu.bin));
@@ -390,7 +350,6 @@ pub(crate) fn pass_on(command: &mut Command, fd: OwnedFd) {
 }
 
 /// The lines of a criu log that tell what went wrong, the last dozen.
-#[must_use]
 pub fn last_errors(log: &Path) -> String {
     let Ok(bytes) = fs::read(log) else { return format!("(no log at {})", log.display()) };
     let text = String::from_utf8_lossy(&bytes);
@@ -404,9 +363,6 @@ pub fn last_errors(log: &Path) -> String {
 }
 
 /// What CRIU itself measured of a dump: how long the tasks were frozen, from `stats-dump`.
-///
-/// # Errors
-/// When the file is missing or not what CRIU writes.
 pub fn frozen_time(images: &Path) -> Result<Duration> {
     let path = images.join("stats-dump");
     let file = fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
@@ -417,7 +373,6 @@ pub fn frozen_time(images: &Path) -> Result<Duration> {
 }
 
 /// The bytes or the number of one field of a protobuf message that has only varints and messages.
-#[must_use]
 pub fn field(mut message: &[u8], wanted: u64) -> Option<(&[u8], u64)> {
     while !message.is_empty() {
         let key = varint(&mut message)?;
@@ -447,9 +402,6 @@ fn varint(bytes: &mut &[u8]) -> Option<u64> {
 }
 
 /// Measures a piece of work.
-///
-/// # Errors
-/// Those of the work.
 pub fn timed<T>(work: impl FnOnce() -> Result<T>) -> Result<(T, Duration)> {
     let start = Instant::now();
     let made = work()?;

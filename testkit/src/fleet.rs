@@ -13,9 +13,6 @@ use crate::task::wait_until;
 /// What a client does when it is its turn. Nothing may wait there.
 pub trait Talk: Send + 'static {
     /// Sends and receives what can be now; with `more` false only what is due still.
-    ///
-    /// # Errors
-    /// When the connection is dead or a byte is wrong.
     fn turn(&mut self, more: bool) -> Result<()>;
 
     /// Whether anything is due still.
@@ -23,7 +20,6 @@ pub trait Talk: Send + 'static {
 }
 
 /// Whether a connection broke; else a byte was wrong, missing or too many.
-#[must_use]
 pub fn is_dead(error: &Error) -> bool {
     error.chain().any(|cause| cause.is::<std::io::Error>() || cause.is::<nix::errno::Errno>())
 }
@@ -59,7 +55,6 @@ impl<T: Talk> Member<T> {
     }
 
     /// Whether it lives, and anything is due to it.
-    #[must_use]
     pub fn waits(&self) -> bool {
         self.error.is_none() && self.client.waits()
     }
@@ -172,9 +167,6 @@ pub struct Seen {
 
 impl Seen {
     /// All clients.
-    ///
-    /// # Errors
-    /// When one is lost.
     pub fn whole(self) -> Result<Vec<Client>> {
         ensure!(self.lost.is_empty(), "{} lost:\n  {}", self.lost.len(), self.lost.join("\n  "));
         Ok(self.alive)
@@ -183,9 +175,6 @@ impl Seen {
 
 impl Fleet<Client> {
     /// Clients of an echo server, which has accepted them all: CRIU does not dump those that wait in a listener.
-    ///
-    /// # Errors
-    /// When one has no answer.
     pub fn echoes(mut clients: Vec<Client>, pace: Pace) -> Result<Self> {
         for client in &mut clients {
             client.ping(1)?;
@@ -195,13 +184,11 @@ impl Fleet<Client> {
     }
 
     /// How many there are.
-    #[must_use]
     pub fn size(&self) -> usize {
         self.members().len()
     }
 
     /// Lets every echo come in, exchanges some more bytes with all, and says who got them, each within `limit`.
-    #[must_use]
     pub fn stop(self, limit: Duration) -> Seen {
         self.end(limit);
         for Member { client, error } in self.members().iter_mut().filter(|member| member.error.is_none()) {

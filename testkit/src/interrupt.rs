@@ -9,9 +9,6 @@ use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction
 static INTERRUPTED: AtomicBool = AtomicBool::new(false);
 
 /// From now on SIGINT and SIGTERM do not end this process; [`check`] and all that waits tell of them.
-///
-/// # Errors
-/// The kernel's.
 pub fn notice() -> Result<()> {
     extern "C" fn note(_: libc::c_int) {
         INTERRUPTED.store(true, Ordering::Relaxed);
@@ -24,17 +21,13 @@ pub fn notice() -> Result<()> {
     Ok(())
 }
 
-/// # Errors
-/// After a signal.
+/// Fails after a signal.
 pub fn check() -> Result<()> {
     ensure!(!INTERRUPTED.load(Ordering::Relaxed), "interrupted");
     Ok(())
 }
 
 /// Lets this time pass.
-///
-/// # Errors
-/// As soon as a signal came.
 pub fn pause(time: Duration) -> Result<()> {
     let end = Instant::now() + time;
     loop {

@@ -10,9 +10,6 @@ use crate::sockets::for_each;
 /// Everything in the firewall of a namespace that can stop a packet or names CRIU or soccr: rules,
 /// sets with their elements, and tables named so. iptables here is iptables-nft, whose rules show
 /// too; the empty chains that it leaves behind do not count.
-///
-/// # Errors
-/// When `nft` cannot be run.
 pub fn rules(ns: &NetNs) -> Result<Vec<String>> {
     let out = ns.command("nft").args(["-j", "list", "ruleset"]).output().context("cannot run nft")?;
     if !out.status.success() {
@@ -31,8 +28,7 @@ fn matters(object: &Value) -> bool {
     ["rule", "set", "map", "element"].iter().any(|kind| object.get(kind).is_some())
 }
 
-/// # Errors
-/// When the namespace has any of [`rules`].
+/// Fails when the namespace has any of [`rules`].
 pub fn no_rules(ns: &NetNs) -> Result<()> {
     let left = rules(ns)?;
     if !left.is_empty() {
@@ -41,8 +37,7 @@ pub fn no_rules(ns: &NetNs) -> Result<()> {
     Ok(())
 }
 
-/// # Errors
-/// When a TCP socket of the process is in repair mode.
+/// Fails when a TCP socket of the process is in repair mode.
 pub fn no_repair(pid: Pid) -> Result<()> {
     for_each(pid, |socket| {
         ensure!(

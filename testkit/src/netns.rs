@@ -19,9 +19,6 @@ pub struct NetNs {
 
 impl NetNs {
     /// A new namespace whose loopback is up.
-    ///
-    /// # Errors
-    /// Without `CAP_SYS_ADMIN`, or without iproute2.
     pub fn new() -> Result<Self> {
         let made = thread::scope(|scope| {
             scope
@@ -37,17 +34,11 @@ impl NetNs {
     }
 
     /// The namespace of the calling thread.
-    ///
-    /// # Errors
-    /// When `/proc` cannot be read.
     pub fn current() -> Result<Self> {
         Self::open("/proc/thread-self/ns/net")
     }
 
     /// The namespace of a process.
-    ///
-    /// # Errors
-    /// When the process is gone.
     pub fn of(pid: nix::unistd::Pid) -> Result<Self> {
         Self::open(&format!("/proc/{pid}/ns/net"))
     }
@@ -59,21 +50,16 @@ impl NetNs {
     }
 
     /// The same namespace once more.
-    ///
-    /// # Errors
-    /// When there is no descriptor to be had.
     pub fn try_clone(&self) -> Result<Self> {
         Ok(Self { fd: self.fd.try_clone()?, inode: self.inode })
     }
 
     /// The inode number, which is how CRIU names a namespace (`net[INODE]`).
-    #[must_use]
     pub fn inode(&self) -> u64 {
         self.inode
     }
 
     /// A path that leads any process of this machine to the namespace while `self` lives.
-    #[must_use]
     pub fn path(&self) -> String {
         format!("/proc/{}/fd/{}", process::id(), self.fd.as_raw_fd())
     }
@@ -90,7 +76,6 @@ impl NetNs {
     }
 
     /// A command that will run inside the namespace. `self` must live until it is spawned.
-    #[must_use]
     pub fn command(&self, program: impl AsRef<std::ffi::OsStr>) -> Command {
         let mut command = Command::new(program);
         self.enter(&mut command);
@@ -108,9 +93,6 @@ impl NetNs {
     }
 
     /// Runs `ip ARGS` inside the namespace.
-    ///
-    /// # Errors
-    /// What `ip` said.
     pub fn ip(&self, args: &str) -> Result<()> {
         let out = self
             .command("ip")
@@ -125,9 +107,6 @@ impl NetNs {
     }
 
     /// The processes inside the namespace.
-    ///
-    /// # Errors
-    /// When `/proc` cannot be read.
     pub fn processes(&self) -> Result<Vec<i32>> {
         let mut inside = Vec::new();
         for entry in fs::read_dir("/proc").context("cannot read /proc")? {
@@ -161,9 +140,6 @@ pub struct End<'a> {
 
 /// Connects two namespaces by a pair of virtual Ethernet devices. IPv6 link-local addresses are
 /// those given, none is made up.
-///
-/// # Errors
-/// What `ip` said.
 pub fn veth(a: End<'_>, b: End<'_>) -> Result<()> {
     a.ns.ip(&format!("link add {} type veth peer name {} netns {}", a.name, b.name, b.ns.path()))?;
     a.bring_up()?;

@@ -13,13 +13,11 @@ const GOLDEN: u64 = 0x9e37_79b9_7f4a_7c15;
 
 impl Pattern {
     /// What the client with this port sends to its server.
-    #[must_use]
     pub fn to_server(client_port: u16) -> Self {
         Self { seed: u64::from(client_port) << 1 }
     }
 
     /// What the server sends to the client with this port.
-    #[must_use]
     pub fn to_client(client_port: u16) -> Self {
         Self { seed: u64::from(client_port) << 1 | 1 }
     }
@@ -32,7 +30,6 @@ impl Pattern {
     }
 
     /// The `len` bytes from `offset` on.
-    #[must_use]
     pub fn bytes(self, offset: u64, len: usize) -> Vec<u8> {
         let mut buf = vec![0; len];
         self.fill(offset, &mut buf);
@@ -40,9 +37,6 @@ impl Pattern {
     }
 
     /// Whether `buf` is what the stream has at `offset`.
-    ///
-    /// # Errors
-    /// Names the first offset with a wrong byte.
     pub fn check(self, offset: u64, buf: &[u8]) -> Result<()> {
         for (at, &byte) in (offset..).zip(buf) {
             if byte != self.byte(at) {

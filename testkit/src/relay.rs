@@ -71,9 +71,6 @@ const LATENESS: Duration = Duration::from_millis(10);
 impl Relay {
     /// Connects the two ends, each by a new tun device with that name and these addresses. The
     /// packets of both go to the file `pcap`, if there is one, as they come in.
-    ///
-    /// # Errors
-    /// Without `CAP_NET_ADMIN` or `/dev/net/tun`.
     pub fn start(a: End<'_>, b: End<'_>, weather: Weather, pcap: Option<&Path>) -> Result<Self> {
         let devices = [device(a)?, device(b)?];
         let pcap = pcap.map(Pcap::create).transpose()?;
@@ -86,9 +83,6 @@ impl Relay {
     }
 
     /// Ends it; the devices vanish.
-    ///
-    /// # Errors
-    /// Those of the relay while it ran.
     pub fn stop(mut self) -> Result<Passed> {
         // It is not listening any more only if it has failed, which join() tells.
         let _ = self.stop.write_all(&[0]);

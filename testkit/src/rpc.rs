@@ -24,18 +24,12 @@ enum Request {
 
 impl Stage {
     /// Dumps as runc does: it asks for `--tcp-established`, and leaves the rest to this configuration file.
-    ///
-    /// # Errors
-    /// Unless criu succeeds.
     pub fn rpc_dump(&self, pid: Pid, images: &Path, config: &Path) -> Result<()> {
         let pid = number(2, u64::try_from(pid.as_raw())?);
         self.request(Request::Dump, images, &[pid, text(10, "dump.log")].concat(), config).map(drop)
     }
 
     /// Restores as runc does; the root's process id.
-    ///
-    /// # Errors
-    /// Unless criu succeeds.
     pub fn rpc_restore(&self, images: &Path, config: &Path) -> Result<Pid> {
         let rst_sibling = number(26, 1);
         let options = [rst_sibling, text(10, "restore.log")].concat();

@@ -33,9 +33,6 @@ pub struct Server {
 impl Server {
     /// Starts a server in `ns` that listens on `address` (port 0: any) and does what `args` say,
     /// see `soccr-test server --help`. Its complaints go to a file in `dir`.
-    ///
-    /// # Errors
-    /// When it does not come up.
     pub fn start<S: AsRef<OsStr>>(
         ns: &NetNs,
         address: SocketAddr,
@@ -49,9 +46,6 @@ impl Server {
 
     /// Starts any server that keeps to the ways of `soccr-test server`: a session of its own, one
     /// line `ready ADDR` on standard output once it is up, and then the end of that output.
-    ///
-    /// # Errors
-    /// When it does not come up.
     pub fn spawn(command: &mut Command, dir: &Path) -> Result<Self> {
         let report = dir.join("server.err");
         let (address, task) = spawn(command, &report)?;
@@ -59,35 +53,26 @@ impl Server {
     }
 
     /// What the server has complained about so far.
-    #[must_use]
     pub fn complaints(&self) -> String {
         fs::read_to_string(&self.report).unwrap_or_default()
     }
 
     /// The same server after a restore.
-    #[must_use]
     pub fn restored(address: SocketAddr, task: Task, dir: &Path) -> Self {
         Self { address, task, report: dir.join("server.err") }
     }
 
     /// The root's process id.
-    #[must_use]
     pub fn pid(&self) -> Pid {
         self.task.pid()
     }
 
     /// Tells a server that was started with `--hold` to read.
-    ///
-    /// # Errors
-    /// When it is gone.
     pub fn release(&self) -> Result<()> {
         self.task.signal(Signal::SIGUSR1)
     }
 
     /// Waits until a server with `--conns` has seen all its streams to the end and exits.
-    ///
-    /// # Errors
-    /// When a byte was wrong or missing, or it does not end.
     pub fn wait_verified(self) -> Result<()> {
         let status = self.task.wait(PATIENCE)?;
         let said = fs::read_to_string(&self.report).unwrap_or_default();
@@ -100,9 +85,6 @@ impl Server {
 
 /// For servers: says on standard output that they are up, and closes that, because a dump cannot
 /// take its other end along.
-///
-/// # Errors
-/// When standard output is closed already.
 pub fn say_ready(address: SocketAddr) -> Result<()> {
     let mut stdout = std::io::stdout();
     writeln!(stdout, "ready {address}")?;
@@ -137,15 +119,11 @@ fn first_line(child: &mut Child) -> Result<String> {
 
 /// Whether a server started with `--reuse-half` leaves SO_REUSEADDR on in its connection with `peer`. Linux gives clients
 /// even ports first, so the last bit tells nothing.
-#[must_use]
 pub fn reuses(peer: SocketAddr) -> bool {
     peer.port() & 2 == 0
 }
 
 /// A program of this crate: next to the running one, or one folder up from a test.
-///
-/// # Errors
-/// When it has not been built.
 pub fn sibling_binary(name: &str) -> Result<PathBuf> {
     let me = std::env::current_exe().context("the path of this program")?;
     let found = me.ancestors().skip(1).take(2).map(|dir| dir.join(name)).find(|path| path.exists());

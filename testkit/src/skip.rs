@@ -11,18 +11,12 @@ pub const REQUIRE: &str = "SOCCR_TEST_REQUIRE";
 pub const LIST: &str = "SOCCR_TEST_SKIPPED";
 
 /// Says that the test of this thread is skipped for want of a privilege or a tool.
-///
-/// # Errors
-/// Where that is not allowed, or cannot be said.
 pub fn skip(why: &str) -> Result<()> {
     ensure!(std::env::var_os(REQUIRE).is_none_or(|it| it != "1"), "{why}");
     lacks(why)
 }
 
 /// Says that the test of this thread is skipped because this kernel cannot do what it needs.
-///
-/// # Errors
-/// Where it cannot be said.
 pub fn lacks(why: &str) -> Result<()> {
     let thread = std::thread::current();
     let line = format!("SKIPPED {}: {why}\n", thread.name().unwrap_or("?").replace('\n', " "));

@@ -36,9 +36,6 @@ pub struct TaskSocket {
 }
 
 /// The TCP sockets in the descriptor table of a process, listeners included.
-///
-/// # Errors
-/// When the process is gone or may not be looked into.
 pub fn tcp_sockets(pid: Pid) -> Result<Vec<TaskSocket>> {
     let mut found = sockets(pid)?;
     found.retain(TaskSocket::is_tcp);
@@ -46,9 +43,6 @@ pub fn tcp_sockets(pid: Pid) -> Result<Vec<TaskSocket>> {
 }
 
 /// All its sockets.
-///
-/// # Errors
-/// When the process is gone or may not be looked into.
 pub fn sockets(pid: Pid) -> Result<Vec<TaskSocket>> {
     let mut found = Vec::new();
     for_each(pid, |socket| {
@@ -60,9 +54,6 @@ pub fn sockets(pid: Pid) -> Result<Vec<TaskSocket>> {
 }
 
 /// Shows each socket of a process, one at a time: it may have more than we have descriptors left.
-///
-/// # Errors
-/// When the process is gone or may not be looked into, or what `look` returned.
 pub fn for_each(pid: Pid, mut look: impl FnMut(TaskSocket) -> Result<()>) -> Result<()> {
     let pidfd = pidfd_open(pid)?;
     let dir = format!("/proc/{pid}/fd");
@@ -80,16 +71,12 @@ pub fn for_each(pid: Pid, mut look: impl FnMut(TaskSocket) -> Result<()>) -> Res
 
 impl TaskSocket {
     /// A socket of our own.
-    ///
-    /// # Errors
-    /// The kernel's.
     pub fn of(socket: &impl AsFd) -> Result<Self> {
         let fd = socket.as_fd();
         Ok(Self { number: fd.as_raw_fd(), socket: fd.try_clone_to_owned()? })
     }
 
     /// Whether it is a TCP socket.
-    #[must_use]
     pub fn is_tcp(&self) -> bool {
         let inet = get(&self.socket, libc::SOL_SOCKET, libc::SO_DOMAIN)
             .is_ok_and(|domain: i32| domain == libc::AF_INET || domain == libc::AF_INET6);
@@ -98,66 +85,44 @@ impl TaskSocket {
     }
 
     /// One of [`state`].
-    ///
-    /// # Errors
-    /// The kernel's.
     pub fn state(&self) -> Result<u8> {
         Ok(self.info()?[0])
     }
 
     /// The largest segment that is sent now (`tcpi_snd_mss`).
-    ///
-    /// # Errors
-    /// The kernel's.
     pub fn snd_mss(&self) -> Result<u32> {
         let info = self.info()?;
         Ok(u32::from_ne_bytes(info[16..20].try_into()?))
     }
 
     /// Whether the socket is in repair mode, where nothing of it works for its program.
-    ///
-    /// # Errors
-    /// The kernel's.
     pub fn in_repair(&self) -> Result<bool> {
         let on: i32 = get(&self.socket, libc::IPPROTO_TCP, libc::TCP_REPAIR).context("TCP_REPAIR")?;
         Ok(on != 0)
     }
 
     /// Bytes received and not read.
-    ///
-    /// # Errors
-    /// The kernel's (EINVAL on a listener).
     pub fn unread(&self) -> Result<usize> {
         self.queue(libc::FIONREAD)
     }
 
     /// Bytes written and not acknowledged by the peer.
-    ///
-    /// # Errors
-    /// The kernel's (EINVAL on a listener).
     pub fn unacked(&self) -> Result<usize> {
         self.queue(libc::TIOCOUTQ)
     }
 
     /// Of these, bytes that have not been sent once.
-    ///
-    /// # Errors
-    /// The kernel's (EINVAL on a listener).
     pub fn unsent(&self) -> Result<usize> {
         self.queue(SIOCOUTQNSD)
     }
 
     /// Whether data waits to be read, and more to be sent than the peer's window takes: nothing is under way.
-    ///
-    /// # Errors
-    /// The kernel's (EINVAL on a listener).
     pub fn is_stuck(&self) -> Result<bool> {
         let unsent = self.unsent()?;
         Ok(self.unread()? > 0 && unsent > 0 && self.unacked()? == unsent)
     }
 
     /// The other end; `None` where there is none.
-    #[must_use]
     pub fn peer(&self) -> Option<SocketAddr> {
         let peer = getpeername::<SockaddrStorage>(self.socket.as_raw_fd()).ok()?;
         let v4 = peer.as_sockaddr_in().map(|v4| SocketAddr::from(std::net::SocketAddrV4::from(*v4)));
@@ -165,9 +130,6 @@ impl TaskSocket {
     }
 
     /// A socket option that is an `int`.
-    ///
-    /// # Errors
-    /// The kernel's.
     pub fn option(&self, level: i32, name: i32) -> Result<i32> {
         get(&self.socket, level, name).with_context(|| format!("socket option {level}:{name}"))
     }

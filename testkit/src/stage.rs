@@ -62,9 +62,6 @@ pub struct Stage {
 impl Stage {
     /// Two hosts on one wire: the server's with 10.9.0.1, fd09::1 and fe80::1, the clients' with 10.9.0.2, fd09::2 and
     /// fe80::2.
-    ///
-    /// # Errors
-    /// Without root, or without iproute2.
     pub fn new(criu: &Criu, place: Place) -> Result<Self> {
         let dir = TempDir::with_prefix("soccr-test-")?;
         let mut stage = Self::unwired(criu, dir.path())?;
@@ -78,9 +75,6 @@ impl Stage {
     }
 
     /// Two hosts without a wire, and this folder, which stays.
-    ///
-    /// # Errors
-    /// As [`Self::new`].
     pub fn unwired(criu: &Criu, dir: &Path) -> Result<Self> {
         Ok(Self {
             criu: criu.with_records(&dir.join("run")),
@@ -95,9 +89,6 @@ impl Stage {
     }
 
     /// One host, where the clients run too, and this folder, which stays.
-    ///
-    /// # Errors
-    /// As [`Self::new`].
     pub fn alone(criu: &Criu, dir: &Path) -> Result<Self> {
         let mut stage = Self::unwired(criu, dir)?;
         stage.peer = stage.host().try_clone()?;
@@ -124,13 +115,11 @@ impl Stage {
     ///
     /// # Panics
     /// While CRIU has dumped it.
-    #[must_use]
     pub fn host(&self) -> &NetNs {
         self.host.as_ref().expect("the server's namespace is there")
     }
 
     /// Where CRIU runs.
-    #[must_use]
     pub fn outside(&self) -> &NetNs {
         match self.place {
             Place::Host => self.host(),
@@ -140,30 +129,22 @@ impl Stage {
     }
 
     /// The folder for everything.
-    #[must_use]
     pub fn dir(&self) -> &Path {
         &self.dir
     }
 
     /// Where the plugin keeps its records of dumps.
-    #[must_use]
     pub fn records(&self) -> PathBuf {
         self.dir.join("run")
     }
 
     /// Puts the folder into memory, so that a disk's moods are not measured.
-    ///
-    /// # Errors
-    /// The kernel's.
     pub fn keep_in_memory(&self) -> Result<()> {
         let options = Some("mode=0700,size=1g");
         mount(Some("none"), &self.dir, Some("tmpfs"), MsFlags::empty(), options).context("tmpfs")
     }
 
     /// A fresh folder for images; those of the time before are removed.
-    ///
-    /// # Errors
-    /// When it cannot be made.
     pub fn images(&self) -> Result<PathBuf> {
         let folder = |nth| self.dir.join(format!("images-{nth}"));
         let nth = self.images.get() + 1;
@@ -177,25 +158,16 @@ impl Stage {
     }
 
     /// A server at an address of the host, see [`Server::start`].
-    ///
-    /// # Errors
-    /// When it does not come up.
     pub fn serve(&self, address: &str, args: &[&str]) -> Result<Server> {
         Server::start(self.host(), address.parse()?, &self.dir, args)
     }
 
     /// A client on the other host.
-    ///
-    /// # Errors
-    /// When nobody listens.
     pub fn connect(&self, server: SocketAddr) -> Result<Client> {
         self.peer.run(|| Client::connect(server))
     }
 
     /// So many clients, of each address of the server in turn.
-    ///
-    /// # Errors
-    /// When nobody listens.
     pub fn connect_all(
         &self,
         servers: &[SocketAddr],
@@ -206,7 +178,6 @@ impl Stage {
     }
 
     /// A dump of the tree that starts at `pid`.
-    #[must_use]
     pub fn dump<'a>(&'a self, side: Side, pid: Pid, images: &'a Path) -> Call<'a> {
         let call = self.criu.dump(side, pid, images).inside(self.outside());
         match self.place {
@@ -217,9 +188,6 @@ impl Stage {
     }
 
     /// A restore of what [`Self::dump`] has dumped.
-    ///
-    /// # Errors
-    /// When a descriptor cannot be duplicated.
     pub fn restore<'a>(&'a self, side: Side, images: &'a Path) -> Result<Call<'a>> {
         let call = self.criu.restore(side, images).inside(self.outside());
         Ok(match self.place {
@@ -230,9 +198,6 @@ impl Stage {
     }
 
     /// Dumps the server and sees its processes go; its address.
-    ///
-    /// # Errors
-    /// Unless criu succeeds and the server ends.
     pub fn freeze(&mut self, server: Server, side: Side, images: &Path) -> Result<SocketAddr> {
         self.dump(side, server.pid(), images).dump_and_wait(server.task)?;
         if self.place == Place::Dumped {
@@ -245,9 +210,6 @@ impl Stage {
     }
 
     /// Restores the server.
-    ///
-    /// # Errors
-    /// Unless criu succeeds.
     pub fn thaw(&mut self, address: SocketAddr, side: Side, images: &Path) -> Result<Server> {
         let (task, _) = self.restore(side, images)?.restore()?;
         if self.place == Place::Dumped {
@@ -257,9 +219,6 @@ impl Stage {
     }
 
     /// Both, and a look at what is left behind.
-    ///
-    /// # Errors
-    /// Unless both succeed and nothing is.
     pub fn freeze_and_thaw(&mut self, server: Server, dump: Side, restore: Side) -> Result<Server> {
         let images = self.images()?;
         let address = self.freeze(server, dump, &images)?;
@@ -275,9 +234,6 @@ const VETH: &str = "veth[eth0]:wire@br0";
 /// What is left behind, and the end of it.
 impl Stage {
     /// Waits until nothing is left in either namespace, of criu, and in the server.
-    ///
-    /// # Errors
-    /// Says what is left.
     pub fn wait_until_clean(&self, server: Option<&Server>) -> Result<()> {
         self.wait_until_quiet()?;
         let mut last = Ok(());
@@ -289,9 +245,6 @@ impl Stage {
     }
 
     /// No rule, no process of criu's, no socket in repair mode.
-    ///
-    /// # Errors
-    /// Says what is left.
     pub fn check_clean(&self, server: Option<&Server>) -> Result<()> {
         self.namespaces().try_for_each(leftovers::no_rules)?;
         server.map_or(Ok(()), |server| server.task.tree().into_iter().try_for_each(leftovers::no_repair))?;
@@ -306,9 +259,6 @@ impl Stage {
     }
 
     /// What criu or one of its plugins has started and what runs still.
-    ///
-    /// # Errors
-    /// When `/proc` cannot be read.
     pub fn processes(&self) -> Result<Vec<Process>> {
         let mark = format!("{RUN_DIR}={}", self.records().display()).into_bytes();
         let mut found = Vec::new();
@@ -328,9 +278,6 @@ impl Stage {
     }
 
     /// The processes of the plugin.
-    ///
-    /// # Errors
-    /// When `/proc` cannot be read.
     pub fn agents(&self) -> Result<Vec<Process>> {
         let mut found = self.processes()?;
         found.retain(|process| process.name.starts_with("soccr-") && process.state != 'Z');
@@ -340,9 +287,6 @@ impl Stage {
     /// Waits until nobody works on the server any more. An agent that somebody has stopped is continued. A criu that was
     /// killed leaves helpers of its own, which it started to learn about the kernel, and tasks that it had just begun
     /// to restore: they are ended.
-    ///
-    /// # Errors
-    /// When the agent does not end.
     pub fn wait_until_quiet(&self) -> Result<()> {
         let mut agents = Vec::new();
         let waited = wait_until("nobody is at work", PATIENCE, || {
@@ -364,9 +308,6 @@ impl Stage {
     }
 
     /// Reaps what criu has left to us, but not `keep`.
-    ///
-    /// # Errors
-    /// When `/proc` cannot be read.
     pub fn reap(&self, keep: Option<Pid>) -> Result<()> {
         for thread in fs::read_dir("/proc/self/task")? {
             let children = fs::read_to_string(thread?.path().join("children")).unwrap_or_default();
@@ -380,9 +321,6 @@ impl Stage {
     }
 
     /// After a failure the next begins anew.
-    ///
-    /// # Errors
-    /// When `/proc` cannot be read or `nft` cannot be run.
     pub fn sweep(&self) -> Result<()> {
         for process in self.processes()? {
             let _ = kill(process.pid, Signal::SIGKILL);
@@ -396,9 +334,6 @@ impl Stage {
     }
 
     /// Runs `soccr ARGS` where criu runs, as a user would.
-    ///
-    /// # Errors
-    /// Unless it succeeds.
     pub fn soccr(&self, args: &[&str]) -> Result<String> {
         let mut command: Command = self.outside().command(sibling_binary("soccr")?);
         let out = command.args(args).env(RUN_DIR, self.records()).output()?;
@@ -409,9 +344,6 @@ impl Stage {
     }
 
     /// What `soccr status` says.
-    ///
-    /// # Errors
-    /// Unless it succeeds.
     pub fn status(&self) -> Result<Status> {
         Ok(Status(serde_json::from_str(&self.soccr(&["status", "--json"])?)?))
     }
@@ -444,20 +376,17 @@ pub struct Status(Value);
 
 impl Status {
     /// The states of the records.
-    #[must_use]
     pub fn states(&self) -> Vec<String> {
         let records = self.0["records"].as_array();
         records.into_iter().flatten().map(|it| it["state"].as_str().unwrap_or("?").to_owned()).collect()
     }
 
     /// Whether a record is in this state.
-    #[must_use]
     pub fn has(&self, state: &str) -> bool {
         self.states().iter().any(|it| it == state)
     }
 
     /// Whether there is nothing to tell.
-    #[must_use]
     pub fn is_empty(&self) -> bool {
         let none = |key: &str| self.0[key].as_array().is_some_and(Vec::is_empty);
         none("records") && none("unreadable") && none("strays")

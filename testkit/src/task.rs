@@ -18,17 +18,11 @@ use crate::interrupt;
 
 /// Makes this process the parent of orphans among its descendants: what CRIU restores and leaves
 /// then belongs to us, and a dumped process is reaped when we wait for it, not when PID 1 does.
-///
-/// # Errors
-/// The kernel's, if it refuses.
 pub fn become_subreaper() -> Result<()> {
     nix::sys::prctl::set_child_subreaper(true).context("PR_SET_CHILD_SUBREAPER")
 }
 
 /// Runs a command to its end, or kills it at the deadline.
-///
-/// # Errors
-/// When it cannot be started or was killed; an exit status other than 0 is no error.
 pub fn run(command: &mut Command, limit: Duration) -> Result<(ExitStatus, Duration)> {
     let name = command.get_program().to_string_lossy().into_owned();
     let start = Instant::now();
@@ -49,9 +43,6 @@ fn pidfd_of(child: &Child) -> Result<OwnedFd> {
 }
 
 /// A descriptor that refers to the process, readable once it has ended.
-///
-/// # Errors
-/// When there is no such process.
 pub fn pidfd_open(pid: Pid) -> Result<OwnedFd> {
     // SAFETY: pidfd_open takes two integers and touches no memory of ours.
     let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid.as_raw(), 0) };
@@ -61,7 +52,6 @@ pub fn pidfd_open(pid: Pid) -> Result<OwnedFd> {
 }
 
 /// From `/proc/PID/stat`; `None` when the process is gone.
-#[must_use]
 pub fn name_and_state(pid: Pid) -> Option<(String, char)> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     let (start, rest) = stat.rsplit_once(')')?;
@@ -70,9 +60,6 @@ pub fn name_and_state(pid: Pid) -> Option<(String, char)> {
 }
 
 /// Waits until `fd` is readable; false at the deadline.
-///
-/// # Errors
-/// The kernel's, or after a Ctrl-C that is waited for.
 pub fn wait_readable(fd: &impl AsFd, limit: Duration) -> Result<bool> {
     let end = Instant::now() + limit;
     loop {
@@ -92,9 +79,6 @@ pub fn wait_readable(fd: &impl AsFd, limit: Duration) -> Result<bool> {
 
 /// Asks again and again, every few milliseconds, until `done` says so: for states that the kernel
 /// shows but does not announce.
-///
-/// # Errors
-/// At the deadline, naming `what`, or what `done` returned.
 pub fn wait_until(what: &str, limit: Duration, mut done: impl FnMut() -> Result<bool>) -> Result<()> {
     let end = Instant::now() + limit;
     while !done().with_context(|| format!("while waiting until {what}"))? {
@@ -117,33 +101,26 @@ pub struct Task {
 
 impl Task {
     /// Takes charge of the process and of its present descendants.
-    #[must_use]
     pub fn adopt(pid: Pid) -> Self {
         Self { pid, tree: tree(pid) }
     }
 
     /// The root's process id.
-    #[must_use]
     pub fn pid(&self) -> Pid {
         self.pid
     }
 
     /// The root and its descendants as they are now.
-    #[must_use]
     pub fn tree(&self) -> Vec<Pid> {
         tree(self.pid)
     }
 
     /// Whether the root has not ended.
-    ///
-    /// # Errors
-    /// The kernel's.
     pub fn is_alive(&self) -> Result<bool> {
         Ok(!wait_readable(&pidfd_open(self.pid)?, Duration::ZERO)?)
     }
 
     /// Whether a debugger, or CRIU, has hold of the root.
-    #[must_use]
     pub fn is_traced(&self) -> bool {
         let status = fs::read_to_string(format!("/proc/{}/status", self.pid)).unwrap_or_default();
         status.lines().any(|line| line.strip_prefix("TracerPid:").is_some_and(|pid| pid.trim() != "0"))
@@ -151,9 +128,6 @@ impl Task {
 
     /// The signal that ended the root, a child of ours that has not been waited for; `None` while it
     /// runs or where it exited.
-    ///
-    /// # Errors
-    /// The kernel's.
     pub fn end(&self) -> Result<Option<Signal>> {
         let flags = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT;
         Ok(match waitid(Id::Pid(self.pid), flags).with_context(|| format!("waitid({})", self.pid))? {
@@ -163,9 +137,6 @@ impl Task {
     }
 
     /// Sends a signal to each process of the tree.
-    ///
-    /// # Errors
-    /// When one of them is gone.
     pub fn signal(&self, signal: Signal) -> Result<()> {
         for pid in self.tree() {
             kill(pid, signal).with_context(|| format!("kill({pid}, {signal})"))?;
@@ -175,9 +146,6 @@ impl Task {
 
     /// Waits until the whole tree has ended by itself, and reaps it. Only a killed or exited tree
     /// gives its process ids back to the kernel, so wait before restoring it.
-    ///
-    /// # Errors
-    /// At the deadline; then what is left is killed.
     pub fn wait(mut self, limit: Duration) -> Result<WaitStatus> {
         self.note_tree();
         let mut root = None;
@@ -274,9 +242,6 @@ pub fn in_own_session(command: &mut Command) {
 
 /// Waits until this process has no child any more, be it an orphan that came to its subreaper, and
 /// reaps each. Only for a program that waits for nothing else meanwhile.
-///
-/// # Errors
-/// At the deadline, naming those that still run.
 pub fn no_children(limit: Duration) -> Result<()> {
     let end = Instant::now() + limit;
     loop {
