@@ -165,7 +165,8 @@ impl Criu {
         self.call("restore", side, images).arg("-d").arg("--pidfile").arg(images.join("restored.pid"))
     }
 
-    fn call<'a>(&'a self, action: &'static str, side: Side, images: &'a Path) -> Call<'a> {
+    /// `criu ACTION`, with nothing said but what all have in common.
+    pub fn call<'a>(&'a self, action: &'static str, side: Side, images: &'a Path) -> Call<'a> {
         let limit = Duration::from_secs(60);
         let (args, env, inherit) = (Vec::new(), Vec::new(), Vec::new());
         let (plugins, verbosity) = (self.plugins.clone(), "-v4");

@@ -1,5 +1,6 @@
 //! What else may go wrong: disks, kernels, administrators, and callers that are not what criu expects.
 
+use std::ffi::OsString;
 use std::fs;
 use std::io::Write;
 use std::net::SocketAddr;
@@ -33,11 +34,15 @@ type Case = fn(&Scene) -> Told;
 const CASES: [(&str, Case); 19] = [
     ("the disk is full", full_disk),
     ("the image folder is read-only", read_only),
-    ("no nf_tables, dump", no_nftables_dump),
-    ("no nf_tables, restore", no_nftables_restore),
-    ("netlink answers ENOBUFS, dump", no_buffers_dump),
-    ("netlink answers ENOBUFS, restore", no_buffers_restore),
-    ("too few descriptors, dump", few_descriptors_dump),
+    ("no nf_tables, dump", |scene| crippled_dump(scene, CONNECTIONS, without_nftables, &["nf_tables"])),
+    ("no nf_tables, restore", |scene| crippled_restore(scene, CONNECTIONS, without_nftables, &["nf_tables"])),
+    ("netlink answers ENOBUFS, dump", |scene| crippled_dump(scene, CONNECTIONS, without_buffers, &["net:["])),
+    ("netlink answers ENOBUFS, restore", |scene| {
+        crippled_restore(scene, CONNECTIONS, without_buffers, &["net:["])
+    }),
+    ("too few descriptors, dump", |scene| {
+        crippled_dump(scene, 100, few_descriptors, &["Too many open files"])
+    }),
     ("too few descriptors, restore", few_descriptors_restore),
     ("the lock is deleted from outside", lock_deleted),
     ("two dumps at once", two_at_once),
@@ -144,12 +149,7 @@ impl Drop for Mounted {
 fn full_disk(scene: &Scene) -> Told {
     let images = scene.images()?;
     mount(Some("none"), &images, Some("tmpfs"), MsFlags::empty(), Some("size=64k"))?;
-    let _mounted = Mounted(images.clone());
-    let (server, fleet) = both(scene)?;
-    let log = scene.dir().join("elsewhere.log");
-    let call = scene.dump(PLUGIN, server.pid(), &images).arg("-o").arg(&log);
-    let said = fails(call.command(), &log, &["tcp-stream-", "→", "No space left"])?;
-    Ok((lives(scene, server, fleet, &images)?, said))
+    unwritable(scene, &Mounted(images), "No space left")
 }
 
 /// Of a folder that is read-only from the start CRIU itself complains before any hook.
@@ -157,14 +157,18 @@ fn read_only(scene: &Scene) -> Told {
     let images = scene.images()?;
     let flags = MsFlags::MS_BIND;
     mount(Some(&images), &images, None::<&str>, flags, None::<&str>)?;
-    let _mounted = Mounted(images.clone());
+    let mounted = Mounted(images.clone());
     let read_only = flags | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
     mount(None::<&str>, &images, None::<&str>, read_only, None::<&str>)?;
+    unwritable(scene, &mounted, "Read-only file system")
+}
+
+fn unwritable(scene: &Scene, Mounted(images): &Mounted, word: &str) -> Told {
     let (server, fleet) = both(scene)?;
     let log = scene.dir().join("elsewhere.log");
-    let call = scene.dump(PLUGIN, server.pid(), &images).arg("-o").arg(&log);
-    let said = fails(call.command(), &log, &["tcp-stream-", "→", "Read-only file system"])?;
-    Ok((lives(scene, server, fleet, &images)?, said))
+    let call = scene.dump(PLUGIN, server.pid(), images).arg("-o").arg(&log);
+    let said = fails(call.command(), &log, &["tcp-stream-", "→", word])?;
+    Ok((lives(scene, server, fleet, images)?, said))
 }
 
 /// `socket(AF_NETLINK, …, NETLINK_NETFILTER)` fails as in a kernel without nf_tables.
@@ -202,26 +206,6 @@ fn crippled_restore(scene: &Scene, count: usize, cripple: fn(&mut Command), word
     cripple(&mut command);
     let said = fails(command, &images.join("restore.log"), words)?;
     Ok((second_try(scene, address, fleet, &images)?, said))
-}
-
-fn no_nftables_dump(scene: &Scene) -> Told {
-    crippled_dump(scene, CONNECTIONS, without_nftables, &["nf_tables"])
-}
-
-fn no_nftables_restore(scene: &Scene) -> Told {
-    crippled_restore(scene, CONNECTIONS, without_nftables, &["nf_tables"])
-}
-
-fn no_buffers_dump(scene: &Scene) -> Told {
-    crippled_dump(scene, CONNECTIONS, without_buffers, &["net:["])
-}
-
-fn no_buffers_restore(scene: &Scene) -> Told {
-    crippled_restore(scene, CONNECTIONS, without_buffers, &["net:["])
-}
-
-fn few_descriptors_dump(scene: &Scene) -> Told {
-    crippled_dump(scene, 100, few_descriptors, &["Too many open files"])
 }
 
 fn few_descriptors_restore(scene: &Scene) -> Told {
@@ -274,8 +258,8 @@ fn two_at_once(scene: &Scene) -> Told {
         fs::create_dir(images)?;
         calls.push(scene.dump(PLUGIN, server.pid(), images).spawn()?.0);
     }
-    for (criu, images) in calls.into_iter().zip(&folders) {
-        succeeds(criu).with_context(|| last_errors(&images.join("dump.log")))?;
+    for (mut criu, images) in calls.into_iter().zip(&folders) {
+        succeeds(&mut criu).with_context(|| last_errors(&images.join("dump.log")))?;
     }
     let mut dumped = Vec::new();
     for (server, fleet) in trees {
@@ -296,7 +280,7 @@ fn two_at_once(scene: &Scene) -> Told {
     Ok((checked, "both restored".into()))
 }
 
-fn succeeds(mut criu: Child) -> Result<()> {
+fn succeeds(criu: &mut Child) -> Result<()> {
     wait_until("criu ends", LIMIT, || Ok(criu.try_wait()?.is_some()))?;
     let status = criu.wait()?;
     ensure!(status.success(), "criu: {status}");
@@ -360,7 +344,7 @@ fn first_process(scene: &Scene) -> Told {
                   </dev/null >$READY 2>$ERRORS & SERVED=$!; read GO <$GO; exec \"$@\" -t $SERVED";
     let [listen, also] = [format!("{V4}:7000"), format!("[{V6}]:7000")];
     let mut command = in_pid_namespace(scene);
-    command.args(["sh", "-c", script, "sh"]).args(criu_words(scene, "dump", &images));
+    command.args(["sh", "-c", script, "sh"]).args(words(scene.dump(PLUGIN, Pid::this(), &images)));
     command.env("SERVER", sibling_binary("soccr-test")?).env("LISTEN", &listen).env("ALSO", also);
     command.env("READY", &ready).env("ERRORS", dir.join("server.err")).env("GO", &go);
     let criu = Guard(command.spawn()?);
@@ -375,7 +359,7 @@ fn first_process(scene: &Scene) -> Told {
     ensure!(states == ["dumped"], "soccr status: {states:?}");
 
     let mut command = in_pid_namespace(scene);
-    command.args(criu_words(scene, "restore", &images));
+    command.args(words(scene.criu.call("restore", PLUGIN, &images)));
     let criu = Guard(command.spawn()?);
     let seen = fleet.stop(PATIENCE);
     ensure!(
@@ -400,22 +384,10 @@ fn in_pid_namespace(scene: &Scene) -> Command {
     command
 }
 
-fn criu_words(scene: &Scene, action: &str, images: &Path) -> Vec<String> {
-    let criu = &scene.tools.criu;
-    let words = [
-        criu.bin().display().to_string(),
-        action.into(),
-        "--no-default-config".into(),
-        "--tcp-close".into(),
-        "-v4".into(),
-        "-D".into(),
-        images.display().to_string(),
-        "-o".into(),
-        format!("{action}.log"),
-        "--lib".into(),
-        criu.plugin().with_file_name("").display().to_string(),
-    ];
-    words.into()
+/// The call of criu as words, for somebody else to `exec`.
+fn words(call: Call<'_>) -> Vec<OsString> {
+    let command = call.command();
+    std::iter::once(command.get_program()).chain(command.get_args()).map(ToOwned::to_owned).collect()
 }
 
 /// A process that ends with the case, and its PID namespace with it.
@@ -423,14 +395,9 @@ struct Guard(Child);
 
 impl Guard {
     fn succeeds(mut self) -> Result<()> {
-        wait_until("criu ends", LIMIT, || Ok(self.0.try_wait()?.is_some()))?;
-        let status = self.0.wait()?;
-        ensure!(status.success(), "criu: {status}");
-        Ok(())
+        succeeds(&mut self.0)
     }
-}
 
-impl Guard {
     /// A criu that was not told to detach ends with its tasks.
     fn end_server(mut self) -> Result<()> {
         let tree = soccr_testkit::Task::adopt(Pid::from_raw(i32::try_from(self.0.id())?));

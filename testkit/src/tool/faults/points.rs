@@ -19,43 +19,16 @@ use crate::faults::prefix;
 use crate::faults::report::Report;
 use crate::faults::scene::{PLUGIN, Scene, Tools};
 
-const DUMP: [&str; 16] = [
-    "dump.init",
-    "dump.asked",
-    "dump.tree",
-    "dump.found",
-    "dump.recorded",
-    "dump.locked",
-    "dump.paused",
-    "dump.read",
-    "dump.resumed",
-    "dump.written",
-    "dump.saved",
-    "dump.end",
-    "dump.arranged",
-    "dump.dead",
-    "dump.closing",
-    "dump.closed",
-];
+const DUMP: &str = "\
+    dump.init dump.asked dump.tree dump.found dump.recorded dump.locked dump.paused dump.read \
+    dump.resumed dump.written dump.saved dump.end dump.arranged dump.dead dump.closing dump.closed";
 /// From here on the images are complete.
 const COMPLETE: &str = "dump.end";
 
-const RESTORE: [&str; 14] = [
-    "restore.init",
-    "restore.prepared",
-    "restore.locked",
-    "restore.forked",
-    "restore.asked",
-    "restore.copied",
-    "restore.disconnected",
-    "restore.built",
-    "restore.all-built",
-    "restore.unlocking",
-    "restore.unlocked",
-    "restore.waking",
-    "restore.awake",
-    "restore.end",
-];
+const RESTORE: &str = "\
+    restore.init restore.prepared restore.locked restore.forked restore.asked restore.copied \
+    restore.disconnected restore.built restore.all-built restore.unlocking restore.unlocked \
+    restore.waking restore.awake restore.end";
 /// From here on the restored server has its connections.
 const GIVEN_BACK: &str = "restore.unlocked";
 
@@ -130,7 +103,7 @@ const PERIOD: Duration = Duration::from_millis(40);
 pub fn run(tools: &Tools, place: Place, report: &mut Report, only: Option<&str>) -> Result<()> {
     let scene = Scene::new(tools, place)?;
     let mut living = None;
-    for point in DUMP.into_iter().chain(RESTORE) {
+    for point in DUMP.split(' ').chain(RESTORE.split(' ')) {
         let mut line = Vec::new();
         for action in ACTIONS.into_iter().filter(|action| action.suits(point)) {
             interrupt::check()?;
@@ -144,7 +117,7 @@ pub fn run(tools: &Tools, place: Place, report: &mut Report, only: Option<&str>)
             };
             let fleet = scene.busy(&server, clients, FULL, PERIOD)?;
             let start = Instant::now();
-            let verdict = if DUMP.contains(&point) {
+            let verdict = if DUMP.contains(point) {
                 in_dump(&scene, server, fleet, point, action)
             } else {
                 in_restore(&scene, server, fleet, point, action)
@@ -174,8 +147,7 @@ fn in_dump(
     let images = scene.images()?;
     let call = scene.dump(PLUGIN, server.pid(), &images).plugins(&scene.tools.faulty);
     run_with_fault(scene, call, point, action, &images.join("dump.log"))?;
-    let complete = DUMP.iter().position(|it| *it == point) >= DUMP.iter().position(|it| *it == COMPLETE);
-    let killed = action == Action::KillTask && !complete;
+    let killed = action == Action::KillTask && DUMP.find(point) < DUMP.find(COMPLETE);
     outcome::of_dump(scene, server, fleet, &images, killed).with_context(|| log_of(&images, "dump.log"))
 }
 
@@ -191,8 +163,7 @@ fn in_restore(
     scene.dump(PLUGIN, pid, &images).dump_and_wait(server.task)?;
     let call = scene.restore(PLUGIN, &images)?.plugins(&scene.tools.faulty);
     run_with_fault(scene, call, point, action, &images.join("restore.log"))?;
-    let position = |wanted| RESTORE.iter().position(|it| *it == wanted);
-    let killed = action == Action::KillTask && position(point) >= position(GIVEN_BACK);
+    let killed = action == Action::KillTask && RESTORE.find(point) >= RESTORE.find(GIVEN_BACK);
     outcome::of_restore(scene, pid, address, fleet, &images, killed)
         .with_context(|| log_of(&images, "restore.log"))
 }

@@ -14,20 +14,13 @@ use crate::soak::conn::PROGRESS;
 use crate::soak::fleet::Totals;
 use crate::soak::stage::Cycle;
 
-/// The sums over all cycles.
+/// All that a soak showed.
 pub struct Report {
-    side: Side,
-    seed: u64,
-    cycles: usize,
-    carried: usize,
-    unread: usize,
-    unacked: usize,
-    dumps: Vec<Duration>,
-    restores: Vec<Duration>,
-    down: Vec<Duration>,
-    up: Vec<Duration>,
-    all: Vec<Duration>,
-    churns: Vec<Duration>,
+    pub side: Side,
+    pub seed: u64,
+    pub cycles: Vec<Cycle>,
+    /// How long it took to connect what was missing after each cycle.
+    pub churns: Vec<Duration>,
     /// What became of the connections.
     pub totals: Totals,
     /// What became of the packets; missing if the soak did not come to its end.
@@ -42,52 +35,15 @@ pub struct Report {
 
 impl Report {
     pub fn new(side: Side, seed: u64) -> Self {
-        Self {
-            side,
-            seed,
-            cycles: 0,
-            carried: 0,
-            unread: 0,
-            unacked: 0,
-            dumps: Vec::new(),
-            restores: Vec::new(),
-            down: Vec::new(),
-            up: Vec::new(),
-            all: Vec::new(),
-            churns: Vec::new(),
-            totals: Totals::default(),
-            passed: None,
-            complaints: String::new(),
-            failure: None,
-            took: Duration::ZERO,
-        }
-    }
-
-    pub fn add(&mut self, mut cycle: Cycle) {
-        self.cycles += 1;
-        self.carried += cycle.carried;
-        self.unread += cycle.unread;
-        self.unacked += cycle.unacked;
-        self.dumps.push(cycle.dump);
-        self.restores.push(cycle.restore);
-        self.down.append(&mut cycle.progress.down);
-        self.up.append(&mut cycle.progress.up);
-        self.all.push(cycle.progress.all);
-    }
-
-    /// How long it took to connect what was missing after a cycle.
-    pub fn add_churn(&mut self, took: Duration) {
-        self.churns.push(took);
-    }
-
-    pub fn cycles(&self) -> usize {
-        self.cycles
+        let (totals, complaints, took) = (Totals::default(), String::new(), Duration::ZERO);
+        let (cycles, churns) = (Vec::new(), Vec::new());
+        Self { side, seed, cycles, churns, totals, passed: None, complaints, failure: None, took }
     }
 
     /// Whether every connection lived and every byte was right.
     pub fn is_good(&self) -> bool {
         self.failure.is_none()
-            && self.cycles > 0
+            && !self.cycles.is_empty()
             && self.totals.dead.len() + self.wrong() == 0
             && self.complaints.is_empty()
             && self.passed.as_ref().is_some_and(|passed| passed.seen.resets.is_empty())
@@ -99,44 +55,58 @@ impl Report {
         self.totals.wrong.len() + complaints.count()
     }
 
+    fn sum(&self, of: fn(&Cycle) -> usize) -> usize {
+        self.cycles.iter().map(of).sum()
+    }
+
+    /// What took how long, by name.
+    fn times(&self) -> [(&'static str, Vec<Duration>); 6] {
+        let each = |of: fn(&Cycle) -> Duration| self.cycles.iter().map(of).collect();
+        let all = |of: fn(&Cycle) -> &Vec<Duration>| self.cycles.iter().flat_map(of).copied().collect();
+        [
+            ("criu dump", each(|cycle| cycle.dump)),
+            ("criu restore", each(|cycle| cycle.restore)),
+            ("new connections up", self.churns.clone()),
+            ("first byte down", all(|cycle| &cycle.progress.down)),
+            ("first byte up", all(|cycle| &cycle.progress.up)),
+            ("all moved", each(|cycle| cycle.progress.all)),
+        ]
+    }
+
     pub fn print(&self) {
         let totals = &self.totals;
         for said in totals.dead.iter().chain(&totals.wrong) {
             println!("{said}");
         }
         print!("{}", self.complaints);
-        println!("cycles                 {} in {:.0} s", self.cycles, self.took.as_secs_f64());
+        println!("cycles                 {} in {:.0} s", self.cycles.len(), self.took.as_secs_f64());
         println!(
             "connections carried    {} ({} with bytes to read, {} with bytes not acknowledged)",
-            self.carried, self.unread, self.unacked
+            self.sum(|cycle| cycle.carried),
+            self.sum(|cycle| cycle.unread),
+            self.sum(|cycle| cycle.unacked)
         );
         println!("connections opened     {}, ended in order {}", totals.opened, totals.ended);
-        println!(
-            "bytes checked          {} (clients {}, server {})",
-            totals.received + totals.confirmed,
-            totals.received,
-            totals.confirmed
-        );
+        let (clients, server) = (totals.received, totals.confirmed);
+        println!("bytes checked          {} (clients {clients}, server {server})", clients + server);
         println!("byte errors            {}", self.wrong());
         println!("dead connections       {}", totals.dead.len());
-        if let Some(passed) = &self.passed {
+        if let Some(Passed { seen, late_resets, lost, reordered, overflowed }) = &self.passed {
+            let resets = seen.resets.len();
+            println!("resets                 {resets} (and {late_resets} after the end of both streams)");
+            let segments = seen.segments;
             println!(
-                "resets                 {} (and {} after the end of both streams)",
-                passed.seen.resets.len(),
-                passed.late_resets
-            );
-            println!(
-                "network                {} segments, {} lost, {} reordered, {} overflowed",
-                passed.seen.segments, passed.lost, passed.reordered, passed.overflowed
+                "network                {segments} segments, {lost} lost, {reordered} reordered, {overflowed} overflowed"
             );
         }
-        println!("criu dump              {} (p50, p99, longest)", spread(&self.dumps));
-        println!("criu restore           {}", spread(&self.restores));
-        println!("new connections up     {}", spread(&self.churns));
-        println!("after each restore     (p50, p99, longest)");
-        println!("  first byte down      {}", spread(&self.down));
-        println!("  first byte up        {}", spread(&self.up));
-        println!("  {} kB each way, all  {}", PROGRESS / 1024, spread(&self.all));
+        println!(
+            "after each restore: first byte down, up, and {} kB each way; p50, p99, longest",
+            PROGRESS / 1024
+        );
+        for (what, times) in self.times() {
+            let ms = SPREAD.map(|at| millis(&times, at).map_or("-".into(), |ms| format!("{ms:.0} ms")));
+            println!("  {what:20} {}", ms.join(", "));
+        }
         if let Some(failure) = &self.failure {
             println!("FAILED: {failure}");
         }
@@ -154,15 +124,19 @@ impl Report {
                 "overflowed": passed.overflowed,
             })
         });
+        let times = self.times().map(|(what, times)| {
+            let [p50, p99, longest] = SPREAD.map(|at| millis(&times, at));
+            (what.replace(' ', "_"), json!({ "p50": p50, "p99": p99, "longest": longest }))
+        });
         let report = json!({
             "side": format!("{:?}", self.side),
             "seed": self.seed,
             "seconds": self.took.as_secs_f64(),
-            "cycles": self.cycles,
+            "cycles": self.cycles.len(),
             "connections": {
-                "carried": self.carried,
-                "carried_with_bytes_to_read": self.unread,
-                "carried_with_bytes_not_acknowledged": self.unacked,
+                "carried": self.sum(|cycle| cycle.carried),
+                "carried_with_bytes_to_read": self.sum(|cycle| cycle.unread),
+                "carried_with_bytes_not_acknowledged": self.sum(|cycle| cycle.unacked),
                 "opened": totals.opened,
                 "ended_in_order": totals.ended,
                 "dead": totals.dead,
@@ -171,13 +145,7 @@ impl Report {
             "bytes_checked": { "by_clients": totals.received, "by_the_server": totals.confirmed },
             "byte_errors": self.wrong(),
             "network": passed,
-            "criu_ms": { "dump": spread_json(&self.dumps), "restore": spread_json(&self.restores) },
-            "new_connections_ms": spread_json(&self.churns),
-            "after_restore_ms": {
-                "first_byte_down": spread_json(&self.down),
-                "first_byte_up": spread_json(&self.up),
-                "all_moved": spread_json(&self.all),
-            },
+            "ms": serde_json::Map::from_iter(times),
             "server_complaints": self.complaints,
             "failure": self.failure,
             "good": self.is_good(),
@@ -187,6 +155,9 @@ impl Report {
     }
 }
 
+/// Percentiles that are shown.
+const SPREAD: [usize; 3] = [50, 99, 100];
+
 /// The smallest of `times` that `percent` of them do not exceed.
 fn percentile(times: &[Duration], percent: usize) -> Option<Duration> {
     let mut sorted = times.to_vec();
@@ -195,21 +166,8 @@ fn percentile(times: &[Duration], percent: usize) -> Option<Duration> {
     sorted.get(rank.saturating_sub(1)).copied()
 }
 
-fn millis(time: Option<Duration>) -> Option<f64> {
-    time.map(|time| time.as_secs_f64() * 1000.0)
-}
-
-fn ms(times: &[Duration], percent: usize) -> String {
-    millis(percentile(times, percent)).map_or("-".into(), |ms| format!("{ms:.0} ms"))
-}
-
-fn spread(times: &[Duration]) -> String {
-    [50, 99, 100].map(|percent| ms(times, percent)).join(", ")
-}
-
-fn spread_json(times: &[Duration]) -> serde_json::Value {
-    let at = |percent| millis(percentile(times, percent));
-    json!({ "p50": at(50), "p99": at(99), "longest": at(100) })
+fn millis(times: &[Duration], percent: usize) -> Option<f64> {
+    percentile(times, percent).map(|time| time.as_secs_f64() * 1000.0)
 }
 
 #[cfg(test)]
