@@ -14,6 +14,7 @@ pub mod netns;
 pub mod pattern;
 pub mod relay;
 pub mod rpc;
+pub mod sandbox;
 pub mod server;
 pub mod skip;
 pub mod sockets;

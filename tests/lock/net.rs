@@ -1,15 +1,15 @@
 //! Connections to lock, within a network namespace and between two.
 
-use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
+use std::io::{ErrorKind, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
-use std::process::{Child, Command, Stdio};
-use std::time::Duration;
+use std::path::Path;
+use std::process::Command;
 
 use soccr::connection::FourTuple;
 use soccr::kernel::netns::NetNs;
-
-/// Long enough for any machine; only a failing test waits for it.
-const PATIENCE: Duration = Duration::from_secs(20);
+use soccr_testkit::netns::{self, End, veth};
+use soccr_testkit::sandbox::connected;
+pub use soccr_testkit::sandbox::expect_bytes as expect;
 
 /// Runs a shell command that has to succeed and gives its output.
 pub fn sh(command: &str) -> String {
@@ -30,20 +30,18 @@ pub struct Pair {
 impl Pair {
     /// Connects over loopback to `to`, an address to listen on with port 0.
     pub fn over(to: &str) -> Self {
-        let listener = TcpListener::bind(to).unwrap();
-        let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
-        Self::of(client, listener.accept().unwrap().0)
+        let (client, server) = connected(to);
+        Self::of(client, server)
     }
 
     /// A connection from the client `from`, where the server listens on `listen` but is reached at `to`.
     pub fn of(client: TcpStream, server: TcpStream) -> Self {
         for end in [&client, &server] {
             end.set_nodelay(true).unwrap();
-            end.set_read_timeout(Some(PATIENCE)).unwrap();
+            end.set_read_timeout(Some(std::time::Duration::from_secs(20))).unwrap();
         }
         Self { client, server }
     }
-
     /// The client's view.
     pub fn tuple(&self) -> FourTuple {
         tuple_of(&self.client)
@@ -67,13 +65,6 @@ pub fn transfer(from: &mut TcpStream, to: &mut TcpStream, bytes: &[u8]) {
     expect(to, bytes);
 }
 
-/// Waits for `bytes`.
-pub fn expect(from: &mut TcpStream, bytes: &[u8]) {
-    let mut got = vec![0; bytes.len()];
-    from.read_exact(&mut got).unwrap();
-    assert_eq!(got, bytes);
-}
-
 /// Whether nothing has arrived at this end, neither bytes nor a FIN nor a RST.
 pub fn is_silent(end: &TcpStream) -> bool {
     end.set_nonblocking(true).unwrap();
@@ -82,42 +73,24 @@ pub fn is_silent(end: &TcpStream) -> bool {
     silent
 }
 
-/// Another network namespace, held by a process that ends with this value.
+/// Another network namespace.
 pub struct OtherNs {
-    child: Child,
     /// The namespace.
     pub ns: NetNs,
+    _same: netns::NetNs,
 }
 
 impl OtherNs {
     /// A new namespace, joined to this one by a veth: 10.9.0.1 and fd09::1 here, …2 there.
     pub fn joined() -> Self {
-        let new = Self::new();
-        let pid = new.child.id();
-        sh(&format!("ip link add here type veth peer name there netns {pid}"));
-        let setup = |dev: &str, last: u8| {
-            format!(
-                "ip address add 10.9.0.{last}/24 dev {dev} && ip address add fd09::{last}/64 dev {dev} nodad && \
-                 ip link set {dev} up && ip link set lo up"
-            )
-        };
-        sh(&setup("here", 1));
-        new.ns.run(|| sh(&setup("there", 2))).unwrap();
-        new
-    }
-
-    fn new() -> Self {
-        let mut child = Command::new("unshare")
-            .args(["-n", "sh", "-c", "echo ready; exec cat"])
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let mut line = String::new();
-        BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
-        assert_eq!(line, "ready\n");
-        let ns = NetNs::of_task(child.id()).unwrap();
-        Self { child, ns }
+        let (here, there) = (netns::NetNs::current().unwrap(), netns::NetNs::new().unwrap());
+        let end = |ns, name, addresses| End { ns, name, addresses };
+        veth(
+            end(&here, "here", &["10.9.0.1/24", "fd09::1/64"]),
+            end(&there, "there", &["10.9.0.2/24", "fd09::2/64"]),
+        )
+        .unwrap();
+        Self { ns: NetNs::open(Path::new(&there.path())).unwrap(), _same: there }
     }
 
     /// A connection from this namespace to a server there, at `to` (10.9.0.2 or fd09::2).
@@ -126,12 +99,5 @@ impl OtherNs {
             self.ns.run(|| TcpListener::bind(SocketAddr::new(to.parse().unwrap(), 0))).unwrap().unwrap();
         let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         Pair::of(client, listener.accept().unwrap().0)
-    }
-}
-
-impl Drop for OtherNs {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
     }
 }

@@ -18,6 +18,8 @@ use crate::faults::report::Report;
 use crate::faults::scene::{PLUGIN, Scene, Tools};
 
 const CONNECTIONS: usize = 1000;
+/// So many failures in a row of deaths of one victim are told; each takes the time of [`PATIENCE`].
+const ENOUGH: usize = 5;
 /// Each sends this often.
 const PERIOD: Duration = Duration::from_millis(300);
 
@@ -43,9 +45,9 @@ pub fn run(tools: &Tools, place: Place, report: &mut Report, count: usize, seed:
     println!("a whole dump takes {whole:?}");
     for victim in [Victim::Criu, Victim::Agent] {
         let mut seen = Outcomes { lives: 0, restored: 0, breakpoint: 0, cleaned: 0 };
-        let (mut hits, mut misses) = (0, 0);
+        let (mut hits, mut misses, mut bad) = (0, 0, 0);
         let wanted = if victim == Victim::Criu { count.div_ceil(2) } else { count / 2 };
-        while hits < wanted {
+        while hits < wanted && bad < ENOUGH {
             interrupt::check()?;
             let (server, clients) = match living.take() {
                 Some(living) => living,
@@ -72,11 +74,11 @@ pub fn run(tools: &Tools, place: Place, report: &mut Report, count: usize, seed:
                     }
                     living = verdict.living;
                 }
-                Ok(verdict) => {
+                verdict => {
+                    bad += 1;
                     drop(verdict);
                     scene.sweep()?;
                 }
-                Err(_) => scene.sweep()?,
             }
             scene.reap(living.as_ref().map(|(server, _)| server.pid()))?;
         }
