@@ -30,26 +30,35 @@ pub struct Client {
     silence: Duration,
 }
 
+/// Connects from the calling thread's namespace, with a receive buffer of that size or as the kernel likes. Calls that wait
+/// do so for [`PATIENCE`].
+pub fn dial(server: SocketAddr, receive_buffer: Option<usize>) -> Result<TcpStream> {
+    let family = if server.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
+    let fd = socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC, None).context("socket")?;
+    if let Some(bytes) = receive_buffer {
+        setsockopt(&fd, sockopt::RcvBuf, &bytes).context("SO_RCVBUF")?;
+    }
+    let stream = TcpStream::from(fd);
+    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.set_write_timeout(Some(PATIENCE))?;
+    stream.set_nodelay(true)?;
+    connect(stream.as_raw_fd(), &SockaddrStorage::from(server))
+        .with_context(|| format!("cannot connect to {server}"))?;
+    Ok(stream)
+}
+
 impl Client {
     /// Connects from the calling thread's namespace (see [`crate::NetNs::run`]).
     pub fn connect(server: SocketAddr) -> Result<Self> {
-        Self::adopt(TcpStream::connect(server).with_context(|| format!("cannot connect to {server}"))?)
+        Self::over(dial(server, None)?)
     }
 
     /// Connects with a receive buffer of about this size, which the peer can fill.
     pub fn connect_small(server: SocketAddr, receive_buffer: usize) -> Result<Self> {
-        let family = if server.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
-        let fd = socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC, None).context("socket")?;
-        setsockopt(&fd, sockopt::RcvBuf, &receive_buffer).context("SO_RCVBUF")?;
-        connect(fd.as_raw_fd(), &SockaddrStorage::from(server))
-            .with_context(|| format!("cannot connect to {server}"))?;
-        Self::adopt(fd.into())
+        Self::over(dial(server, Some(receive_buffer))?)
     }
 
-    fn adopt(stream: TcpStream) -> Result<Self> {
-        stream.set_read_timeout(Some(PATIENCE))?;
-        stream.set_write_timeout(Some(PATIENCE))?;
-        stream.set_nodelay(true)?;
+    fn over(stream: TcpStream) -> Result<Self> {
         let port = stream.local_addr()?.port();
         let (asked, silence) = (Instant::now(), Duration::ZERO);
         Ok(Self { stream, port, sent: 0, received: 0, greedy: false, asked, silence })

@@ -115,6 +115,22 @@ impl Criu {
         self.plugins.join("soccr_plugin.so")
     }
 
+    /// Makes `command` a silent one with our records, and without what whoever runs this has set for criu or the plugin.
+    pub fn set_up(&self, command: &mut Command) {
+        let is_set = |name: &OsString| {
+            let name = name.to_string_lossy();
+            // What marks our processes stays.
+            name == "CRIU_LIBS_DIR" || name.starts_with("SOCCR_") && !name.starts_with("SOCCR_TEST_")
+        };
+        for (name, _) in std::env::vars_os().filter(|(name, _)| is_set(name)) {
+            command.env_remove(name);
+        }
+        if let Some(records) = &self.records {
+            command.env(RUN_DIR, records);
+        }
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    }
+
     /// CRIU's `crit`: the one of the same source tree, or the installed one.
     pub fn crit(&self) -> Command {
         let tree = self
@@ -286,22 +302,11 @@ impl<'a> Call<'a> {
                 command.arg("--tcp-close").arg("--lib").arg(&self.plugins);
             }
         }
-        // Whatever whoever runs this has set for criu; what marks our processes stays.
-        let is_set = |name: &OsString| {
-            let name = name.to_string_lossy();
-            name == "CRIU_LIBS_DIR" || name.starts_with("SOCCR_") && !name.starts_with("SOCCR_TEST_")
-        };
-        for (name, _) in std::env::vars_os().filter(|(name, _)| is_set(name)) {
-            command.env_remove(name);
-        }
+        self.criu.set_up(&mut command);
         if let Side::Plugin(lock) = self.side {
             command.env("SOCCR_LOCK", lock.name());
         }
-        if let Some(records) = &self.criu.records {
-            command.env(RUN_DIR, records);
-        }
         command.args(&self.args).envs(self.env);
-        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
         inherit(&mut command, self.inherit);
         command
     }

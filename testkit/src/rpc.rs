@@ -4,14 +4,13 @@ use std::fs::File;
 use std::io::IoSlice;
 use std::os::fd::AsRawFd;
 use std::path::Path;
-use std::process::Stdio;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, recv, sendmsg, socketpair};
 use nix::unistd::Pid;
 
-use crate::criu::{RUN_DIR, field, last_errors, pass_on};
+use crate::criu::{field, last_errors, pass_on};
 use crate::stage::Stage;
 use crate::task::wait_readable;
 
@@ -42,9 +41,8 @@ impl Stage {
         let flags = SockFlag::SOCK_CLOEXEC;
         let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags)?;
         let folder = File::open(images)?;
-        let mut command = self.outside().command(self.criu.bin());
-        command.arg("swrk").arg(theirs.as_raw_fd().to_string()).env(RUN_DIR, self.records());
-        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        let mut command = self.criu_command();
+        command.arg("swrk").arg(theirs.as_raw_fd().to_string());
         pass_on(&mut command, theirs);
         let mut criu = command.spawn()?;
         drop(command); // and with it our copy of their end

@@ -41,20 +41,9 @@ impl Server {
     ) -> Result<Self> {
         let mut command = ns.command(sibling_binary("soccr-test")?);
         command.args(["server", "--listen"]).arg(address.to_string()).args(args);
-        Self::spawn(&mut command, dir)
-    }
-
-    /// Starts any server that keeps to the ways of `soccr-test server`: a session of its own, one
-    /// line `ready ADDR` on standard output once it is up, and then the end of that output.
-    pub fn spawn(command: &mut Command, dir: &Path) -> Result<Self> {
         let report = dir.join("server.err");
-        let (address, task) = spawn(command, &report)?;
+        let (address, task) = spawn(&mut command, &report)?;
         Ok(Self { address, task, report })
-    }
-
-    /// What the server has complained about so far.
-    pub fn complaints(&self) -> String {
-        fs::read_to_string(&self.report).unwrap_or_default()
     }
 
     /// The same server after a restore.

@@ -103,17 +103,17 @@ impl TaskSocket {
 
     /// Bytes received and not read.
     pub fn unread(&self) -> Result<usize> {
-        self.queue(libc::FIONREAD)
+        queued(&self.socket, libc::FIONREAD)
     }
 
     /// Bytes written and not acknowledged by the peer.
     pub fn unacked(&self) -> Result<usize> {
-        self.queue(libc::TIOCOUTQ)
+        queued(&self.socket, libc::TIOCOUTQ)
     }
 
     /// Of these, bytes that have not been sent once.
     pub fn unsent(&self) -> Result<usize> {
-        self.queue(SIOCOUTQNSD)
+        queued(&self.socket, SIOCOUTQNSD)
     }
 
     /// Whether data waits to be read, and more to be sent than the peer's window takes: nothing is under way.
@@ -138,20 +138,21 @@ impl TaskSocket {
     fn info(&self) -> Result<[u8; 20]> {
         get(&self.socket, libc::IPPROTO_TCP, libc::TCP_INFO).context("TCP_INFO")
     }
-
-    fn queue(&self, request: libc::Ioctl) -> Result<usize> {
-        let mut bytes: libc::c_int = 0;
-        // SAFETY: both requests write one int at the address given.
-        let done = unsafe { libc::ioctl(self.socket.as_raw_fd(), request, &raw mut bytes) };
-        Errno::result(done).context("SIOCINQ or SIOCOUTQ")?;
-        Ok(usize::try_from(bytes)?)
-    }
 }
 
 impl AsRawFd for TaskSocket {
     fn as_raw_fd(&self) -> RawFd {
         self.socket.as_raw_fd()
     }
+}
+
+/// `SIOCINQ` or `SIOCOUTQ`: bytes in a queue of a socket.
+pub fn queued(socket: &impl AsRawFd, request: libc::Ioctl) -> Result<usize> {
+    let mut bytes: libc::c_int = 0;
+    // SAFETY: these requests write one int at the address given.
+    let done = unsafe { libc::ioctl(socket.as_raw_fd(), request, &raw mut bytes) };
+    Errno::result(done).context("SIOCINQ or SIOCOUTQ")?;
+    Ok(usize::try_from(bytes)?)
 }
 
 /// linux/sockios.h

@@ -177,6 +177,13 @@ impl Stage {
         self.peer.run(|| (0..count).map(|nth| connect(servers[nth % servers.len()])).collect())
     }
 
+    /// Any other call of criu, where criu runs.
+    pub fn criu_command(&self) -> Command {
+        let mut command = self.outside().command(self.criu.bin());
+        self.criu.set_up(&mut command);
+        command
+    }
+
     /// A dump of the tree that starts at `pid`.
     pub fn dump<'a>(&'a self, side: Side, pid: Pid, images: &'a Path) -> Call<'a> {
         let call = self.criu.dump(side, pid, images).inside(self.outside());
@@ -343,9 +350,13 @@ impl Stage {
         Ok(said)
     }
 
-    /// What `soccr status` says.
+    /// What `soccr status` says of this stage: it finds the locks of others, too.
     pub fn status(&self) -> Result<Status> {
-        Ok(Status(serde_json::from_str(&self.soccr(&["status", "--json"])?)?))
+        let mut status: Value = serde_json::from_str(&self.soccr(&["status", "--json"])?)?;
+        let ours: Vec<_> = self.namespaces().map(NetNs::inode).collect();
+        let strays = status["strays"].as_array_mut().context("soccr status tells of strays")?;
+        strays.retain(|it| it["ino"].as_u64().is_none_or(|ino| ours.contains(&ino)));
+        Ok(Status(status))
     }
 }
 
@@ -386,10 +397,15 @@ impl Status {
         self.states().iter().any(|it| it == state)
     }
 
+    /// Whether there are locks that no record tells of.
+    pub fn has_strays(&self) -> bool {
+        self.0["strays"].as_array().is_none_or(|strays| !strays.is_empty())
+    }
+
     /// Whether there is nothing to tell.
     pub fn is_empty(&self) -> bool {
         let none = |key: &str| self.0[key].as_array().is_some_and(Vec::is_empty);
-        none("records") && none("unreadable") && none("strays")
+        none("records") && none("unreadable") && !self.has_strays()
     }
 }
 

@@ -2,11 +2,11 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::Child;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use soccr_testkit::criu::{RUN_DIR, last_errors};
+use soccr_testkit::criu::last_errors;
 use soccr_testkit::fleet::is_dead;
 use soccr_testkit::skip::lacks;
 use soccr_testkit::task::{self, wait_until};
@@ -58,10 +58,9 @@ fn a_configuration_file_alone() -> Result<()> {
     let (images, config, address, pid) =
         (stage.images()?, configuration(&stage)?, server.address, server.pid());
     let run = |action: &str, args: &[&str]| {
-        let mut command = stage.outside().command(stage.criu.bin());
+        let mut command = stage.criu_command();
         command.args([action, "--tcp-established", "-v4", "-o"]).arg(format!("{action}.log")).args(args);
-        command.arg("--config").arg(&config).arg("-D").arg(&images).env(RUN_DIR, stage.records());
-        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        command.arg("--config").arg(&config).arg("-D").arg(&images);
         let (status, _) = task::run(&mut command, PATIENCE)?;
         ensure!(status.success(), "{}", last_errors(&images.join(format!("{action}.log"))));
         Ok(())
@@ -123,9 +122,7 @@ fn no_record() -> Result<()> {
 #[test]
 fn a_pre_dump_before() -> Result<()> {
     let Some(stage) = stage(Place::Host, &[PLUGIN])? else { return Ok(()) };
-    let mut check = Command::new(stage.criu.bin());
-    check.args(["check", "--feature", "mem_dirty_track"]).stdout(Stdio::null()).stderr(Stdio::null());
-    if !check.status()?.success() {
+    if !stage.criu_command().args(["check", "--feature", "mem_dirty_track"]).status()?.success() {
         return lacks("this kernel does not track soft-dirty pages, and CRIU's pre-dump aborts");
     }
     let (server, busy) = busy_server(&stage)?;
@@ -144,10 +141,8 @@ struct Helper(Child);
 
 impl Helper {
     fn start(stage: &Stage, args: &[&str], images: &Path) -> Result<Self> {
-        let mut command: Command = stage.outside().command(stage.criu.bin());
+        let mut command = stage.criu_command();
         command.args(args).args(["-v4", "-o", "helper.log", "-D"]).arg(images);
-        command.env(RUN_DIR, stage.records());
-        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
         Ok(Self(command.spawn()?))
     }
 }

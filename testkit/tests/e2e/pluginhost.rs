@@ -1,11 +1,10 @@
 //! The plugin's hooks for external files, called by a host of ours (`soccr-test plugin-host`).
 
 use std::fs;
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
-use soccr_testkit::criu::RUN_DIR;
 use soccr_testkit::server::sibling_binary;
 use soccr_testkit::sockets::{state, tcp_sockets};
 use soccr_testkit::task::{self, Task, wait_until};
@@ -55,8 +54,8 @@ fn host(stage: &Stage, images: &std::path::Path) -> Result<Command> {
     let mut command = stage.host().command(sibling_binary("soccr-test")?);
     command.arg("plugin-host").arg(stage.criu.plugin()).arg(images).arg(ID);
     let errors = fs::File::options().create(true).append(true).open(stage.dir().join("pluginhost.err"))?;
-    command.env(RUN_DIR, stage.records());
-    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(errors);
+    stage.criu.set_up(&mut command);
+    command.stderr(errors);
     Ok(command)
 }
 

@@ -6,6 +6,7 @@ use std::net::{SocketAddr, TcpStream};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use soccr_testkit::client::dial;
 use soccr_testkit::fleet::Talk;
 
 /// What became of one client.
@@ -41,8 +42,7 @@ impl Talk for Client {
 
 impl Client {
     pub fn connect(server: SocketAddr, i: usize) -> Result<Self> {
-        let stream = TcpStream::connect(server).with_context(|| format!("cannot connect to {server}"))?;
-        stream.set_nodelay(true)?;
+        let stream = dial(server, None)?;
         stream.set_nonblocking(true)?;
         Ok(Self {
             stream,

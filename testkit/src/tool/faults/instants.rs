@@ -12,7 +12,7 @@ use soccr_testkit::stage::PATIENCE;
 use soccr_testkit::task::{pidfd_open, wait_readable, wait_until};
 use soccr_testkit::{Client, Fleet, Place, Server, interrupt};
 
-use crate::faults::outcome::{self, Kind, Verdict};
+use crate::faults::outcome::{self, Verdict};
 use crate::faults::prefix;
 use crate::faults::report::Report;
 use crate::faults::scene::{PLUGIN, Scene, Tools};
@@ -29,13 +29,6 @@ enum Victim {
     Agent,
 }
 
-struct Outcomes {
-    lives: usize,
-    restored: usize,
-    breakpoint: usize,
-    cleaned: usize,
-}
-
 pub fn run(tools: &Tools, place: Place, report: &mut Report, count: usize, seed: u64) -> Result<()> {
     let scene = Scene::new(tools, place)?;
     scene.keep_in_memory()?;
@@ -44,7 +37,6 @@ pub fn run(tools: &Tools, place: Place, report: &mut Report, count: usize, seed:
     let whole = duration(&scene, &mut living)?;
     println!("a whole dump takes {whole:?}");
     for victim in [Victim::Criu, Victim::Agent] {
-        let mut seen = Outcomes { lives: 0, restored: 0, breakpoint: 0, cleaned: 0 };
         let (mut hits, mut misses, mut bad) = (0, 0, 0);
         let wanted = if victim == Victim::Criu { count.div_ceil(2) } else { count / 2 };
         while hits < wanted && bad < ENOUGH {
@@ -61,46 +53,25 @@ pub fn run(tools: &Tools, place: Place, report: &mut Report, count: usize, seed:
                 Ok((hit, verdict)) => (hit, Ok(verdict)),
                 Err(error) => (true, Err(error)),
             };
-            if hit {
+            let good = verdict.as_ref().is_ok_and(Verdict::is_good);
+            if hit || !good {
                 hits += 1;
                 report.fault("", &name, &verdict);
             } else {
                 misses += 1;
             }
-            match verdict {
-                Ok(verdict) if verdict.is_good() => {
-                    if hit {
-                        seen.add(&verdict);
-                    }
-                    living = verdict.living;
-                }
-                verdict => {
-                    bad += 1;
-                    drop(verdict);
-                    scene.sweep()?;
-                }
+            if good {
+                living = verdict?.living;
+            } else {
+                bad += 1;
+                drop(verdict);
+                scene.sweep()?;
             }
             scene.reap(living.as_ref().map(|(server, _)| server.pid()))?;
         }
-        let Outcomes { lives, restored, breakpoint, cleaned } = seen;
-        println!(
-            "{victim:?} killed {hits} times ({misses} came too late): the server lived on {lives}, was restored \
-             {restored}, CRIU's breakpoint killed it {breakpoint}, soccr clean was needed {cleaned}"
-        );
+        println!("{victim:?} killed {hits} times ({misses} came too late), {bad} failed");
     }
     Ok(())
-}
-
-impl Outcomes {
-    fn add(&mut self, verdict: &Verdict) {
-        match verdict.kind {
-            Kind::Lives => self.lives += 1,
-            Kind::Restored => self.restored += 1,
-            Kind::Breakpoint => self.breakpoint += 1,
-            Kind::EndedWithTask => {}
-        }
-        self.cleaned += usize::from(verdict.cleaned);
-    }
 }
 
 /// The longest of three whole dumps.

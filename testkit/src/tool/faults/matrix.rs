@@ -14,7 +14,7 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::resource::{Resource, setrlimit};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use soccr_testkit::criu::{Call, RUN_DIR, last_errors};
+use soccr_testkit::criu::{Call, last_errors};
 use soccr_testkit::netns::{End, veth};
 use soccr_testkit::server::sibling_binary;
 use soccr_testkit::sockets::{TaskSocket, tcp_sockets};
@@ -90,7 +90,6 @@ fn both(scene: &Scene) -> Result<(Server, Fleet<Client>)> {
 
 /// Runs a criu that must fail; what it said, which must have each of `words` in it.
 fn fails(mut command: Command, log: &Path, words: &[&str]) -> Result<String> {
-    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
     let (status, _) = run_command(&mut command, LIMIT).with_context(|| last_errors(log))?;
     ensure!(!status.success(), "criu succeeds");
     let text = String::from_utf8_lossy(&fs::read(log)?).into_owned();
@@ -214,7 +213,6 @@ fn few_descriptors_restore(scene: &Scene) -> Told {
     let address = dump(scene, server, &images)?;
     let mut command = scene.restore(PLUGIN, &images)?.command();
     few_descriptors(&mut command);
-    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
     // CRIU's own descriptors run out, too, and which come first is its business.
     let (status, _) = run_command(&mut command, LIMIT)?;
     ensure!(!status.success(), "criu restores 100 connections with 64 descriptors");
@@ -379,8 +377,7 @@ fn first_process(scene: &Scene) -> Told {
 fn in_pid_namespace(scene: &Scene) -> Command {
     let mut command = scene.host().command("unshare");
     command.args(["--pid", "--fork", "--mount-proc", "--kill-child", "--"]);
-    command.env(RUN_DIR, scene.records()).env("SOCCR_LOCK", "nftables");
-    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    scene.criu.set_up(&mut command);
     command
 }
 

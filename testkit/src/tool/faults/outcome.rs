@@ -35,7 +35,7 @@ pub struct Verdict {
     pub lost: Vec<String>,
     /// What was left behind.
     pub left: Option<anyhow::Error>,
-    /// Whether `soccr clean --orphans` was needed first.
+    /// Whether `soccr clean` was needed first.
     pub cleaned: bool,
 }
 
@@ -68,7 +68,7 @@ pub fn of_dump(
 ) -> Result<Verdict> {
     scene.wait_until_quiet()?;
     wait_until("the server is traced no more", PATIENCE, || Ok(!server.task.is_traced()))?;
-    let cleaned = scene.clean_orphans()?;
+    let cleaned = scene.clean()?;
     let connections = fleet.size();
     if server.task.is_alive()? {
         go_on(server.pid());
@@ -105,7 +105,7 @@ pub fn of_restore(
     killed: bool,
 ) -> Result<Verdict> {
     scene.wait_until_quiet()?;
-    let cleaned = scene.clean_orphans()?;
+    let cleaned = scene.clean()?;
     let status = scene.status()?;
     let connections = fleet.size();
     if status.has("dumped") {

@@ -111,15 +111,20 @@ impl<'a> Scene<'a> {
         Ok(Server::restored(address, task, self.dir()))
     }
 
-    /// What a user does who finds something orphaned. Whether that was so.
-    pub fn clean_orphans(&self) -> Result<bool> {
-        let found = self.status()?.has("orphaned");
-        if found {
-            let said = self.soccr(&["clean", "--orphans"])?;
-            let left = self.status()?;
-            ensure!(!left.has("orphaned"), "soccr clean --orphans said {said} and left {left}");
+    /// What a user does who finds something orphaned, or a lock of CRIU's. Whether that was so.
+    pub fn clean(&self) -> Result<bool> {
+        let status = self.status()?;
+        let (orphans, strays) = (status.has("orphaned"), status.has_strays());
+        let mut said = String::new();
+        if orphans {
+            said += &self.soccr(&["clean", "--orphans"])?;
         }
-        Ok(found)
+        if strays {
+            said += &self.soccr(&["clean", "--stock-rules", "--netns", &self.host().path()])?;
+        }
+        let left = self.status()?;
+        ensure!(!left.has("orphaned") && !left.has_strays(), "soccr clean said {said} and left {left}");
+        Ok(orphans || strays)
     }
 
     /// Nothing is left of a case whose server lives or is gone for good.

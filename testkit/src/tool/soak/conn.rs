@@ -2,18 +2,14 @@
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream};
-use std::os::fd::AsRawFd;
 use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 use fastrand::Rng;
-use nix::errno::Errno;
-use nix::sys::socket::{
-    AddressFamily, SockFlag, SockType, SockaddrStorage, connect, setsockopt, socket, sockopt,
-};
-use nix::sys::time::{TimeVal, TimeValLike};
 use soccr_testkit::Pattern;
+use soccr_testkit::client::dial;
 use soccr_testkit::fleet::Talk;
+use soccr_testkit::sockets::queued;
 
 use crate::server::order::{BLOCK, Download, OPEN, Order};
 
@@ -106,17 +102,7 @@ struct Mark {
 impl Conn {
     /// Connects from the calling thread's namespace.
     pub fn open(server: SocketAddr, kind: Kind, rng: &mut Rng) -> Result<Self> {
-        let family = if server.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
-        let fd = socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC, None).context("socket")?;
-        if kind == Kind::SlowClient {
-            setsockopt(&fd, sockopt::RcvBuf, &(8 << 10)).context("SO_RCVBUF")?;
-        }
-        // connect() gives up after this time, too.
-        setsockopt(&fd, sockopt::SendTimeout, &TimeVal::seconds(20)).context("SO_SNDTIMEO")?;
-        connect(fd.as_raw_fd(), &SockaddrStorage::from(server))
-            .with_context(|| format!("cannot connect to {server}"))?;
-        let stream = TcpStream::from(fd);
-        stream.set_nodelay(true)?;
+        let stream = dial(server, (kind == Kind::SlowClient).then_some(8 << 10))?;
         stream.set_nonblocking(true)?;
         let port = stream.local_addr()?.port();
         let (order, upload, pace) = plan(kind, rng);
@@ -281,12 +267,9 @@ impl Conn {
         self.outstanding(libc::TIOCOUTQ)
     }
 
+    /// A dead socket has nothing under way; reading it says what is wrong.
     fn outstanding(&self, request: libc::Ioctl) -> u64 {
-        let mut bytes: libc::c_int = 0;
-        // SAFETY: both requests write one int at the address given.
-        let done = unsafe { libc::ioctl(self.stream.as_raw_fd(), request, &raw mut bytes) };
-        // A dead socket has nothing under way; reading it says what is wrong.
-        Errno::result(done).map_or(0, |_| u64::try_from(bytes).unwrap_or(0))
+        queued(&self.stream, request).map_or(0, |bytes| bytes as u64)
     }
 }
 
