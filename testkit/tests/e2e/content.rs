@@ -18,7 +18,7 @@ const CLIENTS: usize = 20;
 
 /// `listen` is the server's address, `reach` the clients' way to it.
 fn busy_peers(listen: &str, reach: &str) -> Result<()> {
-    let Some((seen, capture)) = frozen_for(Duration::ZERO, listen, reach, PLUGIN)? else { return Ok(()) };
+    let Some((seen, capture, _)) = frozen_for(Duration::ZERO, listen, reach, PLUGIN)? else { return Ok(()) };
     let clients = seen.whole()?;
     ensure!(capture.resets.is_empty(), "{} (and {} more)", capture.resets[0], capture.resets.len() - 1);
     ensure!(capture.segments > CLIENTS, "the capture saw only {} segments", capture.segments);
@@ -26,8 +26,13 @@ fn busy_peers(listen: &str, reach: &str) -> Result<()> {
     Ok(())
 }
 
-/// What busy clients, and the wire, saw of a freeze of at least this time.
-fn frozen_for(time: Duration, listen: &str, reach: &str, side: Side) -> Result<Option<(Seen, OnWire)>> {
+/// What busy clients, and the wire, saw of a freeze of at least this time, and how long it was.
+fn frozen_for(
+    time: Duration,
+    listen: &str,
+    reach: &str,
+    side: Side,
+) -> Result<Option<(Seen, OnWire, Duration)>> {
     let Some(mut stage) = stage(Place::Host, &[side])? else { return Ok(None) };
     let server = stage.serve(listen, &["--mode", "echo"])?;
     let mut reach: SocketAddr = reach.parse()?;
@@ -43,23 +48,24 @@ fn frozen_for(time: Duration, listen: &str, reach: &str, side: Side) -> Result<O
     let server = stage.thaw(address, side, &images)?;
     let frozen = frozen.elapsed();
     let seen = busy.stop(PATIENCE);
-    let limit = 2 * frozen + SLACK;
-    ensure!(seen.silence <= limit, "a client got nothing for {:?}: frozen for {frozen:?}", seen.silence);
     stage.wait_until_clean(Some(&server))?;
-    Ok(Some((seen, capture.stop()?)))
+    Ok(Some((seen, capture.stop()?, frozen)))
 }
 
 /// A peer retransmits into the lock after 0.2 s, and then each time after twice as long: if the lock goes away just after
 /// such a try, the next comes when about as much time again has passed. That is how long stock's peers wait. This much
-/// more is for a machine that does other things, too.
-const SLACK: Duration = Duration::from_secs(1);
+/// more is for a machine that does other things too, and lets the first try wait for up to a second (RFC 6298).
+const SLACK: Duration = Duration::from_secs(2);
 
 #[test]
 fn peers_wait_no_longer_than_with_stock() -> Result<()> {
     let freeze = Duration::from_millis(1500);
-    let Some((seen, _)) = frozen_for(freeze, SERVER_V4, "10.9.0.1:0", PLUGIN)? else { return Ok(()) };
-    ensure!(seen.silence >= freeze, "the clients were not frozen");
-    seen.whole().map(drop)
+    let Some((seen, _, frozen)) = frozen_for(freeze, SERVER_V4, "10.9.0.1:0", PLUGIN)? else { return Ok(()) };
+    let silence = seen.silence;
+    seen.whole()?;
+    ensure!(silence >= freeze, "the clients were not frozen");
+    ensure!(silence <= 2 * frozen + SLACK, "a client got nothing for {silence:?}: frozen for {frozen:?}");
+    Ok(())
 }
 
 /// What the others are checked for can be seen: without a lock busy peers are reset.
@@ -67,7 +73,7 @@ fn peers_wait_no_longer_than_with_stock() -> Result<()> {
 fn busy_peers_without_a_lock() -> Result<()> {
     let skip = Side::Plugin(Lock::Skip);
     let freeze = Duration::from_millis(300);
-    let Some((seen, capture)) = frozen_for(freeze, SERVER_V4, "10.9.0.1:0", skip)? else { return Ok(()) };
+    let Some((seen, capture, _)) = frozen_for(freeze, SERVER_V4, "10.9.0.1:0", skip)? else { return Ok(()) };
     ensure!(!capture.resets.is_empty(), "no reset among {} segments", capture.segments);
     ensure!(!seen.lost.is_empty(), "{} resets, and all clients are alive", capture.resets.len());
     Ok(())
