@@ -222,8 +222,8 @@ fn few_descriptors_restore(scene: &Scene) -> Told {
     Ok((second_try(scene, address, fleet, &images)?, about.to_owned()))
 }
 
-/// How whoever runs out of descriptors says so.
-const DESCRIPTORS: [&str; 2] = ["Too many open files", "EMFILE"];
+/// How whoever runs out of descriptors first says so: we, or CRIU, which finds no room above a task's descriptors.
+const DESCRIPTORS: [&str; 2] = ["Too many open files", "Can't chose service_fd_base"];
 
 /// Peers that are silent meanwhile notice nothing. (One that speaks meets no socket and is reset: that is what the
 /// lock is for.)
