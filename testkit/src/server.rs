@@ -15,7 +15,7 @@ use nix::sys::wait::WaitStatus;
 use nix::unistd::Pid;
 
 use crate::netns::NetNs;
-use crate::task::{Task, wait_readable};
+use crate::task::{Task, pid_of, wait_readable};
 
 /// How long a server may take for anything but a restore.
 const PATIENCE: Duration = Duration::from_secs(15);
@@ -89,7 +89,7 @@ fn spawn(command: &mut Command, report: &Path) -> Result<(SocketAddr, Task)> {
     let errors = File::options().create(true).append(true).open(report)?;
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(errors);
     let mut child = command.spawn().context("cannot start soccr-test server")?;
-    let mut task = Task::adopt(Pid::from_raw(i32::try_from(child.id())?));
+    let mut task = Task::adopt(pid_of(&child));
     let line = first_line(&mut child)
         .with_context(|| format!("the server said: {}", fs::read_to_string(report).unwrap_or_default()))?;
     task.note_tree(); // a server may have a child by now

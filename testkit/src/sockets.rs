@@ -69,6 +69,36 @@ pub fn for_each(pid: Pid, mut look: impl FnMut(TaskSocket) -> Result<()>) -> Res
     Ok(())
 }
 
+/// The connections of some processes, and how many have something queued.
+#[derive(Debug, Default)]
+pub struct Queues {
+    /// All that are no listeners.
+    pub connections: usize,
+    /// Those with bytes to read.
+    pub unread: usize,
+    /// Those with bytes that are not acknowledged.
+    pub unacked: usize,
+    /// Those with both.
+    pub full: usize,
+}
+
+impl Queues {
+    /// As they are now.
+    pub fn of(pids: &[Pid]) -> Result<Self> {
+        let mut queues = Self::default();
+        for socket in pids.iter().map(|pid| tcp_sockets(*pid)).collect::<Result<Vec<_>>>()?.iter().flatten() {
+            if socket.state()? != state::LISTEN {
+                let (unread, unacked) = (socket.unread()? > 0, socket.unacked()? > 0);
+                queues.connections += 1;
+                queues.unread += usize::from(unread);
+                queues.unacked += usize::from(unacked);
+                queues.full += usize::from(unread && unacked);
+            }
+        }
+        Ok(queues)
+    }
+}
+
 impl TaskSocket {
     /// A socket of our own.
     pub fn of(socket: &impl AsFd) -> Result<Self> {

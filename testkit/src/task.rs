@@ -27,7 +27,7 @@ pub fn run(command: &mut Command, limit: Duration) -> Result<(ExitStatus, Durati
     let name = command.get_program().to_string_lossy().into_owned();
     let start = Instant::now();
     let mut child = command.spawn().with_context(|| format!("cannot run {name}"))?;
-    let ended = pidfd_of(&child).and_then(|pidfd| wait_readable(&pidfd, limit));
+    let ended = pidfd_open(pid_of(&child)).and_then(|pidfd| wait_readable(&pidfd, limit));
     let took = start.elapsed();
     if !matches!(ended, Ok(true)) {
         child.kill().with_context(|| format!("cannot kill {name}"))?;
@@ -38,8 +38,9 @@ pub fn run(command: &mut Command, limit: Duration) -> Result<(ExitStatus, Durati
     Ok((child.wait()?, took))
 }
 
-fn pidfd_of(child: &Child) -> Result<OwnedFd> {
-    pidfd_open(Pid::from_raw(i32::try_from(child.id())?))
+/// A child's process id.
+pub fn pid_of(child: &Child) -> Pid {
+    Pid::from_raw(i32::try_from(child.id()).expect("the kernel's process ids are positive ints"))
 }
 
 /// A descriptor that refers to the process, readable once it has ended.

@@ -39,7 +39,7 @@ fn one_descriptor_as_an_external_file() -> Result<()> {
     client.send(3000)?; // into the lock
 
     let mut restored = host(&stage, &images)?.arg("restore").spawn()?;
-    let guard = Task::adopt(nix::unistd::Pid::from_raw(i32::try_from(restored.id())?));
+    let guard = Task::adopt(task::pid_of(&restored));
     client.receive_echo(8000)?;
     client.ping(2000)?;
     leftovers::no_repair(guard.pid())?;

@@ -6,9 +6,8 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use nix::unistd::Pid;
 use soccr_testkit::Stage;
-use soccr_testkit::task::{Task, in_own_session, wait_until};
+use soccr_testkit::task::{Task, in_own_session, pid_of, wait_until};
 
 /// Starts it on a free port of loopback; its name, its process, its address.
 pub fn start(stage: &Stage, clients: usize, builtin: bool) -> Result<(String, Task, SocketAddr)> {
@@ -41,7 +40,7 @@ fn start_redis(stage: &Stage, clients: usize) -> Result<(Task, SocketAddr)> {
     command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
     in_own_session(&mut command);
     let child = command.spawn().context("cannot start redis-server")?;
-    let task = Task::adopt(Pid::from_raw(i32::try_from(child.id())?));
+    let task = Task::adopt(pid_of(&child));
     wait_until("redis-server listens", Duration::from_secs(10), || Ok(stage.connect(address).is_ok()))?;
     Ok((task, address))
 }

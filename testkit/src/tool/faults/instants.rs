@@ -6,10 +6,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use fastrand::Rng;
 use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
 use soccr_testkit::criu::last_errors;
 use soccr_testkit::stage::PATIENCE;
-use soccr_testkit::task::{pidfd_open, wait_readable, wait_until};
+use soccr_testkit::task::{pid_of, pidfd_open, wait_readable, wait_until};
 use soccr_testkit::{Client, Fleet, Place, Server, interrupt};
 
 use crate::faults::outcome::{self, Verdict};
@@ -111,9 +110,9 @@ fn once(
     Ok((hit, verdict))
 }
 
-fn kill_at(criu: &mut Child, instant: Duration) -> Result<bool> {
-    // The instant is the point here; a criu that ends earlier is not hit.
-    let ended = wait_readable(&pidfd_open(pid_of(criu)?)?, instant)?;
+/// Whether that came in time; a criu that has ended by itself is not hit.
+pub fn kill_at(criu: &mut Child, instant: Duration) -> Result<bool> {
+    let ended = wait_readable(&pidfd_open(pid_of(criu))?, instant)?;
     if !ended {
         criu.kill()?;
     }
@@ -136,7 +135,7 @@ fn kill_agent_at(scene: &Scene, criu: &mut Child, instant: Duration) -> Result<b
             .unwrap_or(true);
         hit = !gone && kill(agent, Signal::SIGKILL).is_ok();
     }
-    let ended = wait_readable(&pidfd_open(pid_of(criu)?)?, PATIENCE);
+    let ended = wait_readable(&pidfd_open(pid_of(criu))?, PATIENCE);
     if !matches!(ended, Ok(true)) {
         criu.kill()?;
         criu.wait()?;
@@ -144,8 +143,4 @@ fn kill_agent_at(scene: &Scene, criu: &mut Child, instant: Duration) -> Result<b
     }
     criu.wait()?;
     Ok(hit)
-}
-
-fn pid_of(child: &Child) -> Result<Pid> {
-    Ok(Pid::from_raw(i32::try_from(child.id())?))
 }

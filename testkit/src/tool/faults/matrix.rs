@@ -19,7 +19,7 @@ use soccr_testkit::netns::{End, veth};
 use soccr_testkit::server::sibling_binary;
 use soccr_testkit::sockets::{TaskSocket, tcp_sockets};
 use soccr_testkit::stage::{PATIENCE, V4, V6};
-use soccr_testkit::task::{name_and_state, run as run_command, wait_until};
+use soccr_testkit::task::{Task, name_and_state, pid_of, run as run_command, wait_until};
 use soccr_testkit::{Client, Fleet, NetNs, Pace, Place, Server, interrupt};
 
 use crate::faults::kernel;
@@ -327,7 +327,7 @@ fn subreaper(scene: &Scene) -> Told {
     run_as_subreaper(scene.dump(PLUGIN, pid, &images), &images.join("dump.log"))?;
     server.task.wait(PATIENCE)?;
     run_as_subreaper(scene.restore(PLUGIN, &images)?, &images.join("restore.log"))?;
-    let server = Server::restored(address, soccr_testkit::Task::adopt(pid), scene.dir());
+    let server = Server::restored(address, Task::adopt(pid), scene.dir());
     Ok((all_alive(scene, &server, fleet)?, "dump and restore".into()))
 }
 
@@ -397,7 +397,7 @@ impl Guard {
 
     /// A criu that was not told to detach ends with its tasks.
     fn end_server(mut self) -> Result<()> {
-        let tree = soccr_testkit::Task::adopt(Pid::from_raw(i32::try_from(self.0.id())?));
+        let tree = Task::adopt(pid_of(&self.0));
         let is_server = |pid: &&Pid| name_and_state(**pid).is_some_and(|(name, _)| name == "soccr-test");
         let pids = tree.tree();
         kill(*pids.iter().find(is_server).context("the server is in the tree")?, Signal::SIGKILL)?;

@@ -7,11 +7,10 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
 use soccr_testkit::criu::{Call, last_errors};
 use soccr_testkit::interrupt;
 use soccr_testkit::stage::PATIENCE;
-use soccr_testkit::task::{name_and_state, wait_until};
+use soccr_testkit::task::{name_and_state, pid_of, wait_until};
 use soccr_testkit::{Client, Fleet, Place, Server};
 
 use crate::faults::outcome::{self, Verdict};
@@ -186,7 +185,7 @@ fn run_with_fault(scene: &Scene, call: Call, point: &str, action: Action, log: &
 }
 
 fn end_of(criu: &mut Child, action: Action) -> Result<()> {
-    let pid = Pid::from_raw(i32::try_from(criu.id())?);
+    let pid = pid_of(criu);
     let mut stops = 0;
     let waited = wait_until("criu ends", PATIENCE, || {
         if criu.try_wait()?.is_some() {

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use soccr_testkit::server::reuses;
-use soccr_testkit::sockets::{state, tcp_sockets};
+use soccr_testkit::sockets::{Queues, tcp_sockets};
 use soccr_testkit::stage::{PATIENCE, V4, V6};
 use soccr_testkit::task::wait_until;
 use soccr_testkit::{Client, Criu, Fleet, Lock, Pace, Place, Server, Side, Stage};
@@ -94,14 +94,7 @@ impl<'a> Scene<'a> {
     ) -> Result<Fleet<Client>> {
         let clients = clients.into_iter().enumerate().map(|(nth, client)| client.greedy(nth < full));
         let fleet = Fleet::echoes(clients.collect(), Pace { period, parts: 10 })?;
-        wait_until("the queues are full", PATIENCE, || {
-            let mut filled = 0;
-            for socket in tcp_sockets(server.pid())? {
-                let connected = socket.state()? != state::LISTEN;
-                filled += usize::from(connected && socket.unread()? > 0 && socket.unacked()? > 0);
-            }
-            Ok(filled >= full)
-        })?;
+        wait_until("the queues are full", PATIENCE, || Ok(Queues::of(&[server.pid()])?.full >= full))?;
         Ok(fleet)
     }
 

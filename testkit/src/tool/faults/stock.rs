@@ -9,9 +9,10 @@ use nix::unistd::Pid;
 use soccr_testkit::criu::Call;
 use soccr_testkit::sockets::tcp_sockets;
 use soccr_testkit::stage::PATIENCE;
-use soccr_testkit::task::{Task, pidfd_open, wait_readable, wait_until};
+use soccr_testkit::task::{Task, wait_until};
 use soccr_testkit::{Client, Fleet, Lock, Place, Server, Side, leftovers};
 
+use crate::faults::instants::kill_at;
 use crate::faults::scene::{Scene, Tools};
 
 const CONNECTIONS: usize = 100;
@@ -87,10 +88,7 @@ fn once(tools: &Tools, lock: Lock, instant: Duration, totals: &mut Totals) -> Re
     let images = scene.images()?;
     let (server, fleet) = start(&scene)?;
     let (mut criu, _) = dump(&scene, lock, server.pid(), &images).spawn()?;
-    let pidfd = pidfd_open(Pid::from_raw(i32::try_from(criu.id())?))?;
-    wait_readable(&pidfd, instant)?;
-    criu.kill()?;
-    criu.wait()?;
+    kill_at(&mut criu, instant)?;
     scene.wait_until_quiet()?;
     wait_until("the server is traced no more", PATIENCE, || Ok(!server.task.is_traced()))?;
     settle(&scene, lock, server, fleet, &images, totals).context("after stock criu was killed")?;

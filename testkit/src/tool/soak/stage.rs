@@ -9,11 +9,10 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use fastrand::Rng;
-use nix::unistd::Pid;
 use soccr_testkit::interrupt::pause;
 use soccr_testkit::netns::End;
 use soccr_testkit::relay::{Passed, Relay, Weather};
-use soccr_testkit::sockets::{state, tcp_sockets};
+use soccr_testkit::sockets::Queues;
 use soccr_testkit::task::{Task, wait_until};
 use soccr_testkit::{NetNs, Side, Stage, leftovers};
 
@@ -100,7 +99,7 @@ impl<'a> Soak<'a> {
         pause(RUN.mul_f64(self.rng.f64()))?;
         let task = self.task.take().context("the server runs")?;
         let pid = task.pid();
-        let queues = Queues::of(&task)?;
+        let queues = Queues::of(&task.tree())?;
         self.clients.retire(ENDING);
         let (stage, images) = (self.stage, self.stage.images()?);
 
@@ -143,7 +142,9 @@ impl<'a> Soak<'a> {
         let totals = self.clients.finish()?;
         let task = self.task.context("the server runs")?;
         // It complains, if at all, when a connection ends.
-        wait_until("the server has seen every end", PATIENCE, || Ok(Queues::of(&task)?.connections == 0))?;
+        wait_until("the server has seen every end", PATIENCE, || {
+            Ok(Queues::of(&task.tree())?.connections == 0)
+        })?;
         drop(task);
         Ok((totals, self.relay.stop()?))
     }
@@ -178,34 +179,6 @@ fn nft_drop(ns: &NetNs) -> Result<()> {
     nft.stdin.take().context("stdin is a pipe")?.write_all(rules.as_bytes())?;
     ensure!(nft.wait()?.success(), "nft refuses a rule with numgen");
     Ok(())
-}
-
-/// The connections of a process tree, and how many have something queued.
-struct Queues {
-    connections: usize,
-    unread: usize,
-    unacked: usize,
-}
-
-impl Queues {
-    fn of(task: &Task) -> Result<Self> {
-        let mut queues = Self { connections: 0, unread: 0, unacked: 0 };
-        for process in task.tree() {
-            queues.add(process)?;
-        }
-        Ok(queues)
-    }
-
-    fn add(&mut self, process: Pid) -> Result<()> {
-        for socket in tcp_sockets(process)? {
-            if socket.state()? != state::LISTEN {
-                self.connections += 1;
-                self.unread += usize::from(socket.unread()? > 0);
-                self.unacked += usize::from(socket.unacked()? > 0);
-            }
-        }
-        Ok(())
-    }
 }
 
 /// # Errors
