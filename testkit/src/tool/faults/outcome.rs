@@ -68,9 +68,10 @@ pub fn of_dump(
 ) -> Result<Verdict> {
     scene.wait_until_quiet()?;
     wait_until("the server is traced no more", PATIENCE, || Ok(!server.task.is_traced()))?;
-    let cleaned = scene.clean()?;
+    let cleaned = scene.clean_orphans()?;
     let connections = fleet.size();
     if server.task.is_alive()? {
+        let cleaned = cleaned | scene.clean_locks()?;
         go_on(server.pid());
         let Seen { alive, lost, .. } = fleet.stop(PATIENCE);
         if lost.is_empty() || server.task.is_alive()? {
@@ -105,7 +106,7 @@ pub fn of_restore(
     killed: bool,
 ) -> Result<Verdict> {
     scene.wait_until_quiet()?;
-    let cleaned = scene.clean()?;
+    let cleaned = scene.clean_orphans()?;
     let status = scene.status()?;
     let connections = fleet.size();
     if status.has("dumped") {
@@ -149,6 +150,7 @@ fn restored(
 
 fn over(scene: &Scene, server: Server, kind: Kind, connections: usize, cleaned: bool) -> Result<Verdict> {
     server.task.wait(PATIENCE)?;
+    let cleaned = cleaned | scene.clean_locks()?;
     Ok(Verdict::of(scene, kind, None, connections, Vec::new(), cleaned))
 }
 

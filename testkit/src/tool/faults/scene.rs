@@ -104,20 +104,26 @@ impl<'a> Scene<'a> {
         Ok(Server::restored(address, task, self.dir()))
     }
 
-    /// What a user does who finds something orphaned, or a lock of CRIU's. Whether that was so.
-    pub fn clean(&self) -> Result<bool> {
-        let status = self.status()?;
-        let (orphans, strays) = (status.has("orphaned"), status.has_strays());
-        let mut said = String::new();
-        if orphans {
-            said += &self.soccr(&["clean", "--orphans"])?;
+    /// What a user does who finds something orphaned. Whether that was so.
+    pub fn clean_orphans(&self) -> Result<bool> {
+        let found = self.status()?.has("orphaned");
+        if found {
+            let said = self.soccr(&["clean", "--orphans"])?;
+            let left = self.status()?;
+            ensure!(!left.has("orphaned"), "soccr clean --orphans said {said} and left {left}");
         }
-        if strays {
-            said += &self.soccr(&["clean", "--stock-rules", "--netns", &self.host().path()])?;
+        Ok(found)
+    }
+
+    /// What he does who finds a lock of CRIU's, while nothing is to be restored. Whether that was so.
+    pub fn clean_locks(&self) -> Result<bool> {
+        let found = self.status()?.has_strays();
+        if found {
+            let said = self.soccr(&["clean", "--stock-rules", "--netns", &self.host().path()])?;
+            let left = self.status()?;
+            ensure!(!left.has_strays(), "soccr clean --stock-rules said {said} and left {left}");
         }
-        let left = self.status()?;
-        ensure!(!left.has("orphaned") && !left.has_strays(), "soccr clean said {said} and left {left}");
-        Ok(orphans || strays)
+        Ok(found)
     }
 
     /// Nothing is left of a case whose server lives or is gone for good.
