@@ -49,6 +49,9 @@ pub struct Options {
     /// A rule of the kernel's loses 1 % of what comes to the server, too
     #[arg(long)]
     nft_drop: bool,
+    /// The kernel's netem makes the bad network, where the kernel has that
+    #[arg(long)]
+    netem: bool,
     /// CRIU alone carries the connections, to compare, with --network-lock nftables
     #[arg(long)]
     stock: bool,
@@ -90,17 +93,15 @@ pub fn run(options: &Options) -> Result<()> {
 }
 
 fn cycles(criu: &Criu, options: &Options, out: &Path, report: &mut Report) -> Result<()> {
-    let weather = Weather {
-        loss: 0.01,
-        reorder: 0.01,
-        delay: (Duration::from_millis(1), Duration::from_millis(20)),
-        seed: options.seed,
-    };
+    let bad = (0.01, (Duration::from_millis(1), Duration::from_millis(20)));
+    let (share, delay) = if options.netem { (0.0, (Duration::ZERO, Duration::ZERO)) } else { bad };
+    let weather = Weather { loss: share, reorder: share, delay, seed: options.seed };
     let setting = Setting {
         side: options.side(),
         connections: options.connections.get(),
         weather,
         nft_drop: options.nft_drop,
+        netem: options.netem,
         pcap: options.pcap.clone(),
     };
     let stage = Stage::unwired(criu, out)?;

@@ -41,6 +41,9 @@ const ENDING: f64 = 0.05;
 /// The table of [`nft_drop`].
 const DROP_TABLE: &str = "soak_weather";
 
+/// Each host's end of the wire.
+const WIRE: &str = "soak";
+
 /// What is to be soaked, and how.
 pub struct Setting {
     pub side: Side,
@@ -48,6 +51,8 @@ pub struct Setting {
     pub weather: Weather,
     /// A rule of the kernel's loses packets, too.
     pub nft_drop: bool,
+    /// The kernel loses, delays and reorders what leaves either host.
+    pub netem: bool,
     pub pcap: Option<PathBuf>,
 }
 
@@ -81,6 +86,10 @@ impl<'a> Soak<'a> {
         let relay = network(setting, stage)?;
         if setting.nft_drop {
             nft_drop(stage.host())?;
+        }
+        if setting.netem {
+            netem(stage.host())?;
+            netem(&stage.peer)?;
         }
         let also = format!("[::]:{PORT_V6}");
         let args = ["--also", &also, "--mode", "ordered", "--processes", "2"];
@@ -162,8 +171,8 @@ impl<'a> Soak<'a> {
 
 fn network(setting: &Setting, stage: &Stage) -> Result<Relay> {
     let (a4, a6) = (format!("{SERVER_V4}/24"), format!("{SERVER_V6}/64"));
-    let a = End { ns: stage.host(), name: "soak", addresses: &[&a4, &a6] };
-    let b = End { ns: &stage.peer, name: "soak", addresses: &["10.99.0.2/24", "fd99::2/64"] };
+    let a = End { ns: stage.host(), name: WIRE, addresses: &[&a4, &a6] };
+    let b = End { ns: &stage.peer, name: WIRE, addresses: &["10.99.0.2/24", "fd99::2/64"] };
     Relay::start(a, b, setting.weather, setting.pcap.as_deref())
 }
 
@@ -178,6 +187,14 @@ fn nft_drop(ns: &NetNs) -> Result<()> {
         ns.command("nft").args(["-f", "-"]).stdin(Stdio::piped()).spawn().context("cannot run nft")?;
     nft.stdin.take().context("stdin is a pipe")?.write_all(rules.as_bytes())?;
     ensure!(nft.wait()?.success(), "nft refuses a rule with numgen");
+    Ok(())
+}
+
+fn netem(ns: &NetNs) -> Result<()> {
+    let mut tc = ns.command("tc");
+    tc.args(["qdisc", "add", "dev", WIRE, "root", "netem"]);
+    tc.args(["loss", "1%", "delay", "10ms", "reorder", "1%", "limit", "10000"]);
+    ensure!(tc.status().context("cannot run tc")?.success(), "tc refuses netem");
     Ok(())
 }
 
