@@ -41,8 +41,13 @@ impl Server {
     ) -> Result<Self> {
         let mut command = ns.command(sibling_binary("soccr-test")?);
         command.args(["server", "--listen"]).arg(address.to_string()).args(args);
+        Self::spawn(&mut command, dir)
+    }
+
+    /// Starts one by a command that begins with it, or with somebody who starts it.
+    pub fn spawn(command: &mut Command, dir: &Path) -> Result<Self> {
         let report = dir.join("server.err");
-        let (address, task) = spawn(&mut command, &report)?;
+        let (address, task) = spawn(command, &report)?;
         Ok(Self { address, task, report })
     }
 
