@@ -64,7 +64,7 @@ impl From<LockError> for ForgeError {
     }
 }
 
-/// Forges segments; keeps its raw sockets, one per network namespace and IP version, and any passage that it
+/// Forges segments; keeps its raw sockets, one per network namespace, device and IP version, and any passage that it
 /// had to open, until it is dropped. Connections are restored from few namespaces at a time, and most need no forge at
 /// all: lists cost nothing then. Threads that restore at the same time share one, and take turns.
 #[derive(Debug, Default)]
@@ -79,6 +79,8 @@ struct Tools {
 #[derive(Debug)]
 struct RawSocket {
     ns: NetNs,
+    /// A VRF has routes and addresses of its own, which only what is bound to its device sees.
+    device: Vec<u8>,
     ipv6: bool,
     fd: OwnedFd,
 }
@@ -143,7 +145,8 @@ impl Tools {
     ) -> Result<bool, ForgeError> {
         let wire = Segment { tuple: segment.tuple.on_wire(), ..*segment };
         let ipv6 = wire.tuple.local.is_ipv6();
-        match raw::send(self.raw_socket(ns, ipv6)?, &wire.packet(), wire.tuple.local) {
+        let device = sockopt::bound_device(socket)?;
+        match raw::send(self.raw_socket(ns, device, ipv6)?, &wire.packet(), wire.tuple.local) {
             // EPERM: a rule drops it on its way out already.
             Ok(()) | Err(SysError { errno: Errno::EPERM, .. }) => {}
             Err(error) => return Err(error.into()),
@@ -151,19 +154,23 @@ impl Tools {
         arrived(socket, reaches)
     }
 
-    fn raw_socket(&mut self, ns: &NetNs, ipv6: bool) -> Result<BorrowedFd<'_>, ForgeError> {
-        let known = self.sockets.iter().position(|socket| socket.ipv6 == ipv6 && socket.ns == *ns);
-        let index = known.unwrap_or(self.sockets.len());
-        if known.is_none() {
-            self.sockets.push(RawSocket { ns: ns.clone(), ipv6, fd: open(ns, ipv6)? });
+    fn raw_socket(&mut self, ns: &NetNs, device: Vec<u8>, ipv6: bool) -> Result<BorrowedFd<'_>, ForgeError> {
+        let is_it = |it: &RawSocket| it.ipv6 == ipv6 && it.device == device && it.ns == *ns;
+        let index = self.sockets.iter().position(is_it).unwrap_or(self.sockets.len());
+        if index == self.sockets.len() {
+            let fd = open(ns, &device, ipv6)?;
+            self.sockets.push(RawSocket { ns: ns.clone(), device, ipv6, fd });
         }
         Ok(self.sockets[index].fd.as_fd())
     }
 }
 
-fn open(ns: &NetNs, ipv6: bool) -> Result<OwnedFd, ForgeError> {
+fn open(ns: &NetNs, device: &[u8], ipv6: bool) -> Result<OwnedFd, ForgeError> {
     let socket = ns.run(|| raw::open(ipv6))??;
     sockopt::set_mark(socket.as_fd(), MARK)?;
+    if !device.is_empty() {
+        sockopt::bind_to_device(socket.as_fd(), device)?;
+    }
     Ok(socket)
 }
 

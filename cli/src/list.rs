@@ -125,7 +125,7 @@ fn options(socket: &Socket, info: &Info) -> Vec<String> {
         ("reuseport", sockopt::reuse_port(fd)),
         ("oobinline", sockopt::oob_inline(fd)),
         ("freebind", sockopt::free_bind(fd)),
-        ("bound-to-device", sockopt::is_bound_to_device(fd)),
+        ("bound-to-device", sockopt::bound_device(fd).map(|name| !name.is_empty())),
         ("ulp", tcp::has_upper_layer(fd)),
         ("repair", tcp::in_repair(fd)),
     ];

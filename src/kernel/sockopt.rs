@@ -172,12 +172,22 @@ pub fn cookie(fd: BorrowedFd<'_>) -> SysResult<u64> {
     get(fd, libc::SOL_SOCKET, libc::SO_COOKIE, "get SO_COOKIE")
 }
 
-/// Whether the socket is bound to a device (SO_BINDTODEVICE).
+/// The name of the device that the socket is bound to (SO_BINDTODEVICE); empty where it is to none.
 ///
 /// # Errors
 /// The kernel's answer.
-pub fn is_bound_to_device(fd: BorrowedFd<'_>) -> SysResult<bool> {
-    Ok(get_bytes(fd, libc::SOL_SOCKET, libc::SO_BINDTODEVICE)?.first().is_some_and(|byte| *byte != 0))
+pub fn bound_device(fd: BorrowedFd<'_>) -> SysResult<Vec<u8>> {
+    let mut name = get_bytes(fd, libc::SOL_SOCKET, libc::SO_BINDTODEVICE)?;
+    name.truncate(name.iter().position(|byte| *byte == 0).unwrap_or(name.len()));
+    Ok(name)
+}
+
+/// Binds the socket to the device of this name.
+///
+/// # Errors
+/// ENODEV for a name that the socket's network namespace does not have.
+pub fn bind_to_device(fd: BorrowedFd<'_>, name: &[u8]) -> SysResult<()> {
+    set_slice(fd, libc::SOL_SOCKET, libc::SO_BINDTODEVICE, name, "set SO_BINDTODEVICE")
 }
 
 /// Which buffer of a socket.

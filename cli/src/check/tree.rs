@@ -124,7 +124,7 @@ fn problems(socket: &Socket) -> Result<Vec<(bool, Problem)>> {
     }
     if let Some(tuple) = &tuple {
         add(
-            is_link_local(tuple) && !sockopt::is_bound_to_device(fd)?,
+            is_link_local(tuple) && sockopt::bound_device(fd)?.is_empty(),
             "an IPv6 link-local address without SO_BINDTODEVICE, which CRIU refuses",
             "have the program bind to the device, or use another address",
         );

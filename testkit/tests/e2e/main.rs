@@ -6,6 +6,7 @@
 mod callers;
 mod content;
 mod crossing;
+mod elsewhere;
 mod images;
 mod outcomes;
 mod pluginhost;
