@@ -1,7 +1,9 @@
 //! The programs and the configuration of this host.
 
 use std::ffi::OsStr;
-use std::io::{ErrorKind, Read};
+use std::fs::File;
+use std::io::{ErrorKind, Read, Seek};
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::{env, fs};
@@ -49,23 +51,31 @@ pub fn ask<S: AsRef<OsStr>>(program: &Path, arguments: impl IntoIterator<Item = 
 
 fn try_ask<S: AsRef<OsStr>>(program: &Path, arguments: impl IntoIterator<Item = S>) -> Result<String> {
     const PATIENCE: u16 = 20_000;
+    // Files, which need nobody to read them while the program runs.
+    let (mut answer, mut complaint) = (tempfile::tempfile()?, tempfile::tempfile()?);
     let mut command = Command::new(program);
     command.args(arguments).env("LC_ALL", "C").stdin(Stdio::null());
-    let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
-    // Answers fit into a pipe: none of these programs waits for us to read.
+    let mut child = command.stdout(answer.try_clone()?).stderr(complaint.try_clone()?).spawn()?;
     let pidfd = pidfd_open(child.id().cast_signed())?;
-    let mut ended = [PollFd::new(std::os::fd::AsFd::as_fd(&pidfd), PollFlags::POLLIN)];
+    let mut ended = [PollFd::new(pidfd.as_fd(), PollFlags::POLLIN)];
     if poll(&mut ended, PollTimeout::from(PATIENCE))? == 0 {
         child.kill()?;
         child.wait()?;
         bail!("does not answer within {} seconds", PATIENCE / 1000);
     }
-    let output = child.wait_with_output()?;
-    if !output.status.success() {
-        let said = String::from_utf8_lossy(&output.stderr);
-        bail!("{}: {}", output.status, said.lines().last().unwrap_or("nothing was said"));
+    let status = child.wait()?;
+    if !status.success() {
+        let said = written(&mut complaint)?;
+        bail!("{status}: {}", said.lines().last().unwrap_or("nothing was said"));
     }
-    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    written(&mut answer)
+}
+
+fn written(file: &mut File) -> Result<String> {
+    let mut bytes = Vec::new();
+    file.rewind()?;
+    file.read_to_end(&mut bytes)?;
+    Ok(String::from_utf8_lossy(&bytes).into_owned())
 }
 
 /// The text of a file; `None` when there is no such file.
@@ -80,7 +90,7 @@ pub fn read_if_there(path: &Path) -> Result<Option<String>> {
 /// Whether a file has these bytes in it.
 pub fn holds(path: &Path, bytes: &[u8]) -> Result<bool> {
     let mut all = Vec::new();
-    fs::File::open(path)
+    File::open(path)
         .and_then(|mut file| file.read_to_end(&mut all))
         .with_context(|| format!("cannot read {}", path.display()))?;
     Ok(all.windows(bytes.len()).any(|window| window == bytes))
@@ -117,5 +127,13 @@ mod tests {
             assert_eq!(version(text), want, "{text}");
         }
         assert!(kernel().is_some());
+    }
+
+    #[test]
+    fn a_long_answer_is_read_to_its_end() {
+        let said = ask(Path::new("/bin/sh"), ["-c", "head -c 300000 /dev/zero; echo end"]).unwrap();
+        assert!(said.len() == 300_004 && said.ends_with("end\n"));
+        let error = ask(Path::new("/bin/sh"), ["-c", "echo first >&2; echo why >&2; exit 3"]).unwrap_err();
+        assert_eq!(format!("{error:#}"), "/bin/sh: exit status: 3: why");
     }
 }

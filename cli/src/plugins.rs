@@ -22,14 +22,14 @@ pub fn installed() -> Result<PathBuf> {
     let places = ["../lib/soccr/plugins", "../plugins"].map(|place| beside.join(place));
     let mut places =
         places.into_iter().chain(["/usr/local", "/usr"].map(|p| Path::new(p).join("lib/soccr/plugins")));
-    let found = places.find(|place| are_of_soccr(place));
+    let found = places.find(|place| has_plugin(place));
     found.with_context(|| {
         format!("there is no {PLUGIN} where this command is installed; name its folder by --plugins DIR")
     })
 }
 
 /// Whether our plugin is in the folder.
-pub fn are_of_soccr(folder: &Path) -> bool {
+pub fn has_plugin(folder: &Path) -> bool {
     folder.join(PLUGIN).exists()
 }
 
@@ -41,8 +41,8 @@ pub fn verify(folder: &Path) -> Result<()> {
     let entries = fs::read_dir(folder).with_context(|| format!("{}", folder.display()))?;
     let mut names: Vec<_> = entries.map(|entry| Ok(entry?.file_name())).collect::<io::Result<_>>()?;
     names.sort();
-    trusted(folder, &fs::metadata(folder)?)?;
-    ensure!(are_of_soccr(folder), "{}: there is no {PLUGIN}", folder.display());
+    trusted(&fs::metadata(folder)?).with_context(|| format!("{}", folder.display()))?;
+    ensure!(has_plugin(folder), "{}: there is no {PLUGIN}", folder.display());
     for name in names.iter().filter(|name| name.as_encoded_bytes().ends_with(b".so")) {
         let path = folder.join(name);
         loadable(&path, name).with_context(|| format!("{}", path.display()))?;
@@ -51,7 +51,7 @@ pub fn verify(folder: &Path) -> Result<()> {
 }
 
 fn loadable(path: &Path, name: &OsStr) -> Result<()> {
-    trusted(path, &fs::metadata(path)?)?;
+    trusted(&fs::metadata(path)?)?;
     let bytes = fs::read(path)?;
     let described = describes(&bytes).context("is no library for this machine")?;
     ensure!(described || name != PLUGIN, "has no {DESCRIPTION}: it is not a plugin of soccr");
@@ -59,12 +59,11 @@ fn loadable(path: &Path, name: &OsStr) -> Result<()> {
 }
 
 /// criu runs as root, and so does what it loads.
-fn trusted(path: &Path, metadata: &Metadata) -> Result<()> {
+fn trusted(metadata: &Metadata) -> Result<()> {
     const OTHERS_WRITE: u32 = 0o002;
     ensure!(
         metadata.mode() & OTHERS_WRITE == 0,
-        "{}: everybody may write to it, and criu would run what they write",
-        path.display()
+        "everybody may write to it, and criu would run what they write"
     );
     Ok(())
 }

@@ -90,7 +90,7 @@ fn assess_one(runtime: Runtime, criu: Option<Criu>, mut problems: Vec<Problem>, 
     }
     let folder = settings.lib_dir.as_deref();
     let ours = folder.map(plugins::verify);
-    let named = folder.is_some_and(plugins::are_of_soccr);
+    let named = folder.is_some_and(plugins::has_plugin);
     let ignored = ignored_file(&runtime, criu_dir);
     let set_up = settings.tcp_close || named || ignored.is_some();
     if settings.tcp_close || named {
@@ -119,7 +119,7 @@ fn ignored_file(runtime: &Runtime, criu_dir: &Path) -> Option<Problem> {
         read_if_there(&path).ok().flatten().filter(|_| crun.kind == Kind::Crun && crun.names.is_none())?;
     let mut settings = Settings::default();
     settings.read(&text);
-    settings.lib_dir.filter(|dir| plugins::are_of_soccr(dir)).map(|_| {
+    settings.lib_dir.filter(|dir| plugins::has_plugin(dir)).map(|_| {
         let what = format!("{} names the plugin, and this crun does not have criu read it", path.display());
         Problem::new(what, "install crun 1.26 or later and libcriu 4.2 or later, or use runc")
     })
