@@ -84,7 +84,9 @@ fn assess_one(runtime: Runtime, criu: Option<Criu>, mut problems: Vec<Problem>, 
                 problems.extend(wrong_lines(&path, &text));
                 settings.read(&text);
             }
-            Err(error) => problems.push(Problem::new(format!("{error:#}"), "run this as root, or mend the file")),
+            Err(error) => {
+                problems.push(Problem::new(format!("{error:#}"), "run this as root, or mend the file"))
+            }
         }
         configuration.push(path);
     }
