@@ -43,6 +43,18 @@ fn the_finding() -> (String, String) {
     findings.remove(0)
 }
 
+/// Segments may be on their way for a moment, even here; the test's own limit of time ends a wait in vain.
+fn until(there: impl Fn() -> bool) {
+    while !there() {
+        std::thread::yield_now();
+    }
+}
+
+/// Connections that nobody has accepted yet.
+fn waiting(listener: &TcpListener) -> u32 {
+    tcp::info(listener.as_fd()).expect("TCP_INFO").unacked
+}
+
 fn name(stream: &TcpStream) -> String {
     format!("{} → {}", stream.local_addr().expect("an address"), stream.peer_addr().expect("an address"))
 }
@@ -59,6 +71,7 @@ fn sockets_are_listed_with_their_queues_and_all_descriptors() {
         let listener = TcpListener::bind("127.0.0.1:0").expect("bind");
         let address = listener.local_addr().expect("an address").to_string();
         let _waits = TcpStream::connect(&address).expect("connect");
+        until(|| waiting(&listener) == 1 && tcp::receive_queue_len(theirs.as_fd()).expect("SIOCINQ") == 5);
         let list = json_of(&soccr(&["list", "--json"]));
         let sockets = list["sockets"].as_array().expect("a list");
         let of = |local: String, remote: Option<String>| {
@@ -150,6 +163,7 @@ fn connections_that_nobody_accepted_are_found() {
         let listener = TcpListener::bind("127.0.0.1:0").expect("bind");
         let to = listener.local_addr().expect("an address");
         let _waiting = [TcpStream::connect(to).expect("connect"), TcpStream::connect(to).expect("connect")];
+        until(|| waiting(&listener) == 2);
         let (socket, what) = the_finding();
         assert!(
             socket == to.to_string() && what.starts_with("2 connections wait to be accepted"),
@@ -176,9 +190,7 @@ fn urgent_data_is_found_until_it_is_read() {
             send(b"abc", MsgFlags::MSG_OOB);
             send(b"def", MsgFlags::empty());
             // Until the segments are there, whichever way they come.
-            while !findings().0.iter().any(|(_, what)| what.contains("urgent data is unread")) {
-                std::thread::yield_now();
-            }
+            until(|| findings().0.iter().any(|(_, what)| what.contains("urgent data is unread")));
             let (socket, _) = the_finding();
             assert_eq!(socket, name(&theirs));
             assert_eq!(receive(10, MsgFlags::empty()), 2, "up to the mark");
