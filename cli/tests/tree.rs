@@ -14,7 +14,7 @@ use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use serde_json::{Value, json};
 use soccr::kernel::sockopt;
 use soccr::kernel::tcp::{self, Repair};
-use support::{connected, in_own_network};
+use support::{connected, in_own_network, lacks};
 
 fn soccr(arguments: &[&str]) -> Output {
     let pid = std::process::id().to_string();
@@ -143,8 +143,7 @@ fn what_can_be_carried_is_counted_and_left_as_it_is() {
 fn an_mptcp_listener_is_found() {
     in_own_network(|| {
         let Ok(socket) = sockopt::socket(libc::AF_INET, libc::SOCK_STREAM, libc::IPPROTO_MPTCP) else {
-            assert!(std::env::var_os("SOCCR_TEST_REQUIRE").is_none(), "this kernel has no MPTCP");
-            return eprintln!("SKIPPED: this kernel has no MPTCP");
+            return lacks("this kernel has no MPTCP");
         };
         tcp::bind(socket.as_fd(), "127.0.0.1:7100".parse().expect("an address")).expect("bind");
         nix::sys::socket::listen(&socket, nix::sys::socket::Backlog::new(1).expect("small")).expect("listen");
@@ -212,8 +211,7 @@ fn signed_segments_are_found() {
         let keyed = [listener.as_fd(), socket.as_fd()]
             .map(|fd| sockopt::set_bytes(fd, libc::SOL_TCP, libc::TCP_MD5SIG, &key()));
         if keyed.iter().any(Result::is_err) {
-            assert!(std::env::var_os("SOCCR_TEST_REQUIRE").is_none(), "this kernel has no TCP-MD5");
-            return eprintln!("SKIPPED: this kernel has no TCP-MD5");
+            return lacks("this kernel has no TCP-MD5");
         }
         let (at, what) = the_finding();
         assert_eq!(at, listener.local_addr().expect("an address").to_string());
