@@ -1,6 +1,9 @@
 #!/usr/bin/python3
 """client.py ADDRESS PORT STREAMS: keeps streams to an echo server going and looks at every byte that comes back.
 
+Packets shall be on the way at every moment of a freeze. So every other stream has a window wide open and sends new
+segments, whether or not the old ones are answered; the others retransmit, each at its own pace.
+
 Prints `ready` once all streams run. A line on stdin asks for the verdict: a stream is alive when all that it had sent
 by then and PROOF bytes more have come back within PATIENCE. The verdict is one line of JSON.
 """
@@ -15,9 +18,11 @@ import socket
 import sys
 import time
 
-CHUNK = 1 << 10
-WINDOW = 16 << 10  # bytes on the way at most
-PROOF = 64 << 10
+BURST = 16 << 10  # to open the window
+OPENING = 1 << 20
+DRIP = 128
+WINDOW = 128 << 10  # bytes on the way at most
+PROOF = 4 << 10
 TICK = 0.01
 PATIENCE = 20
 CONNECTING = 20
@@ -29,7 +34,7 @@ class Stream:
         # A prime length: no shift by a chunk or a window shows the same bytes.
         self.pattern = random.Random(number).randbytes(65521) * 2
         self.socket = connect(address)
-        retransmit_early(self.socket, number)
+        set_pace(self.socket, number)
         self.port = self.socket.getsockname()[1]
         self.sent = self.received = 0
         self.goal = None
@@ -43,12 +48,15 @@ class Stream:
 
     def write(self):
         with self.ending():
-            if self.sent - self.received < WINDOW:
-                self.sent += self.socket.send(self.bytes(self.sent, CHUNK))
+            length = BURST if self.sent < OPENING else DRIP
+            while self.sent - self.received < WINDOW:
+                self.sent += self.socket.send(self.bytes(self.sent, length))
+                if length == DRIP:
+                    break
 
     def read(self):
         with self.ending():
-            data = self.socket.recv(WINDOW)
+            data = self.socket.recv(BURST)
             now = time.monotonic()
             self.silence, self.heard = max(self.silence, now - self.heard), now
             if not data:
@@ -98,9 +106,10 @@ def connect(address):
         return found
 
 
-def retransmit_early(sock, number):
-    """Each stream at its own pace, so that at no moment of a freeze all of them are quiet; an old kernel has one pace."""
-    for option, value in ((TCP_RTO_MIN_US, 5000 * (1 + number % 20)), (TCP_RTO_MAX_MS, 1000)):
+def set_pace(sock, number):
+    """An old kernel has one pace for all."""
+    earliest = 1_000_000 if number % 2 else 5000 * (1 + number // 2)
+    for option, value in ((TCP_RTO_MIN_US, earliest), (TCP_RTO_MAX_MS, 1000)):
         with contextlib.suppress(OSError):
             sock.setsockopt(socket.IPPROTO_TCP, option, value)
 
@@ -111,7 +120,7 @@ def main():
     selector = selectors.DefaultSelector()
     for stream in streams:
         selector.register(stream.socket, selectors.EVENT_READ, stream)
-    run(selector, streams, lambda: all(stream.received > WINDOW or stream.end for stream in streams))
+    run(selector, streams, lambda: all(stream.received >= OPENING or stream.end for stream in streams))
     print("ready", flush=True)
 
     selector.register(sys.stdin, selectors.EVENT_READ)

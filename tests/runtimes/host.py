@@ -71,6 +71,7 @@ def make_host(userland):
     subprocess.run(["ldconfig"], check=True)
     sh("ip link set lo up")
     sh("sysctl -qw net.ipv4.ip_forward=1")
+    sh("sysctl -qw net.ipv4.tcp_slow_start_after_idle=0")  # the client's windows stay open
     plug("lan", "10.77.0")
 
 
@@ -108,6 +109,7 @@ def plug(name, net):
     sh(f"{inside} ip addr add {net}.2/24 dev eth0")
     sh(f"{inside} ip link set eth0 up")
     sh(f"{inside} ip route add default via {net}.1")
+    sh(f"{inside} sysctl -qw net.ipv4.tcp_slow_start_after_idle=0")
 
 
 def configure_criu(who):
@@ -133,6 +135,8 @@ def one_round(runtime, case, logs):
     with client(case, address, logs) as streams, watched(logs):
         seconds = runtime.dump_and_restore(case)
         result = streams.verdict() | {"seconds": seconds}
+        if (after := runtime.address(case)) != address:
+            result["error"] = f"the container's address was {address} and is {after}"
         left = [f"while it runs: {line}" for line in locks(runtime)]
     runtime.remove()
     result["left"] = left + still_new(before)
@@ -172,7 +176,7 @@ def watched(logs):
         yield
         return
     sources = {
-        "rst": "tcpdump -l -n -t -i any tcp[tcpflags]&tcp-rst!=0",
+        "tcp": "tcpdump -Z root -l -n -t -i any tcp",
         "ip": "ip -o monitor link addr route",
         "conntrack": "conntrack -E -p tcp",
         "nft": "nft monitor",
@@ -181,9 +185,12 @@ def watched(logs):
         processes = [watch(name, command, log) for name, command in sources.items()]
         time.sleep(1)  # none of them says when it has begun
         print(f"{time.time():.6f} begin", file=log)
+        ended = threading.Event()
+        threading.Thread(target=watch_criu, args=(log, ended), daemon=True).start()
         try:
             yield
         finally:
+            ended.set()
             print(f"{time.time():.6f} end", file=log)
             for process in processes:
                 process.kill()
@@ -200,6 +207,16 @@ def watch(name, command, log):
 
     threading.Thread(target=copy, daemon=True).start()
     return process
+
+
+def watch_criu(log, ended):
+    running = set()
+    while not ended.wait(0.005):
+        now = set(subprocess.run(["pgrep", "-ax", "criu"], capture_output=True, text=True, check=False).stdout.splitlines())
+        for words, lines in (("starts", now - running), ("ends", running - now)):
+            for line in lines:
+                print(f"{time.time():.6f} criu {words}: {line}", file=log)
+        running = now
 
 
 # --- what is left ---

@@ -72,6 +72,7 @@ if ! ip link show br0 >/dev/null 2>&1; then
 	ip addr add 10.79.0.1/24 dev br0
 	ip link set br0 up
 fi
+ip link del own0 2>/dev/null || true  # of the container that was dumped, on its way out
 ip link add own0 type veth peer name eth0 netns "$pid"
 ip link set own0 master br0 up
 nsenter --net="/proc/$pid/ns/net" sh -ec '
@@ -132,6 +133,9 @@ class Podman:
             "published": ["--network", "podman", "-p", f"{PUBLISHED}:{PORT}"],
         }[case.network]
         run("podman", "run", "-d", "--name", "c", *network, self.image, *SERVER)
+        return self.address(case)
+
+    def address(self, case):
         if case.network in ("host", "path"):
             return "10.78.0.2"
         return run("podman", "inspect", "-f", "{{.NetworkSettings.IPAddress}}", "c")
@@ -215,6 +219,9 @@ class Oci:
     def start(self, case):
         self.make_bundle(case)
         self.call("run", "-d", "--bundle", self.bundle, "c")
+        return self.address(case)
+
+    def address(self, case):
         return "10.79.0.2" if case.network == "own" else "10.78.0.2"
 
     def dump_and_restore(self, case):
