@@ -54,12 +54,14 @@ def main():
 
 
 def make_host(userland):
+    mounts = [line.split()[1:4] for line in Path("/proc/self/mounts").read_text().splitlines()]
     for path in ("/run", "/tmp"):
         if not ROOT.is_relative_to(path):
             mount("-t", "tmpfs", "tmpfs", path)
     for path in ("/run/netns", "/run/lock", "/run/work", "/run/own"):
         os.makedirs(path)
-    own_cgroups()
+    mount("-t", "sysfs", "sysfs", "/sys")  # shows the links of this network namespace
+    own_cgroups(mounts)
     unpacked = HERE / userland
     for path in ("usr", "etc", "var"):
         cover(f"/{path}", unpacked / path)
@@ -75,9 +77,8 @@ def make_host(userland):
     plug("lan", "10.77.0")
 
 
-def own_cgroups():
+def own_cgroups(mounts):
     """In the cgroup namespace the machine's mounts show the machine's groups; these show ours alone."""
-    mounts = [line.split()[1:4] for line in Path("/proc/self/mounts").read_text().splitlines()]
     mount("-t", "tmpfs", "tmpfs", "/sys/fs/cgroup")
     for where, kind, options in mounts:
         if kind in ("cgroup", "cgroup2"):

@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 ROOTFS = ROOT / "target/runtimes/rootfs"
 PORT = 7000
 PUBLISHED = 7100
+LIMIT = 30  # seconds for one command
 # The server makes itself a session, which the first process of a container cannot: the shell is that one.
 SERVER = ["/bin/sh", "-c", f"/bin/soccr-test server --listen 0.0.0.0:{PORT} & wait"]
 
@@ -47,6 +48,7 @@ CASES = {
     "export, rm, import": Case("bridge", dump="export"),
     "keep": Case("bridge", dump="keep"),
     "leave running": Case("bridge", dump="leave"),
+    "leave running, own": Case("own", dump="leave"),
     "leave running, path": Case("path", dump="leave"),
 }
 
@@ -58,7 +60,8 @@ def sh(command):
 def run(*command, **more):
     """Its output; an error of ours when it fails."""
     command = [str(word) for word in command]
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, **more)
+    io = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True}
+    done = subprocess.run(command, check=False, timeout=LIMIT, **io, **more)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}: status {done.returncode}: {(done.stderr or done.stdout).strip()[-600:]}")
     return done.stdout.strip()
@@ -67,7 +70,7 @@ def run(*command, **more):
 # An OCI runtime makes an empty network namespace, and leaves the rest to a hook, at a restore too.
 WIRE = """#!/bin/sh -e
 pid=$(sed -n 's/.*"pid": *\\([0-9]*\\).*/\\1/p')
-if ! ip link show br0 >/dev/null 2>&1; then
+if ! [ -e /sys/class/net/br0 ]; then
 	ip link add br0 type bridge
 	ip addr add 10.79.0.1/24 dev br0
 	ip link set br0 up
@@ -81,6 +84,17 @@ nsenter --net="/proc/$pid/ns/net" sh -ec '
 	ip link set eth0 up
 	ip route add default via 10.79.0.1'
 """
+
+
+def quiet(log, *command):
+    """With nothing open but /dev/null: what it leaves running would hold a pipe, and criu finds no file of the host's."""
+    command = [str(word) for word in command]
+    null = subprocess.DEVNULL
+    done = subprocess.run(command, stdin=null, stdout=null, stderr=null, check=False, timeout=LIMIT)
+    with open(log, "a") as file:
+        print(done.returncode, *command, file=file)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}: status {done.returncode}; see {log.parent}")
 
 
 class Clock:
@@ -97,7 +111,7 @@ class Clock:
 class Podman:
     userland = "bookworm"
     backend = "netavark"
-    cases = [case for case in CASES if case not in ("own", "leave running, path")]
+    cases = [name for name, case in CASES.items() if case.network != "own" and name != "leave running, path"]
 
     def __init__(self, work, logs):
         self.work = work
@@ -237,21 +251,7 @@ class Oci:
         return clock.marks
 
     def call(self, *words):
-        # A host's file as stdout would be a mount that criu cannot find in the container.
-        words = [self.name, *map(str, words)]
-        with open(self.logs / "runtime.log", "a+") as log:
-            done = subprocess.run(
-                [*words[:1], "--log", self.logs / f"{self.name}.log", *words[1:]],
-                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False,
-            )  # fmt: skip
-            print(done.returncode, *words, file=log)
-        if done.returncode:
-            raise RuntimeError(f"{' '.join(words)}: status {done.returncode}: {self.last_words()}")
-
-    def last_words(self):
-        log = self.logs / f"{self.name}.log"
-        lines = log.read_text().splitlines() if log.exists() else []
-        return lines[-1] if lines else "no word"
+        quiet(self.logs / "runtime.log", self.name, "--log", self.logs / f"{self.name}.log", *words)
 
     def pid(self):
         return json.loads(run(self.name, "state", "c"))["pid"]
@@ -267,6 +267,76 @@ class Runc(Oci):
     pass
 
 
-RUNTIMES = {"podman-runc": Podman, "podman-cni": PodmanCni, "runc": Runc}
+class Lxc:
+    """lxc-checkpoint, which dumps the network namespace too and names the wire to criu."""
+
+    cases = ["own", "host", "leave running, own"]
+    userland = "bookworm"
+
+    def __init__(self, work, logs):
+        self.work = work
+        self.logs = logs
+        self.path = work / "lxc"
+
+    def configure(self, case):
+        shutil.rmtree(self.path, ignore_errors=True)
+        rootfs = self.path / "c/rootfs"
+        shutil.copytree(ROOTFS, rootfs, symlinks=True)
+        (rootfs / "serve").write_text(SERVER[2] + "\n")
+        lines = [
+            "uts.name = c",
+            f"rootfs.path = dir:{rootfs}",
+            "init.cmd = /bin/sh /serve",
+            "mount.auto = proc:rw sys:rw",
+            "console.path = none",
+            "tty.max = 0",
+            "pty.max = 1",
+        ]
+        if case.network == "host":
+            lines += ["net.0.type = none"]
+        else:
+            lines += ["net.0.type = veth", "net.0.link = br0", "net.0.name = eth0", "net.0.flags = up"]
+            lines += ["net.0.ipv4.address = 10.79.0.2/24", "net.0.ipv4.gateway = 10.79.0.1"]
+        (self.path / "c/config").write_text("".join(f"lxc.{line}\n" for line in lines))
+
+    def start(self, case):
+        if not Path("/sys/class/net/br0").exists():
+            sh("ip link add br0 type bridge")
+            sh("ip addr add 10.79.0.1/24 dev br0")
+            sh("ip link set br0 up")
+        self.configure(case)
+        self.call("lxc-start", "-d")
+        return self.address(case)
+
+    def address(self, case):
+        return "10.79.0.2"
+
+    def dump_and_restore(self, case):
+        clock = Clock()
+        images = self.work / "images"
+        self.call("lxc-checkpoint", "-D", images, *([] if case.dump == "leave" else ["-s"]))
+        clock.mark("dump")
+        self.keep_logs()
+        if case.dump != "leave":
+            self.call("lxc-checkpoint", "-r", "-D", images)
+            clock.mark("restore")
+        return clock.marks
+
+    def call(self, program, *words):
+        words = ["-P", self.path, "-n", "c", "-l", "INFO", "-o", self.logs / f"{program}.log", *words]
+        quiet(self.logs / "runtime.log", program, *words)
+
+    def pid(self):
+        return sh(f"lxc-info -P {self.path} -n c -p -H")
+
+    def remove(self):
+        self.call("lxc-stop", "-k")
+
+    def keep_logs(self):
+        for log in (self.work / "images").glob("*.log"):
+            shutil.copy(log, self.logs)
+
+
+RUNTIMES = {"podman-runc": Podman, "podman-cni": PodmanCni, "runc": Runc, "lxc": Lxc}
 
 assert os.geteuid() == 0, "a container runtime needs root"
