@@ -62,9 +62,8 @@ def make_host(userland):
         os.makedirs(path)
     mount("-t", "sysfs", "sysfs", "/sys")  # shows the links of this network namespace
     own_cgroups(mounts)
-    unpacked = HERE / userland
     for path in ("usr", "etc", "var"):
-        cover(f"/{path}", unpacked / path)
+        cover(f"/{path}", [HERE / tree / path for tree in userland])
     for path in ("/var/lib/containers", "/var/lib/containerd", "/var/lib/lxc"):
         os.makedirs(path, exist_ok=True)
         mount("-t", "tmpfs", "tmpfs", path)
@@ -91,12 +90,13 @@ def mount(*arguments):
     subprocess.run(["mount", *arguments], check=True)
 
 
-def cover(path, more):
+def cover(path, unpacked):
     """An overlay whose changes stay in memory."""
     upper, work = (f"/run/own{path}/{name}" for name in ("upper", "work"))
     os.makedirs(upper)
     os.makedirs(work)
-    mount("-t", "overlay", "-o", f"lowerdir={more}:{path},upperdir={upper},workdir={work}", "overlay", path)
+    lower = ":".join(str(folder) for folder in [*unpacked, path] if os.path.isdir(folder))
+    mount("-t", "overlay", "-o", f"lowerdir={lower},upperdir={upper},workdir={work}", "overlay", path)
 
 
 def plug(name, net):

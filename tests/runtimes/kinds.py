@@ -109,7 +109,7 @@ class Clock:
 
 
 class Podman:
-    userland = "bookworm"
+    userland = ["stable"]
     backend = "netavark"
     cases = [name for name, case in CASES.items() if case.network != "own" and name != "leave running, path"]
 
@@ -201,7 +201,7 @@ class Oci:
     """A runtime of the OCI's command line, driven by hand."""
 
     cases = ["own", "host", "path", "leave running, path"]
-    userland = "bookworm"
+    userland = ["stable"]
     name = "runc"
 
     def __init__(self, work, logs):
@@ -267,11 +267,16 @@ class Runc(Oci):
     pass
 
 
+class Crun(Oci):
+    userland = ["sid", "stable"]
+    name = "crun"
+
+
 class Lxc:
     """lxc-checkpoint, which dumps the network namespace too and names the wire to criu."""
 
     cases = ["own", "host", "leave running, own"]
-    userland = "bookworm"
+    userland = ["stable"]
 
     def __init__(self, work, logs):
         self.work = work
@@ -337,6 +342,6 @@ class Lxc:
             shutil.copy(log, self.logs)
 
 
-RUNTIMES = {"podman-runc": Podman, "podman-cni": PodmanCni, "runc": Runc, "lxc": Lxc}
+RUNTIMES = {"podman-runc": Podman, "podman-cni": PodmanCni, "runc": Runc, "crun": Crun, "lxc": Lxc}
 
 assert os.geteuid() == 0, "a container runtime needs root"
