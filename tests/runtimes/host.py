@@ -38,10 +38,10 @@ def main():
     logs.mkdir(parents=True, exist_ok=True)
     sys.stderr = open(logs / "host.log", "w", buffering=1)
     os.dup2(sys.stderr.fileno(), 2)
-    make_host(RUNTIMES[runtime_name].userland)
+    make_host(RUNTIMES[runtime_name])
     runtime = RUNTIMES[runtime_name](Path("/run/work"), logs)
     case = CASES[case_name]
-    configure_criu(who)
+    configure_criu(who, runtime.conf, runtime.criu.get(case.network, []))
     try:
         result = one_round(runtime, case, logs)
     except Exception as error:  # whatever it was: this round failed by it
@@ -53,7 +53,7 @@ def main():
 # --- the host ---
 
 
-def make_host(userland):
+def make_host(kind):
     mounts = [line.split()[1:4] for line in Path("/proc/self/mounts").read_text().splitlines()]
     for path in ("/run", "/tmp"):
         if not ROOT.is_relative_to(path):
@@ -61,9 +61,12 @@ def make_host(userland):
     for path in ("/run/netns", "/run/lock", "/run/work", "/run/own"):
         os.makedirs(path)
     mount("-t", "sysfs", "sysfs", "/sys")  # shows the links of this network namespace
-    own_cgroups(mounts)
+    versions = {"cgroup", "cgroup2"} & {version for _, version, _ in mounts}
+    if len(versions) > 1 and not kind.hybrid:
+        versions = {"cgroup"}
+    own_cgroups([each for each in mounts if each[1] in versions])
     for path in ("usr", "etc", "var"):
-        cover(f"/{path}", [HERE / tree / path for tree in userland])
+        cover(f"/{path}", [HERE / tree / path for tree in kind.userland])
     for path in ("/var/lib/containers", "/var/lib/containerd", "/var/lib/lxc"):
         os.makedirs(path, exist_ok=True)
         mount("-t", "tmpfs", "tmpfs", path)
@@ -80,10 +83,9 @@ def own_cgroups(mounts):
     """In the cgroup namespace the machine's mounts show the machine's groups; these show ours alone."""
     mount("-t", "tmpfs", "tmpfs", "/sys/fs/cgroup")
     for where, kind, options in mounts:
-        if kind in ("cgroup", "cgroup2"):
-            hierarchy = [option for option in options.split(",") if option not in ("rw", "relatime")]
-            os.makedirs(where, exist_ok=True)
-            mount("-t", kind, *(["-o", ",".join(hierarchy)] if kind == "cgroup" else []), kind, where)
+        hierarchy = [option for option in options.split(",") if option not in ("rw", "relatime")]
+        os.makedirs(where, exist_ok=True)
+        mount("-t", kind, *(["-o", ",".join(hierarchy)] if kind == "cgroup" else []), kind, where)
 
 
 def mount(*arguments):
@@ -113,14 +115,14 @@ def plug(name, net):
     sh(f"{inside} sysctl -qw net.ipv4.tcp_slow_start_after_idle=0")
 
 
-def configure_criu(who):
-    """What every runtime tells criu is the same for both; ours has the plugin besides."""
-    lines = ["tcp-close", f"libdir {ROOT}/target/plugins"] if who == "ours" else []
+def configure_criu(who, file, lines):
+    """The same for both; ours has the plugin besides."""
+    if who == "ours":
+        lines = [*lines, "tcp-close", f"libdir {ROOT}/target/plugins"]
     folder = Path("/etc/criu")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    for name in ("runc.conf", "crun.conf", "default.conf"):
-        (folder / name).write_text("".join(f"{line}\n" for line in lines))
+    (folder / file).write_text("".join(f"{line}\n" for line in lines))
 
 
 # --- a round ---
