@@ -2,7 +2,7 @@
 # The work is done by the scripts in scripts/, each of which can be run by hand.
 
 .DEFAULT_GOAL := all
-.PHONY: all criu demo test bench soak faults fuzz lint zdtm kernels criu-with-libsoccr install clean distclean help
+.PHONY: all criu demo test bench soak faults fuzz lint zdtm criu-with-libsoccr runtimes install clean distclean help
 
 # One place for what is built, whatever the shell says: scripts and tests look for it there.
 export CARGO_TARGET_DIR := $(CURDIR)/target
@@ -23,6 +23,10 @@ WHAT ?= plugin
 T ?=
 K ?=
 SECONDS ?= 60
+R ?=
+ROUNDS ?= 10
+STOCK ?= 1
+CASES ?=
 
 all: ## libsoccr.{a,so}, the soccr command and the plugin for CRIU, under target/
 	@scripts/build
@@ -59,6 +63,9 @@ zdtm: all criu ## CRIU's own TCP tests (WHAT=plugin|libsoccr|stock, T="names": o
 
 kernels: ## the tests on Debian's kernels in a virtual machine (K="6.1 …": only these)
 	@scripts/kernels $(K)
+
+runtimes: ## podman, runc, crun, LXC with the plugin, beside stock (R="runc …" ROUNDS=10 STOCK=1 CASES=…: see scripts/runtimes)
+	@scripts/runtimes --rounds $(ROUNDS) $(if $(filter 0,$(STOCK)),--no-stock) $(if $(CASES),--cases $(CASES)) -- $(R)
 
 criu-with-libsoccr: all criu ## CRIU linked with our libsoccr.a in place of its own
 	@scripts/criu-with-libsoccr
