@@ -31,6 +31,8 @@ impl LockName {
     /// The prefix of locks that are soccr's own business.
     pub const SOCCR: &str = "soccr-";
 
+    const PATH: &str = "path-";
+
     /// `CRIU-<id>`: what stock CRIU removes when `id` is its image's `dump_criu_run_id`.
     ///
     /// # Errors
@@ -60,8 +62,14 @@ impl LockName {
     pub fn on_path(&self) -> Self {
         let id = self.id();
         let id = id.strip_prefix(Self::SOCCR).unwrap_or(id);
-        let name = format!("{}path-{id}", Self::SOCCR);
+        let name = format!("{}{}{id}", Self::SOCCR, Self::PATH);
         Self(name.get(..Self::MAX_LEN).unwrap_or(&name).to_owned())
+    }
+
+    /// Whether it is a lock [on the way](Self::on_path).
+    #[must_use]
+    pub fn is_on_path(&self) -> bool {
+        self.id().starts_with(Self::PATH)
     }
 
     /// The table's name.
@@ -133,6 +141,14 @@ mod tests {
     fn the_id_is_what_follows_the_prefix() {
         assert_eq!(LockName::criu("12-a").unwrap().id(), "12-a");
         assert_eq!(LockName::soccr("b").unwrap().id(), "b");
+    }
+
+    #[test]
+    fn a_dump_and_its_restore_call_their_lock_on_the_way_the_same() {
+        let dump = LockName::criu("soccr-0123456789ab").unwrap();
+        assert_eq!(dump.on_path().as_str(), "soccr-path-0123456789ab");
+        assert!(dump.on_path().is_on_path() && !dump.is_on_path());
+        assert_eq!(LockName::soccr(&"x".repeat(20)).unwrap().on_path().as_str().len(), LockName::MAX_LEN);
     }
 
     #[test]

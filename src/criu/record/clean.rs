@@ -13,7 +13,7 @@ use crate::criu::stock::{self, NamespaceLock};
 use crate::criu::tasks::{Fate, ProcessId, Task, Walker};
 use crate::kernel::netns::NetNs;
 use crate::kernel::{sockopt, tcp};
-use crate::lock;
+use crate::lock::{self, conntrack};
 use crate::repair::{Paused, Probe, Who, four_tuple};
 
 /// How to clean.
@@ -252,6 +252,12 @@ fn unlock(store: &Store, record: &Record, options: Options, report: &mut Report)
             }
             continue;
         };
+        if lock.name.is_on_path()
+            && !options.dry_run
+            && let Err(error) = conntrack::restore(ns, &record.translations)
+        {
+            report.problems.push(chain(&error));
+        }
         match remove(ns, lock, options) {
             Ok(true) => report.unlocked.push(lock.clone()),
             Ok(false) => report.absent.push(lock.clone()),

@@ -31,6 +31,7 @@ use crate::criu::tasks::{FoundConnection, Place, ProcessId};
 use crate::kernel::netns::NetNs;
 use crate::kernel::process::RemoteFd;
 use crate::kernel::sockopt;
+use crate::lock::conntrack::Translation;
 use crate::lock::{LockName, Method};
 
 pub use clean::{Options as CleanOptions, Report, clean, is_undone, locked_by_criu, remove_locks};
@@ -64,6 +65,9 @@ pub struct Record {
     /// The namespaces that CRIU itself locks as a whole: that of a tree which does not share criu's.
     #[serde(default)]
     pub criu_locks: Vec<NsId>,
+    /// The connections that are translated where they are locked on their way.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub translations: Vec<Translation>,
     /// The tasks that the connections belong to. While a dump waits for its restore: those that were dumped.
     pub tasks: Vec<ProcessId>,
     /// What the tasks' death will make of the locks: `true`, they stay for the restore.

@@ -16,6 +16,7 @@ use crate::connection::FourTuple;
 use crate::criu::tasks::ProcessId;
 use crate::kernel::netns::NetNs;
 use crate::lock::BadOption;
+use crate::lock::conntrack::Translation;
 
 /// The environment variable that turns records off: `SOCCR_RECORD=off`.
 pub const RECORD_VARIABLE: &str = "SOCCR_RECORD";
@@ -49,6 +50,7 @@ impl Recorder {
             agent: identify(std::process::id().cast_signed())?,
             locks: Vec::new(),
             criu_locks: Vec::new(),
+            translations: Vec::new(),
             tasks: Vec::new(),
             kept_after_death: true,
             connections: 0,
@@ -175,6 +177,11 @@ impl Recorder {
     /// Says that this lock is not there any more.
     pub fn forget_lock(&mut self, lock: &LockRecord) {
         self.record.locks.retain(|known| known != lock);
+    }
+
+    /// Says how connections are translated where they are locked on their way.
+    pub fn set_translations(&mut self, translations: &[Translation]) {
+        self.record.translations = translations.to_vec();
     }
 
     /// Says which locks there are.

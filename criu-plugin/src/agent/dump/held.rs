@@ -9,11 +9,12 @@ use soccr::criu::record::{self, NsId, Phase, Recorder, State, Store};
 use soccr::criu::stock;
 use soccr::criu::tasks::Task;
 use soccr::kernel::netns::NetNs;
-use soccr::lock::{self, Method, NetworkLock};
+use soccr::lock::{self, LockName, Method, NetworkLock};
 use soccr::repair::Paused;
 
 use super::arrangement::{Arrangement, Namespaces};
 use crate::agent::error::AgentError;
+use crate::agent::path::Path;
 use crate::fault;
 
 /// The sockets, the locks, and the record that tells of them. It is given up by [`let_live`](Self::let_live) when the
@@ -25,21 +26,24 @@ pub struct Held {
     /// Their network namespaces, the root's first.
     pub namespaces: Vec<NetNs>,
     /// The network namespace of criu.
-    criu_ns: NetNs,
+    pub criu_ns: NetNs,
     /// The sockets whose connections are saved.
     pub sockets: Vec<(OwnedFd, FourTuple)>,
     /// What keeps the connections still.
     pub locks: HashMap<NetNs, NetworkLock>,
+    /// The same on the way to namespaces other than criu's.
+    pub path: Path,
     /// Who can undo all this if we cannot.
     pub recorder: Recorder,
 }
 
 impl Held {
     /// Nothing is held yet.
-    pub fn nothing(recorder: Recorder, criu: &Task) -> Result<Self, AgentError> {
+    pub fn nothing(recorder: Recorder, criu: &Task, lock: &LockName) -> Result<Self, AgentError> {
         let (tasks, namespaces, sockets) = (Vec::new(), Vec::new(), Vec::new());
         let criu_ns = NetNs::of_task(criu.pid.cast_unsigned())?;
-        Ok(Self { tasks, namespaces, criu_ns, sockets, locks: HashMap::new(), recorder })
+        let path = Path::new(&criu_ns, lock);
+        Ok(Self { tasks, namespaces, criu_ns, sockets, locks: HashMap::new(), path, recorder })
     }
 
     /// Criu's network namespace, and the root's.
@@ -81,6 +85,10 @@ impl Held {
     /// Whether all our locks are gone.
     fn unlock(&mut self) -> bool {
         let mut unlocked = true;
+        if let Err(error) = self.path.unlock() {
+            log::error!("the connections stay locked on their way: {}", chain(&error));
+            unlocked = false;
+        }
         for (ns, lock) in self.locks.drain() {
             if let Err(error) = lock.unlock() {
                 log::error!("{ns}: the connections stay locked: {}", chain(&error));
@@ -128,6 +136,7 @@ impl Held {
     /// The tasks are dead: the connections leave this host without a word, and the locks become what was arranged.
     pub fn leave(mut self, arrangement: Arrangement) -> Vec<Task> {
         self.close_silently();
+        self.path.keep();
         for (ns, lock) in std::mem::take(&mut self.locks) {
             if arrangement.ours_stays(&ns) {
                 lock.keep();

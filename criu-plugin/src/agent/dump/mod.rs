@@ -183,11 +183,15 @@ impl<'a> Dump<'a> {
         }
         let arranged = fault::point("dump.end").map_err(AgentError::from).and_then(|()| {
             let (images, lock, tree) = (&saved.images, &saved.lock_name, saved.held.tree());
-            if taken_over {
-                Arrangement::of_dead_agent(images, lock, &tree).map(Some)
+            let arrangement = if taken_over {
+                Some(Arrangement::of_dead_agent(images, lock, &tree)?)
             } else {
-                Arrangement::make(images, lock, &tree)
+                Arrangement::make(images, lock, &tree)?
+            };
+            if arrangement.is_some() {
+                saved.write_side_image()?;
             }
+            Ok(arrangement)
         });
         let (arrangement, result) = match arranged {
             Ok(Some(arrangement)) => (arrangement, Ok(())),

@@ -6,6 +6,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use soccr::connection::{ControlBlock, FourTuple, Queues};
 use soccr::criu::image::ImageDir;
 use soccr::criu::image::external::ExternalImage;
+use soccr::criu::image::side::SideImage;
 use soccr::criu::image::tcp_stream::TcpStreamImage;
 use soccr::criu::record::{ConnectionRecord, LockRecord, NsId, Phase, Recorder, Store};
 use soccr::criu::tasks::{self, FindError, Finder, FoundConnection, Place, Task};
@@ -15,6 +16,7 @@ use soccr::repair::{Paused, Probe};
 
 use super::held::Held;
 use crate::agent::error::AgentError;
+use crate::agent::path::Path;
 use crate::agent::{clean, privilege};
 use crate::fault;
 
@@ -50,7 +52,8 @@ impl<'a> Saving<'a> {
         let recorder = Recorder::new(lock_name.id(), Phase::Saving, images.as_fd(), criu.pid)?;
         let options = LockOptions::from_env()?;
         let (finder, queues) = (Finder::default(), Queues::default());
-        Ok(Self { criu, images, lock_name, options, finder, queues, held: Held::nothing(recorder, criu)? })
+        let held = Held::nothing(recorder, criu, &lock_name)?;
+        Ok(Self { criu, images, lock_name, options, finder, queues, held })
     }
 
     /// No further hook comes.
@@ -83,6 +86,8 @@ impl<'a> Saving<'a> {
         let tasks = self.held.tasks.get(first..).unwrap_or_default();
         let found = self.finder.of_tasks(tasks)?;
         fault::point("dump.found")?;
+        let elsewhere = found.iter().filter(|connection| connection.ns != self.held.criu_ns);
+        self.held.path.add(elsewhere.map(|connection| connection.tuple));
         self.record(&found)?;
         fault::point("dump.recorded")?;
         self.lock(&found)?;
@@ -121,14 +126,17 @@ impl<'a> Saving<'a> {
             let ns = NsId::from(&connection.ns);
             recorder.add_lock(LockRecord { ns, name: self.lock_name.clone(), method: self.options.method });
         }
+        self.held.path.record(&self.options).into_iter().for_each(|lock| recorder.add_lock(lock));
+        recorder.set_translations(self.held.path.translations());
         self.held.tasks.iter().for_each(|task| recorder.add_task(task.pid));
         recorder.add_connections(found.iter().map(ConnectionRecord::from));
         recorder.save(Phase::Saving)?;
         Ok(())
     }
 
-    /// One transaction per namespace.
+    /// One transaction per namespace, the one that packets pass through first.
     fn lock(&mut self, found: &[FoundConnection]) -> Result<(), AgentError> {
+        self.held.path.lock(&self.options)?;
         let mut tuples: HashMap<&NetNs, Vec<FourTuple>> = HashMap::new();
         for connection in found.iter().filter(|connection| connection.tuple.local.port() != 0) {
             tuples.entry(&connection.ns).or_default().push(connection.tuple);
@@ -211,6 +219,12 @@ impl<'a> Saving<'a> {
 }
 
 impl Saved {
+    /// Writes what CRIU's images have no field for.
+    pub fn write_side_image(&self) -> Result<(), AgentError> {
+        let translations = self.held.path.translations().to_vec();
+        Ok(SideImage { id: self.lock_name.id().to_owned(), translations }.write(&self.images)?)
+    }
+
     /// What an agent that died has left: the record tells what is locked and which the tasks are, and they have the
     /// sockets.
     pub fn take_over(images: ImageDir, criu: &Task) -> Result<Self, AgentError> {
@@ -220,7 +234,10 @@ impl Saved {
         let recorder = Recorder::take_over(&record.id, criu.pid)?.ok_or_else(gone)?;
         let lock_name = LockName::criu(record.id.as_str())?;
         let options = LockOptions::from_env()?;
-        let mut held = Held::nothing(recorder, criu)?;
+        let mut held = Held::nothing(recorder, criu, &lock_name)?;
+        if record.locks.iter().any(|lock| lock.name == lock_name.on_path()) {
+            held.path = Path::adopt(&held.criu_ns, &lock_name, &record.translations, &options);
+        }
         for task in record.tasks.iter().filter(|task| task.lives()) {
             held.add_task(task.pid)?;
         }

@@ -36,7 +36,8 @@ impl Watching {
     /// Begins to watch. A task that was killed runs for a moment towards its end and cannot always be told from one
     /// that lives, so "alive" must be seen several times in a row, unless CRIU's options say the same.
     pub fn begin(mut held: Held, arrangement: Arrangement, tasks_stay_alive: bool) -> Self {
-        held.recorder.keep_after_death(held.locks.keys().any(|ns| arrangement.ours_stays(ns)));
+        let stays = held.locks.keys().any(|ns| arrangement.ours_stays(ns)) || held.path.is_locked();
+        held.recorder.keep_after_death(stays);
         held.note(Phase::Deciding);
         let convincing = if tasks_stay_alive { 1 } else { 5 };
         Self { held, arrangement, convincing, running: 0, stopped: false }

@@ -77,11 +77,12 @@ impl<'a> Building<'a> {
         !self.tree.awaited.is_empty()
     }
 
-    /// init(): locks what is to be restored in criu's own namespace.
+    /// init(): locks what is to be restored in criu's own namespace, and what passes through it.
     pub fn lock_beside_criu(&mut self) -> Result<(), AgentError> {
         let mut tuples = self.plan.tuples(|connection| self.plan.is_beside_criu(connection));
         tuples.extend(self.plan.external.keys());
         self.locks.refuse_living(&tuples)?;
+        self.locks.lock_path(self.plan.passing())?;
         self.locks.lock(HashMap::from([(self.locks.criu_ns().clone(), tuples)]))
     }
 

@@ -14,6 +14,7 @@ use soccr::lock::{self, LockError, LockName, LockOptions, Method, NetworkLock};
 
 use super::plan::Plan;
 use crate::agent::error::AgentError;
+use crate::agent::path::Path;
 
 /// What keeps the connections still until all are built. It ends in [`unlock`](Self::unlock) or
 /// [`put_back`](Self::put_back).
@@ -28,6 +29,8 @@ pub struct Locks {
     left: LeftByDump,
     recorder: Recorder,
     held: HashMap<NetNs, Locked>,
+    /// The lock on the way to namespaces other than criu's.
+    path: Path,
 }
 
 /// The lock of one namespace.
@@ -67,7 +70,9 @@ impl Locks {
         };
         let criu_ns = NetNs::of_task(criu.pid.cast_unsigned())?;
         let options = LockOptions::from_env()?;
-        Ok(Self { criu_ns, root_ns: None, options, name, left, recorder, held: HashMap::new() })
+        let mut path = Path::new(&criu_ns, &plan.path_owner()?);
+        path.add_translations(recorder.record().translations.iter().chain(&plan.translations).copied());
+        Ok(Self { criu_ns, root_ns: None, options, name, left, recorder, held: HashMap::new(), path })
     }
 
     /// How many connections are locked.
@@ -98,6 +103,17 @@ impl Locks {
                 Ok(())
             }
         }
+    }
+
+    /// Locks these connections where their packets pass through criu's own namespace. The record comes first.
+    pub fn lock_path(&mut self, passing: Vec<FourTuple>) -> Result<(), AgentError> {
+        self.path.add(passing);
+        if let Some(lock) = self.path.record(&self.options) {
+            self.recorder.add_lock(lock);
+            self.recorder.set_translations(self.path.translations());
+            self.recorder.save(Phase::Restoring)?;
+        }
+        Ok(self.path.lock(&self.options)?)
     }
 
     /// Locks these connections, those that are not locked yet, each in its namespace. The record comes first.
@@ -146,6 +162,7 @@ impl Locks {
 
     /// Removes all that keeps the connections still, the dump's included.
     pub fn unlock(&mut self) -> Result<(), LockError> {
+        self.unlock_path()?;
         for (ns, Locked { lock, tuples }) in self.held.drain() {
             // Our lock (which stock CRIU removes in its own namespace only), maybe made by another method, or the rules of
             // a stock dump, which CRIU leaves alone with --tcp-close.
@@ -170,6 +187,12 @@ impl Locks {
         Ok(())
     }
 
+    fn unlock_path(&mut self) -> Result<(), LockError> {
+        self.path.unlock()?;
+        self.path.record(&self.options).iter().for_each(|lock| self.recorder.forget_lock(lock));
+        Ok(())
+    }
+
     /// The restore is done: there is nothing to tell any more.
     pub fn forget_record(&mut self) {
         if let Err(error) = self.recorder.remove() {
@@ -184,6 +207,12 @@ impl Locks {
                 Ok(name) => self.record_left(&ns, name),
                 Err(error) => log::error!("{ns}: the connections may be unlocked: {}", chain(&error)),
             }
+        }
+        // What nobody has held before may be alive elsewhere on this host.
+        if self.left.waits {
+            self.path.keep();
+        } else if let Err(error) = self.unlock_path() {
+            log::error!("the connections stay locked on their way: {}", chain(&error));
         }
         self.recorder.forget_tasks();
         let waits = self.recorder.record().has_locks();

@@ -1,6 +1,6 @@
 //! What the images say is to be restored.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::os::fd::AsFd;
 
 use nix::sys::stat::fstat;
@@ -10,8 +10,10 @@ use soccr::criu::image::ImageDir;
 use soccr::criu::image::external::ExternalImage;
 use soccr::criu::image::index::{Index, InetConnection};
 use soccr::criu::image::inventory;
+use soccr::criu::image::side::SideImage;
 use soccr::criu::record::{ConnectionRecord, Phase, RecordError, RecordId, Recorder};
 use soccr::lock::LockName;
+use soccr::lock::conntrack::Translation;
 
 use crate::agent::error::AgentError;
 
@@ -26,12 +28,18 @@ pub struct Plan {
     pub external: HashMap<FourTuple, bool>,
     /// The tables that the images say they are locked by.
     pub dump_locks: Vec<LockName>,
+    /// The dump's lock, where it was ours.
+    our_lock: Option<LockName>,
+    /// The connections that were translated on their way.
+    pub translations: Vec<Translation>,
 }
 
 impl Plan {
     /// Reads the folder.
     pub fn read(images: &ImageDir) -> Result<Self, AgentError> {
         let index = if images.contains(inventory::NAME) { Index::read(images)? } else { Index::empty() };
+        let side = SideImage::read(images)?;
+        let our_lock = side.as_ref().and_then(|side| LockName::criu(&side.id).ok());
         let mut dump_locks: Vec<LockName> = run_lock(&index).into_iter().collect();
         let mut external = HashMap::new();
         ExternalImage::for_each(images, |image| {
@@ -40,7 +48,8 @@ impl Plan {
             external.insert(image.tuple, soccr::kernel::options::reuse_addr(&image.options));
         })?;
         let images = ImageDir::duplicate(images.as_fd())?;
-        Ok(Self { images, index, external, dump_locks })
+        let translations = translations_of(&index, side);
+        Ok(Self { images, index, external, dump_locks, our_lock, translations })
     }
 
     /// The connections that are to be brought back, but for the external ones.
@@ -57,6 +66,16 @@ impl Plan {
     /// Whether the connection belongs into the namespace in which criu itself runs.
     pub fn is_beside_criu(&self, connection: &InetConnection) -> bool {
         connection.net_ns_id.is_none() || connection.net_ns_id == self.index.root_net_ns_id
+    }
+
+    /// The connections that packets reach through criu's own namespace.
+    pub fn passing(&self) -> Vec<FourTuple> {
+        self.tuples(|connection| !self.is_beside_criu(connection))
+    }
+
+    /// The lock that the one on the way belongs to: the dump's, so that it is taken over, or else this restore's.
+    pub fn path_owner(&self) -> Result<LockName, AgentError> {
+        self.our_lock.clone().map_or_else(|| self.lock_name(), Ok)
     }
 
     /// The table of the criu that dumped.
@@ -88,14 +107,15 @@ impl Plan {
         for id in named {
             taken = taken.or(self.take_over(&id, criu)?);
         }
-        if taken.is_none()
-            && let Some(id) = Recorder::id_of_folder(self.images.as_fd())?
-        {
-            // Other images may have been here before.
-            taken = match self.take_over(&id, criu) {
-                Err(RecordError::OtherDump { .. }) => None,
-                other => other?,
-            };
+        // Other images may have been in this folder before, and left their soccr.img.
+        let ours = self.our_lock.as_ref().and_then(|name| name.id().parse().ok());
+        for id in ours.into_iter().chain(Recorder::id_of_folder(self.images.as_fd())?) {
+            if taken.is_none() {
+                taken = match self.take_over(&id, criu) {
+                    Err(RecordError::OtherDump { .. }) => None,
+                    other => other?,
+                };
+            }
         }
         if let Some(recorder) = taken {
             return Ok(recorder);
@@ -127,6 +147,16 @@ impl Plan {
     }
 }
 
+/// How the connections of the images were translated. What is said of others is left behind by other images, or not to be
+/// trusted.
+fn translations_of(index: &Index, side: Option<SideImage>) -> Vec<Translation> {
+    let carried = index.connections.values().filter(|connection| connection.has_stream);
+    let carried: HashSet<FourTuple> = carried.map(|connection| connection.tuple.on_wire()).collect();
+    let sides = |translation: &Translation| [translation.original.tuple(), translation.reply.tuple()];
+    let all = side.map(|side| side.translations).unwrap_or_default().into_iter();
+    all.filter(|translation| sides(translation).iter().any(|side| carried.contains(side))).collect()
+}
+
 fn run_lock(index: &Index) -> Option<LockName> {
     LockName::of_run(index.dump_run_id.as_deref()?)
 }
@@ -150,7 +180,14 @@ mod tests {
     fn lock_name(folder: &std::path::Path, run_id: Option<&str>) -> String {
         let images = ImageDir::open(folder).unwrap();
         let index = Index { dump_run_id: run_id.map(str::to_owned), ..Index::empty() };
-        let plan = Plan { images, index, external: HashMap::new(), dump_locks: Vec::new() };
+        let plan = Plan {
+            images,
+            index,
+            external: HashMap::new(),
+            dump_locks: Vec::new(),
+            our_lock: None,
+            translations: Vec::new(),
+        };
         plan.lock_name().unwrap().to_string()
     }
 

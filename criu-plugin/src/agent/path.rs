@@ -1,0 +1,121 @@
+//! The lock where packets pass: in criu's own namespace, on their way to and from sockets in other ones.
+//!
+//! A container's network comes up before criu restores anything, and then the packets of its peers meet no socket and no
+//! lock inside. On this side of the wire they can be locked all the time, from the dump on; those of connections that are
+//! translated here (published ports, masquerading) by the addresses of both sides.
+
+use soccr::chain;
+use soccr::connection::FourTuple;
+use soccr::criu::record::{LockRecord, NsId};
+use soccr::kernel::netns::NetNs;
+use soccr::lock::conntrack::{self, Translation};
+use soccr::lock::{LockError, LockName, LockOptions, Method, NetworkLock};
+
+/// What is to be locked on the way.
+#[derive(Debug)]
+pub struct Path {
+    ns: NetNs,
+    name: LockName,
+    /// As the sockets see them.
+    tuples: Vec<FourTuple>,
+    translations: Vec<Translation>,
+    /// How many of the connections are locked.
+    locked: usize,
+    lock: Option<NetworkLock>,
+}
+
+impl Path {
+    /// The way through `ns` of the connections that are locked by `name` at their sockets. Nothing is locked yet.
+    pub fn new(ns: &NetNs, name: &LockName) -> Self {
+        let (tuples, translations) = (Vec::new(), Vec::new());
+        Self { ns: ns.clone(), name: name.on_path(), tuples, translations, locked: 0, lock: None }
+    }
+
+    /// A way on which an agent that died has locked.
+    pub fn adopt(ns: &NetNs, name: &LockName, translations: &[Translation], options: &LockOptions) -> Self {
+        let mut path = Self::new(ns, name);
+        path.translations = translations.to_vec();
+        path.lock = Some(NetworkLock::adopt(ns, &path.name, options));
+        path
+    }
+
+    /// These connections pass here, too, unless they never leave their host. How they are translated is looked up.
+    pub fn add(&mut self, tuples: impl IntoIterator<Item = FourTuple>) {
+        let first = self.tuples.len();
+        self.tuples.extend(tuples.into_iter().filter(leaves_its_host));
+        let new = self.tuples.get(first..).unwrap_or_default();
+        match conntrack::find(&self.ns, new) {
+            Ok(found) => self.add_translations(found),
+            Err(error) => log::warn!("{}: translated connections may be reset: {}", self.ns, chain(&error)),
+        }
+    }
+
+    /// These are translated here.
+    pub fn add_translations(&mut self, translations: impl IntoIterator<Item = Translation>) {
+        for translation in translations {
+            if !self.translations.contains(&translation) {
+                self.translations.push(translation);
+            }
+        }
+    }
+
+    /// How connections are translated.
+    pub fn translations(&self) -> &[Translation] {
+        &self.translations
+    }
+
+    /// Whether there is a lock.
+    pub fn is_locked(&self) -> bool {
+        self.lock.is_some()
+    }
+
+    /// What the record is to tell before anything is locked; `None` when nothing will be.
+    pub fn record(&self, options: &LockOptions) -> Option<LockRecord> {
+        let locks = !self.tuples.is_empty() || self.lock.is_some();
+        let method = options.method;
+        (locks && method == Method::Nftables).then(|| LockRecord {
+            ns: NsId::from(&self.ns),
+            name: self.name.clone(),
+            method,
+        })
+    }
+
+    /// Locks what was added. A lock of this name that is there is replaced at one stroke.
+    pub fn lock(&mut self, options: &LockOptions) -> Result<(), LockError> {
+        if self.tuples.len() == self.locked {
+            return Ok(());
+        }
+        let sides = self.translations.iter().flat_map(|t| [t.original.tuple(), t.reply.tuple()]);
+        let packets: Vec<FourTuple> = self.tuples.iter().copied().chain(sides).collect();
+        let replaced = self.lock.take();
+        self.lock = NetworkLock::lock_on_path(&self.ns, &self.name, &packets, options)?;
+        if let Some(replaced) = replaced {
+            replaced.keep(); // it has become the new one
+        }
+        self.locked = self.tuples.len();
+        if self.lock.is_none() {
+            log::warn!("{}: only nf_tables locks connections on their way", self.ns);
+        }
+        Ok(())
+    }
+
+    /// Lets the packets pass, translated as before.
+    pub fn unlock(&mut self) -> Result<(), LockError> {
+        if let Err(error) = conntrack::restore(&self.ns, &self.translations) {
+            log::warn!("{}: translated connections may be reset: {}", self.ns, chain(&error));
+        }
+        self.lock.take().map_or(Ok(()), |lock| lock.unlock().map(drop))
+    }
+
+    /// Leaves the lock where it is, for whoever restores the connections.
+    pub fn keep(&mut self) {
+        if let Some(lock) = self.lock.take() {
+            lock.keep();
+        }
+    }
+}
+
+/// Loopback addresses are each namespace's own: the same ones here are other connections.
+fn leaves_its_host(tuple: &FourTuple) -> bool {
+    ![tuple.local, tuple.remote].iter().any(|end| end.ip().to_canonical().is_loopback())
+}
