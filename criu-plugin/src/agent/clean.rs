@@ -27,11 +27,24 @@ fn clean(criu: i32) -> Result<(), AgentError> {
     let Some(store) = Store::open()? else { return Ok(()) };
     for record in of(&store, criu)? {
         let dead = !record.tasks.is_empty() && !record.tasks.iter().any(ProcessId::lives);
-        if record.phase != Phase::Restoring && !(record.kept_after_death && dead) {
+        if record.phase == Phase::Restoring {
+            continue;
+        }
+        if record.kept_after_death && dead {
+            leave_to_criu(&record);
+        } else {
             undo(&store, &record);
         }
     }
     Ok(())
+}
+
+/// Where CRIU's own lock waits for the restore, ours is not needed: stock CRIU would leave it there for good.
+fn leave_to_criu(record: &Record) {
+    let ours = record.locks.iter().filter(|lock| record.criu_locks.contains(&lock.ns)).cloned().collect();
+    for problem in record::remove_locks(&Record { locks: ours, ..record.clone() }) {
+        log::error!("{problem}");
+    }
 }
 
 /// A restore's last step, if its record says that the step had begun.

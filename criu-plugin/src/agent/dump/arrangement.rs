@@ -44,6 +44,11 @@ impl Arrangement {
         Self { locked_by_criu: None, extra_table: None }
     }
 
+    /// The namespace that CRIU has locked as a whole.
+    pub fn locked_by_criu(&self) -> Option<&NetNs> {
+        self.locked_by_criu.as_ref()
+    }
+
     /// Whether our lock in this namespace stays when the tasks are dead.
     pub fn ours_stays(&self, ns: &NetNs) -> bool {
         self.locked_by_criu.as_ref() != Some(ns)

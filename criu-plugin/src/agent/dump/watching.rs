@@ -36,8 +36,12 @@ impl Watching {
     /// Begins to watch. A task that was killed runs for a moment towards its end and cannot always be told from one
     /// that lives, so "alive" must be seen several times in a row, unless CRIU's options say the same.
     pub fn begin(mut held: Held, arrangement: Arrangement, tasks_stay_alive: bool) -> Self {
-        let stays = held.locks.keys().any(|ns| arrangement.ours_stays(ns)) || held.path.is_locked();
-        held.recorder.keep_after_death(stays);
+        let by_criu = arrangement.locked_by_criu().is_some();
+        if !by_criu {
+            held.recorder.forget_criu_locks();
+        }
+        let ours = held.locks.keys().any(|ns| arrangement.ours_stays(ns)) || held.path.is_locked();
+        held.recorder.keep_after_death(by_criu || ours);
         held.note(Phase::Deciding);
         let convincing = if tasks_stay_alive { 1 } else { 5 };
         Self { held, arrangement, convincing, running: 0, stopped: false }

@@ -5,7 +5,7 @@ use std::collections::{HashMap, HashSet};
 use soccr::chain;
 use soccr::connection::FourTuple;
 use soccr::criu::image::inventory::NetworkLock as ImageLock;
-use soccr::criu::record::{self, LockRecord, NsId, Phase, RecordError, Recorder};
+use soccr::criu::record::{self, LockRecord, NsId, Phase, Record, RecordError, Recorder};
 use soccr::criu::stock;
 use soccr::criu::tasks::Task;
 use soccr::kernel::diag;
@@ -69,6 +69,9 @@ impl Locks {
             interrupted: waits && recorder.record().phase != Phase::Dumped,
         };
         let criu_ns = NetNs::of_task(criu.pid.cast_unsigned())?;
+        if left.interrupted {
+            destroy_recorded_orphans(recorder.record(), &criu_ns, &plan.tuples(|_| true));
+        }
         let options = LockOptions::from_env()?;
         let mut path = Path::new(&criu_ns, &plan.path_owner()?);
         path.add_translations(recorder.record().translations.iter().chain(&plan.translations).copied());
@@ -258,6 +261,16 @@ impl Locks {
         if let Some(name) = name {
             self.recorder.add_lock(self.record_of(ns, name));
         }
+    }
+}
+
+/// In namespaces that criu or its tasks will enter, and where the dump's lock is: CRIU makes its listeners as soon as a task
+/// is there, and does not wait for us.
+fn destroy_recorded_orphans(record: &Record, criu_ns: &NetNs, tuples: &[FourTuple]) {
+    let there = record::all_namespaces();
+    let locked: HashSet<NsId> = record.locks.iter().map(|lock| lock.ns).collect();
+    for ns in locked.into_iter().filter_map(|ns| there.get(ns)).filter(|ns| *ns != criu_ns) {
+        destroy_orphans(ns, tuples);
     }
 }
 
