@@ -13,6 +13,12 @@ pub struct FourTuple {
 }
 
 impl FourTuple {
+    /// Whether its packets can pass through another network namespace: loopback addresses are each namespace's own.
+    #[must_use]
+    pub fn leaves_its_host(&self) -> bool {
+        ![self.local, self.remote].iter().any(|end| end.ip().to_canonical().is_loopback())
+    }
+
     /// The tuple as packets carry it: an IPv4-mapped IPv6 address becomes IPv4.
     #[must_use]
     pub fn on_wire(&self) -> Self {

@@ -60,7 +60,7 @@ fn records(arguments: &Arguments) -> Result<bool> {
     let mut done = missing(&unknown)?;
     for Listed { id, record } in chosen {
         done &= match record {
-            Ok(record) => one(&store, &record, arguments)?,
+            Ok(record) => one(&store, &record, arguments.dry_run, arguments.force)?,
             Err(error) => unreadable(&store, &id, error, arguments)?,
         };
     }
@@ -88,9 +88,10 @@ fn choose(listed: Vec<Listed>, arguments: &Arguments) -> (Vec<Listed>, Vec<Recor
     (listed.into_iter().filter(wanted).collect(), unknown)
 }
 
-fn one(store: &Store, record: &Record, arguments: &Arguments) -> Result<bool> {
+/// Ends one dump or restore, unless somebody works on it, and says what was undone.
+pub fn one(store: &Store, record: &Record, dry_run: bool, force: bool) -> Result<bool> {
     let state = record.state();
-    if state.at_work() && !arguments.force {
+    if state.at_work() && !force {
         let (id, criu, agent) = (&record.id, record.criu, record.agent);
         let who = match state {
             State::Elsewhere => "it was recorded in another PID namespace".to_owned(),
@@ -99,8 +100,8 @@ fn one(store: &Store, record: &Record, arguments: &Arguments) -> Result<bool> {
         warn(&format!("{id}: left alone, {who}; --force ends it all the same"));
         return Ok(false);
     }
-    let report = record::clean(store, record, CleanOptions { dry_run: arguments.dry_run });
-    tell(record, state, &report, arguments.dry_run).context("cannot print")?;
+    let report = record::clean(store, record, CleanOptions { dry_run });
+    tell(record, state, &report, dry_run).context("cannot print")?;
     for problem in &report.problems {
         warn(&format!("{}: {problem}", record.id));
     }

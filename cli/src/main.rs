@@ -9,6 +9,7 @@ mod config;
 mod enable;
 mod failure;
 mod generate;
+mod hold;
 mod host;
 mod list;
 mod plugins;
@@ -68,6 +69,18 @@ enum Command {
     /// there and nothing else. A lock that a record tells of goes with that record only, and one whose tasks are being traced
     /// is left alone.
     Clean(clean::Arguments),
+    /// Lock connections that are about to come to this host, before their address or their network does.
+    ///
+    /// A restore of images from another host, or of an exported container, comes after the network is up: packets of the
+    /// peers would meet no socket, and be answered with a reset. Reads the images (a folder, or an archive as podman, CRI-O
+    /// and containerd write them) and locks their connections where the packets will pass, and nothing else. The restore
+    /// takes the hold over and ends it; `soccr release` does so too.
+    Hold(hold::HoldArguments),
+    /// Give up what a hold, or a dump whose restore is not to come, keeps locked on this host.
+    ///
+    /// After a move to another host, the source keeps the connections locked, in case the restore is to be there. What is
+    /// released meets no socket: peers that still send here are reset.
+    Release(hold::ReleaseArguments),
     /// Show the connections in a folder or an archive of CRIU's images.
     ///
     /// Both ends, the state, the bytes in the queues (how many, not which), the largest segment, and the processes and
@@ -127,6 +140,8 @@ fn run(command: &Command) -> anyhow::Result<bool> {
     match command {
         Command::Status(arguments) => status::run(arguments),
         Command::Clean(arguments) => clean::run(arguments),
+        Command::Hold(arguments) => hold::hold(arguments),
+        Command::Release(arguments) => hold::release(arguments),
         Command::Show(arguments) => show::run(arguments),
         Command::List(arguments) => list::run(arguments),
         Command::Check(arguments) => check::run(arguments),
@@ -139,7 +154,9 @@ fn run(command: &Command) -> anyhow::Result<bool> {
 /// What the command needs beyond an ordinary user's rights.
 fn capability(command: &Command) -> Capability {
     match command {
-        Command::Status(_) | Command::Clean(_) => Capability::NetAdmin,
+        Command::Status(_) | Command::Clean(_) | Command::Hold(_) | Command::Release(_) => {
+            Capability::NetAdmin
+        }
         Command::List(_) | Command::Check(_) => Capability::SysPtrace,
         Command::Show(_) | Command::Enable(_) | Command::Disable(_) | Command::Generate(_) => {
             Capability::DacOverride

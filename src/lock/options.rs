@@ -73,7 +73,15 @@ impl LockOptions {
     /// # Errors
     /// [`BadOption`].
     pub fn from_env() -> Result<Self, BadOption> {
-        Ok(Self { method: Method::from_env()?, lease: parse_lease(&variable(LEASE_VARIABLE))? })
+        Ok(Self { method: Method::from_env()?, lease: Self::lease_of(&variable(LEASE_VARIABLE))? })
+    }
+
+    /// A lease such as `90`, `90s`, `10m` or `1h`; none where the text is empty.
+    ///
+    /// # Errors
+    /// [`BadOption`], as if `SOCCR_LOCK_LEASE` had this value.
+    pub fn lease_of(text: &str) -> Result<Option<Duration>, BadOption> {
+        parse_lease(text)
     }
 }
 

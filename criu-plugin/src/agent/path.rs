@@ -42,7 +42,7 @@ impl Path {
     /// These connections pass here, too, unless they never leave their host. How they are translated is looked up.
     pub fn add(&mut self, tuples: impl IntoIterator<Item = FourTuple>) {
         let first = self.tuples.len();
-        self.tuples.extend(tuples.into_iter().filter(leaves_its_host));
+        self.tuples.extend(tuples.into_iter().filter(FourTuple::leaves_its_host));
         let new = self.tuples.get(first..).unwrap_or_default();
         match conntrack::find(&self.ns, new) {
             Ok(found) => self.add_translations(found),
@@ -113,9 +113,4 @@ impl Path {
             lock.keep();
         }
     }
-}
-
-/// Loopback addresses are each namespace's own: the same ones here are other connections.
-fn leaves_its_host(tuple: &FourTuple) -> bool {
-    ![tuple.local, tuple.remote].iter().any(|end| end.ip().to_canonical().is_loopback())
 }

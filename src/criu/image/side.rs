@@ -1,12 +1,17 @@
 //! `soccr.img`: what this project knows of a dump and CRIU's messages have no field for (`proto/soccr.proto`).
 
+use std::collections::HashSet;
+
 use protobuf::MessageField;
 
 use super::container::{Magic, Reader, head};
+use super::index::Index;
 use super::{Fault, ImageDir, ImageError};
 use crate::encoding::container::push_message;
 use crate::encoding::proto::soccr::{Soccr_direction, Soccr_dump_entry, Soccr_translation};
 use crate::encoding::{from_endpoint, to_endpoint};
+use crate::four_tuple::FourTuple;
+use crate::lock::LockName;
 use crate::lock::conntrack::{Direction, Translation};
 
 /// The file's name.
@@ -36,6 +41,23 @@ impl SideImage {
                 .map_err(|reason| ImageError::unwritable(NAME, reason))?;
         }
         dir.create(NAME, &[&image])
+    }
+
+    /// The dump's lock, where it shares criu's network namespace; one on the way has its [name](LockName::on_path), too.
+    #[must_use]
+    pub fn lock(&self) -> Option<LockName> {
+        LockName::criu(&self.id).ok()
+    }
+
+    /// The translations of connections that `index` holds. What is said of others was left behind by other images, or is
+    /// not to be trusted.
+    pub fn translations_of(&self, index: &Index) -> Vec<Translation> {
+        let carried: HashSet<FourTuple> =
+            index.carried().map(|connection| connection.tuple.on_wire()).collect();
+        let sides = |translation: &&Translation| [translation.original.tuple(), translation.reply.tuple()];
+        let of_these =
+            |translation: &&Translation| sides(translation).iter().any(|side| carried.contains(side));
+        self.translations.iter().filter(of_these).copied().collect()
     }
 
     /// Reads the image; `None` if it is not there, as in images that stock CRIU made.

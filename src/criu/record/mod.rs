@@ -27,6 +27,7 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 
 use crate::connection::FourTuple;
+use crate::criu::image::index::InetConnection;
 use crate::criu::tasks::{FoundConnection, Place, ProcessId};
 use crate::kernel::netns::NetNs;
 use crate::kernel::process::RemoteFd;
@@ -183,6 +184,21 @@ impl ConnectionRecord {
     #[must_use]
     pub fn tuple(&self) -> FourTuple {
         FourTuple { local: self.local, remote: self.remote }
+    }
+}
+
+impl From<&InetConnection> for ConnectionRecord {
+    fn from(connection: &InetConnection) -> Self {
+        let ino = connection.ino;
+        Self { ino, ..Self::of_external(connection.tuple, connection.reuseaddr) }
+    }
+}
+
+impl ConnectionRecord {
+    /// A connection that only an image of its own tells of.
+    #[must_use]
+    pub fn of_external(tuple: FourTuple, reuse_addr: bool) -> Self {
+        Self { local: tuple.local, remote: tuple.remote, ino: 0, cookie: 0, pid: None, fd: None, reuse_addr }
     }
 }
 

@@ -64,7 +64,7 @@ impl<'a> Building<'a> {
         let alive = plan.index.tasks.iter().filter(|(_, task)| task.alive);
         let tree = Tree { awaited: alive.map(|(pid, _)| *pid).collect(), ..Tree::default() };
         let missing = Missing {
-            connections: plan.carried().map(|connection| connection.file_id).collect(),
+            connections: plan.index.carried().map(|connection| connection.file_id).collect(),
             in_flight: std::mem::take(&mut plan.index.in_flight),
             external: plan.external.clone(),
         };

@@ -63,7 +63,7 @@ impl Locks {
         let waits = !recorder.record().locks.is_empty();
         let left = LeftByDump {
             method: plan.index.network_lock,
-            run_lock: plan.run_lock(),
+            run_lock: plan.index.run_lock(),
             tables: plan.dump_locks.clone(),
             waits,
             interrupted: waits && recorder.record().phase != Phase::Dumped,

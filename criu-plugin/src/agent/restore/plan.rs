@@ -1,6 +1,6 @@
 //! What the images say is to be restored.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::os::fd::AsFd;
 
 use nix::sys::stat::fstat;
@@ -39,8 +39,8 @@ impl Plan {
     pub fn read(images: &ImageDir) -> Result<Self, AgentError> {
         let index = if images.contains(inventory::NAME) { Index::read(images)? } else { Index::empty() };
         let side = SideImage::read(images)?;
-        let our_lock = side.as_ref().and_then(|side| LockName::criu(&side.id).ok());
-        let mut dump_locks: Vec<LockName> = run_lock(&index).into_iter().collect();
+        let our_lock = side.as_ref().and_then(SideImage::lock);
+        let mut dump_locks: Vec<LockName> = index.run_lock().into_iter().collect();
         let mut external = HashMap::new();
         ExternalImage::for_each(images, |image| {
             let lock = image.lock_id.as_deref().and_then(|id| LockName::criu(id).ok());
@@ -48,18 +48,13 @@ impl Plan {
             external.insert(image.tuple, soccr::kernel::options::reuse_addr(&image.options));
         })?;
         let images = ImageDir::duplicate(images.as_fd())?;
-        let translations = translations_of(&index, side);
+        let translations = side.map(|side| side.translations_of(&index)).unwrap_or_default();
         Ok(Self { images, index, external, dump_locks, our_lock, translations })
     }
 
-    /// The connections that are to be brought back, but for the external ones.
-    pub fn carried(&self) -> impl Iterator<Item = &InetConnection> {
-        self.index.connections.values().filter(|connection| connection.has_stream)
-    }
-
-    /// The addresses of those of them that packets can reach.
+    /// The addresses of the connections that packets can reach, but for the external ones.
     pub fn tuples(&self, wanted: impl Fn(&InetConnection) -> bool) -> Vec<FourTuple> {
-        let reachable = self.carried().filter(|connection| connection.tuple.local.port() != 0);
+        let reachable = self.index.carried().filter(|connection| connection.tuple.local.port() != 0);
         reachable.filter(|connection| wanted(connection)).map(|connection| connection.tuple).collect()
     }
 
@@ -76,11 +71,6 @@ impl Plan {
     /// The lock that the one on the way belongs to: the dump's, so that it is taken over, or else this restore's.
     pub fn path_owner(&self) -> Result<LockName, AgentError> {
         self.our_lock.clone().map_or_else(|| self.lock_name(), Ok)
-    }
-
-    /// The table of the criu that dumped.
-    pub fn run_lock(&self) -> Option<LockName> {
-        run_lock(&self.index)
     }
 
     /// The lock of this restore: the same at every try, so that the next one replaces it, and another one for other
@@ -121,21 +111,15 @@ impl Plan {
             return Ok(recorder);
         }
         let mut recorder = Recorder::new(lock.id(), Phase::Restoring, self.images.as_fd(), criu)?;
-        recorder.add_connections(self.carried().map(record_of));
-        recorder.add_connections(self.external.iter().map(|(tuple, reuse_addr)| ConnectionRecord {
-            local: tuple.local,
-            remote: tuple.remote,
-            ino: 0,
-            cookie: 0,
-            pid: None,
-            fd: None,
-            reuse_addr: *reuse_addr,
-        }));
+        recorder.add_connections(self.index.carried().map(ConnectionRecord::from));
+        let external = self.external.iter();
+        recorder
+            .add_connections(external.map(|(tuple, reuse)| ConnectionRecord::of_external(*tuple, *reuse)));
         Ok(recorder)
     }
 
     fn take_over(&self, id: &RecordId, criu: i32) -> Result<Option<Recorder>, RecordError> {
-        let carried = self.carried().map(|connection| connection.tuple);
+        let carried = self.index.carried().map(|connection| connection.tuple);
         match Recorder::take_over_for(id, criu, carried.chain(self.external.keys().copied())) {
             // The images have all that a restore needs.
             Err(error) if error.is_unreadable() => {
@@ -144,32 +128,6 @@ impl Plan {
             }
             other => other,
         }
-    }
-}
-
-/// How the connections of the images were translated. What is said of others is left behind by other images, or not to be
-/// trusted.
-fn translations_of(index: &Index, side: Option<SideImage>) -> Vec<Translation> {
-    let carried = index.connections.values().filter(|connection| connection.has_stream);
-    let carried: HashSet<FourTuple> = carried.map(|connection| connection.tuple.on_wire()).collect();
-    let sides = |translation: &Translation| [translation.original.tuple(), translation.reply.tuple()];
-    let all = side.map(|side| side.translations).unwrap_or_default().into_iter();
-    all.filter(|translation| sides(translation).iter().any(|side| carried.contains(side))).collect()
-}
-
-fn run_lock(index: &Index) -> Option<LockName> {
-    LockName::of_run(index.dump_run_id.as_deref()?)
-}
-
-fn record_of(connection: &InetConnection) -> ConnectionRecord {
-    ConnectionRecord {
-        local: connection.tuple.local,
-        remote: connection.tuple.remote,
-        ino: connection.ino,
-        cookie: 0,
-        pid: None,
-        fd: None,
-        reuse_addr: connection.reuseaddr,
     }
 }
 

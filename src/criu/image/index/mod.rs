@@ -22,6 +22,7 @@ pub use tasks::{DumpedTask, Fd};
 use super::allowance::Allowance;
 use super::inventory::{Inventory, NetworkLock};
 use super::{ImageDir, ImageError};
+use crate::lock::LockName;
 
 /// All that a restore has to know before the first connection is read.
 #[derive(Clone, Debug)]
@@ -58,6 +59,17 @@ impl Index {
             connections: Connections::default(),
             in_flight: HashMap::new(),
         }
+    }
+
+    /// The table of the criu that dumped.
+    #[must_use]
+    pub fn run_lock(&self) -> Option<LockName> {
+        LockName::of_run(self.dump_run_id.as_deref()?)
+    }
+
+    /// The connections that have an image of their own.
+    pub fn carried(&self) -> impl Iterator<Item = &InetConnection> {
+        self.connections.values().filter(|connection| connection.has_stream)
     }
 
     /// Reads the index of the image in `dir`.

@@ -1,0 +1,89 @@
+//! `soccr hold` and `soccr release`.
+
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use serde::Serialize;
+use soccr::criu::hold::{self, Hold};
+use soccr::criu::record::{RecordId, Store};
+use soccr::kernel::netns::NetNs;
+use soccr::lock::LockOptions;
+
+use crate::archive::Images;
+use crate::{clean, print_json};
+
+#[derive(Debug, clap::Args)]
+pub struct HoldArguments {
+    /// A folder of images, or an archive of podman, CRI-O or containerd.
+    images: PathBuf,
+    /// Hold them in this network namespace, such as /run/netns/NAME, in place of the current one.
+    #[arg(long, value_name = "PATH")]
+    netns: Option<PathBuf>,
+    /// The kernel ends the hold by itself after this time, such as 90s, 10m or 1h.
+    #[arg(long, value_name = "TIME", value_parser = lease)]
+    lease: Option<Duration>,
+    /// Print JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Debug, clap::Args)]
+pub struct ReleaseArguments {
+    /// The id in `soccr status`, or the folder or archive of the images.
+    what: PathBuf,
+    /// Only say what would be released.
+    #[arg(long)]
+    dry_run: bool,
+}
+
+#[derive(Debug, Serialize)]
+struct Told {
+    id: String,
+    connections: usize,
+    netns: String,
+}
+
+fn lease(text: &str) -> Result<Duration, String> {
+    let takes = |what| format!("it takes {what}");
+    let lease = LockOptions::lease_of(text).map_err(|error| takes(error.expected))?;
+    lease.ok_or_else(|| takes("a time"))
+}
+
+pub fn hold(arguments: &HoldArguments) -> Result<bool> {
+    let images = Images::open(&arguments.images)?;
+    let ns = match &arguments.netns {
+        Some(path) => NetNs::open(path)?,
+        None => NetNs::current()?,
+    };
+    let mut options = LockOptions::from_env()?;
+    options.lease = arguments.lease.or(options.lease);
+    let held = hold::hold(&images.dir, &ns, &options);
+    let Hold { id, connections } = held.with_context(|| arguments.images.display().to_string())?;
+    let told = Told { id: id.to_string(), connections, netns: ns.to_string() };
+    if arguments.json {
+        print_json(&told)?;
+    } else {
+        let Told { id, connections, netns } = told;
+        writeln!(crate::out(), "{id}: {connections} connections held in {netns} until their restore")?;
+    }
+    Ok(true)
+}
+
+pub fn release(arguments: &ReleaseArguments) -> Result<bool> {
+    let id = id_of(&arguments.what)?;
+    let Some(store) = Store::open()? else { bail!("{id}: there is no such record") };
+    let Some((record, _)) = store.read(&id)? else { bail!("{id}: there is no such record") };
+    clean::one(&store, &record, arguments.dry_run, false)
+}
+
+/// What is a path is one; anything else names a record.
+fn id_of(what: &Path) -> Result<RecordId> {
+    if what.exists() {
+        let images = Images::open(what)?;
+        return hold::id_of(&images.dir).with_context(|| what.display().to_string());
+    }
+    let text = what.to_string_lossy();
+    text.parse().with_context(|| format!("{text}: there is no such file"))
+}
