@@ -5,6 +5,10 @@
 //! addresses that they carry before any translation. And when an interface goes down, masquerading forgets its
 //! entries: without them the next packet is not translated, meets no socket, and is answered with RST. So entries
 //! are looked up when the connections are locked, and [put back](restore) before they are unlocked.
+//!
+//! What peers have sent into the lock conntrack has not seen. It may take what they send afterwards for invalid, by its
+//! idea of their windows: such a packet is not translated either, and many a firewall drops it. So the entries are told
+//! to be [liberal](loosen) about windows.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
@@ -66,7 +70,7 @@ pub enum ConntrackError {
     /// The kernel refused.
     #[error("cannot {action} the conntrack entry of {connection}: {errno}")]
     Refused {
-        /// "find" or "restore".
+        /// "find", "restore" or "change".
         action: &'static str,
         /// The connection as its opener sees it.
         connection: FourTuple,
@@ -91,7 +95,7 @@ pub fn find(ns: &NetNs, connections: &[FourTuple]) -> Result<Vec<Translation>, C
 }
 
 /// Puts those entries back that are gone. They are what connections in mid-stream have: established, assured, and
-/// liberal about windows, since what was in flight meanwhile nobody knows.
+/// liberal about windows.
 ///
 /// # Errors
 /// [`ConntrackError`], of the first that cannot be put back; the others are tried all the same.
@@ -105,6 +109,15 @@ pub fn restore(ns: &NetNs, translations: &[Translation]) -> Result<(), Conntrack
         result = result.and(client.put_back(translation));
     }
     result
+}
+
+/// Has the entries of `connections`, translated or not, be liberal about windows.
+///
+/// # Errors
+/// [`ConntrackError`].
+pub fn loosen(ns: &NetNs, connections: &[FourTuple]) -> Result<(), ConntrackError> {
+    let Some(client) = Client::open(ns)? else { return Ok(()) };
+    connections.chunks(REQUESTS_AT_ONCE).try_for_each(|chunk| client.loosen(chunk))
 }
 
 /// So many answers fit a socket's receive buffer.
@@ -169,20 +182,36 @@ impl Client {
             }
             w.put_u32(abi::STATUS, abi::SEEN_REPLY | abi::ASSURED | abi::CONFIRMED);
             w.put_u32(abi::TIMEOUT, ESTABLISHED_TIMEOUT);
-            w.nest(abi::PROTOCOL_INFO, |w| {
-                w.nest(abi::INFO_TCP, |w| {
-                    w.put(abi::TCP_STATE, &[abi::STATE_ESTABLISHED]);
-                    for direction in [abi::TCP_FLAGS_ORIGINAL, abi::TCP_FLAGS_REPLY] {
-                        w.put(direction, &[abi::BE_LIBERAL, abi::BE_LIBERAL]);
-                    }
-                });
-            });
+            put_liberal(w, |w| w.put(abi::TCP_STATE, &[abi::STATE_ESTABLISHED]));
         });
         self.0.send(request.bytes()).map_err(ConntrackError::Socket)?;
         self.answers(|_, answer| match answer {
             Answer::Entry(_) | Answer::Errno(Errno::EEXIST) => Ok(()),
             Answer::Errno(errno) => {
                 Err(ConntrackError::Refused { action: "restore", connection: original.tuple(), errno })
+            }
+        })
+    }
+
+    fn loosen(&self, connections: &[FourTuple]) -> Result<(), ConntrackError> {
+        let mut requests = Writer::default();
+        for (seq, connection) in (0..).zip(connections) {
+            let wire = connection.on_wire();
+            let direction = Direction { source: wire.local, destination: wire.remote };
+            let header = Header { kind: kind(abi::NEW), flags: abi::REQUEST, seq };
+            requests.message(header, family(direction), 0, |w| {
+                put_tuple(w, abi::TUPLE_ORIGINAL, direction);
+                put_liberal(w, |_| ());
+            });
+        }
+        self.0.send(requests.bytes()).map_err(ConntrackError::Socket)?;
+        self.answers(|seq, answer| match answer {
+            // Nothing is known of it, or there is no such subsystem.
+            Answer::Entry(_) | Answer::Errno(Errno::ENOENT | Errno::EOPNOTSUPP | Errno::EINVAL) => Ok(()),
+            Answer::Errno(errno) => {
+                let connection = usize::try_from(seq).ok().and_then(|at| connections.get(at).copied());
+                let connection = connection.unwrap_or(connections[0]);
+                Err(ConntrackError::Refused { action: "change", connection, errno })
             }
         })
     }
@@ -240,6 +269,18 @@ fn put_tuple(w: &mut Writer, attribute: u16, direction: Direction) {
             w.put(abi::PROTOCOL_NUMBER, &[abi::TCP]);
             w.put(abi::SOURCE_PORT, &direction.source.port().to_be_bytes());
             w.put(abi::DESTINATION_PORT, &direction.destination.port().to_be_bytes());
+        });
+    });
+}
+
+/// What TCP's part of an entry is to be, and liberal about both windows.
+fn put_liberal(w: &mut Writer, more: impl FnOnce(&mut Writer)) {
+    w.nest(abi::PROTOCOL_INFO, |w| {
+        w.nest(abi::INFO_TCP, |w| {
+            more(w);
+            for direction in [abi::TCP_FLAGS_ORIGINAL, abi::TCP_FLAGS_REPLY] {
+                w.put(direction, &[abi::BE_LIBERAL, abi::BE_LIBERAL]);
+            }
         });
     });
 }

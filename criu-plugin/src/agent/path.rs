@@ -101,8 +101,9 @@ impl Path {
 
     /// Lets the packets pass, translated as before.
     pub fn unlock(&mut self) -> Result<(), LockError> {
-        if let Err(error) = conntrack::restore(&self.ns, &self.translations) {
-            log::warn!("{}: translated connections may be reset: {}", self.ns, chain(&error));
+        let known = conntrack::restore(&self.ns, &self.translations);
+        if let Err(error) = known.and(conntrack::loosen(&self.ns, &self.tuples)) {
+            log::warn!("{}: connections may be reset on their way: {}", self.ns, chain(&error));
         }
         self.lock.take().map_or(Ok(()), |lock| lock.unlock().map(drop))
     }

@@ -244,6 +244,9 @@ impl Saved {
         for FoundConnection { socket, tuple, ns, .. } in Finder::default().of_tasks(&held.tasks)? {
             let lock = || NetworkLock::adopt(&ns, &lock_name, &options);
             held.locks.entry(ns.clone()).or_insert_with(lock);
+            if ns != held.criu_ns {
+                held.path.add([tuple]);
+            }
             held.sockets.push((socket, tuple));
         }
         log::warn!("took over from an agent that died: {} connections", held.sockets.len());
