@@ -230,8 +230,18 @@ impl Stage {
         let images = self.images()?;
         let address = self.freeze(server, dump, &images)?;
         let server = self.thaw(address, restore, &images)?;
+        if self.place != Place::Host && matches!((dump, restore), (Side::Plugin(_), Side::Stock(_))) {
+            self.clean_path()?;
+        }
         self.wait_until_clean(Some(&server))?;
         Ok(server)
+    }
+
+    /// Stock CRIU does not know the plugin's lock on the way to other namespaces: whoever restores with it removes that.
+    fn clean_path(&self) -> Result<()> {
+        let status = self.status()?;
+        let [id] = status.ids()[..] else { bail!("the lock on the way has no record of its own: {status}") };
+        self.soccr(&["clean", id]).map(drop)
     }
 }
 
@@ -390,6 +400,12 @@ impl Status {
     pub fn states(&self) -> Vec<String> {
         let records = self.0["records"].as_array();
         records.into_iter().flatten().map(|it| it["state"].as_str().unwrap_or("?").to_owned()).collect()
+    }
+
+    /// The ids of the records.
+    pub fn ids(&self) -> Vec<&str> {
+        let records = self.0["records"].as_array();
+        records.into_iter().flatten().filter_map(|it| it["id"].as_str()).collect()
     }
 
     /// Whether a record is in this state.
