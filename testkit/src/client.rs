@@ -31,7 +31,7 @@ pub struct Client {
 }
 
 /// Connects from the calling thread's namespace, with a receive buffer of that size or as the kernel likes. Calls that wait
-/// do so for [`PATIENCE`].
+/// do so for `PATIENCE`.
 pub fn dial(server: SocketAddr, receive_buffer: Option<usize>) -> Result<TcpStream> {
     let family = if server.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
     let fd = socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC, None).context("socket")?;

@@ -1,6 +1,6 @@
 //! What stock CRIU leaves behind when a dump is not followed by its own restore, or when it is killed.
 //!
-//! - For each connection of a tree in its own network namespace: [rules] of iptables, or a table of nf_tables.
+//! - For each connection of a tree in its own network namespace: rules of iptables, or a table of nf_tables.
 //! - For a tree with a namespace apart: a [lock of all of that namespace](namespace).
 
 pub mod namespace;

@@ -281,7 +281,7 @@ fn blocked(done: std::io::Result<usize>, call: &'static str) -> Result<Option<us
     }
 }
 
-/// What to order, how much to send, and how fast. The server's ticks are 10 ms, ours are as [`Pace::FAST`].
+/// What to order, how much to send, and how fast. The server's ticks are 10 ms, ours are as [`FAST`](soccr_testkit::Pace::FAST).
 fn plan(kind: Kind, rng: &mut Rng) -> (Order, u64, Pace) {
     let open = Order { upload: OPEN, blocks: OPEN, read: 0, write: 1024, buffers: 0 };
     let pace = Pace { read: UNLIMITED, write: 512 };
