@@ -2,7 +2,7 @@
 # The work is done by the scripts in scripts/, each of which can be run by hand.
 
 .DEFAULT_GOAL := all
-.PHONY: all criu demo test bench soak faults fuzz lint zdtm criu-with-libsoccr runtimes install clean distclean help
+.PHONY: all criu demo test bench soak faults fuzz lint zdtm criu-with-libsoccr runtimes install deb clean distclean help
 
 # One place for what is built, whatever the shell says: scripts and tests look for it there.
 export CARGO_TARGET_DIR := $(CURDIR)/target
@@ -72,6 +72,9 @@ criu-with-libsoccr: all criu ## CRIU linked with our libsoccr.a in place of its 
 
 install: ## what make has built, into $(DESTDIR)$(PREFIX)
 	@DESTDIR='$(DESTDIR)' PREFIX='$(PREFIX)' scripts/install
+
+deb: ## Debian packages in target/debian: soccr (command and plugin), libsoccr1, libsoccr-dev
+	@scripts/deb
 
 clean: ## everything built here but CRIU and tools
 	@if [ -d target ]; then find target -mindepth 1 -maxdepth 1 ! -name '*criu*' ! -name tools -exec rm -rf --one-file-system {} +; fi
