@@ -2,7 +2,7 @@
 # The work is done by the scripts in scripts/, each of which can be run by hand.
 
 .DEFAULT_GOAL := all
-.PHONY: all criu demo test bench soak faults fuzz lint zdtm criu-with-libsoccr runtimes install deb clean distclean help
+.PHONY: all criu demo demo-migrate test bench soak faults fuzz lint zdtm criu-with-libsoccr runtimes install deb clean distclean help
 
 # One place for what is built, whatever the shell says: scripts and tests look for it there.
 export CARGO_TARGET_DIR := $(CURDIR)/target
@@ -37,6 +37,10 @@ criu: ## a stock CRIU with its tests under target/criu (CRIU=DIR or FILE: yours 
 demo: all criu ## freeze, kill and bring back a server while its clients go on
 	@scripts/packages redis-server || echo "demo: no redis-server here, using the built-in echo server"
 	@scripts/isolated target/release/soccr-test demo
+
+demo-migrate: all criu ## a server moves between two hosts with its addresses while its clients go on, beside stock CRIU
+	@scripts/packages redis-server || echo "demo-migrate: no redis-server here, using the built-in server"
+	@scripts/isolated target/release/soccr-test migrate $(ARGS)
 
 test: ## everything but what takes longer or tests nothing of ours (STEPS="cargo demo …": only these)
 	@scripts/test $(STEPS)

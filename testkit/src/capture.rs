@@ -4,6 +4,8 @@ use std::fmt;
 use std::io::{Read, Write};
 use std::os::fd::{AsFd, FromRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::JoinHandle;
 
 use anyhow::{Context, Result, ensure};
@@ -41,6 +43,7 @@ impl fmt::Display for Reset {
 /// A running capture of all interfaces of a namespace.
 #[derive(Debug)]
 pub struct Capture {
+    segments: Arc<AtomicUsize>,
     stop: UnixStream,
     thread: JoinHandle<Result<Seen>>,
 }
@@ -48,12 +51,19 @@ pub struct Capture {
 impl Capture {
     /// Starts it.
     pub fn start(ns: &NetNs) -> Result<Self> {
-        let socket = ns.run(packet_socket)?;
+        let socket = ns.run(|| packet_socket(libc::ETH_P_ALL))?;
         // A busy peer must not make the capture lose what it looks for.
         setsockopt(&socket, sockopt::RcvBufForce, &(64 << 20)).context("SO_RCVBUFFORCE")?;
         let (stop, stopped) = UnixStream::pair()?;
-        let thread = std::thread::spawn(move || watch(&socket, &stopped));
-        Ok(Self { stop, thread })
+        let segments = Arc::default();
+        let count = Arc::clone(&segments);
+        let thread = std::thread::spawn(move || watch(&socket, &stopped, &count));
+        Ok(Self { segments, stop, thread })
+    }
+
+    /// How many TCP segments it has seen so far.
+    pub fn segments(&self) -> usize {
+        self.segments.load(Ordering::Relaxed)
     }
 
     /// Ends it.
@@ -63,9 +73,9 @@ impl Capture {
     }
 }
 
-/// All protocols, packets from the network header on.
-fn packet_socket() -> Result<OwnedFd> {
-    let protocol = i32::from(u16::try_from(libc::ETH_P_ALL)?.to_be());
+/// Packets of one protocol, or of all, from the network header on.
+pub(crate) fn packet_socket(protocol: libc::c_int) -> Result<OwnedFd> {
+    let protocol = i32::from(u16::try_from(protocol)?.to_be());
     // SAFETY: socket() takes three integers and touches no memory of ours.
     let fd = unsafe { libc::socket(libc::AF_PACKET, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, protocol) };
     let fd = Errno::result(fd).context("socket(AF_PACKET)")?;
@@ -73,7 +83,7 @@ fn packet_socket() -> Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-fn watch(socket: &OwnedFd, mut stopped: &UnixStream) -> Result<Seen> {
+fn watch(socket: &OwnedFd, mut stopped: &UnixStream, segments: &AtomicUsize) -> Result<Seen> {
     let mut seen = Seen::default();
     loop {
         let mut fds =
@@ -81,6 +91,7 @@ fn watch(socket: &OwnedFd, mut stopped: &UnixStream) -> Result<Seen> {
         poll(&mut fds, PollTimeout::NONE)?;
         let stop = fds[1].any() == Some(true);
         drain(socket, &mut seen)?;
+        segments.store(seen.segments, Ordering::Relaxed);
         if stop {
             stopped.read_exact(&mut [0])?;
             // `struct tpacket_stats`: those seen, those lost, any of which may have been a reset.

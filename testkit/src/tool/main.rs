@@ -3,6 +3,7 @@
 mod bench;
 mod demo;
 mod faults;
+mod migrate;
 mod pluginhost;
 mod server;
 mod soak;
@@ -25,6 +26,7 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     Demo(demo::Options),
+    Migrate(migrate::Options),
     Bench(bench::Options),
     Soak(soak::Options),
     Faults(faults::Options),
@@ -65,6 +67,7 @@ fn target(name: &str) -> PathBuf {
 fn main() -> ExitCode {
     let (name, done) = match Cli::parse().command {
         Command::Demo(options) => ("demo", with_root(|| demo::run(&options))),
+        Command::Migrate(options) => ("migrate", with_root(|| migrate::run(&options))),
         Command::Bench(options) => ("bench", with_root(|| bench::run(&options))),
         Command::Soak(options) => ("soak", with_root(|| soak::run(&options))),
         Command::Faults(options) => ("faults", with_root(|| faults::run(&options))),

@@ -9,6 +9,7 @@ mod content;
 mod crossing;
 mod elsewhere;
 mod images;
+mod migrate;
 mod outcomes;
 mod pluginhost;
 mod promises;

@@ -20,6 +20,11 @@ pub const BUSY: Pace = Pace { period: Duration::from_millis(10), parts: 1 };
 
 /// `None`, after saying so, where the test cannot run.
 pub fn stage(place: Place, sides: &[Side]) -> Result<Option<Stage>> {
+    criu(sides)?.map(|criu| Stage::new(&criu, place)).transpose()
+}
+
+/// The same without a stage.
+pub fn criu(sides: &[Side]) -> Result<Option<Criu>> {
     let criu = Criu::from_env();
     let with_plugin = sides.iter().any(|side| matches!(side, Side::Plugin(_)));
     if let Err(why) = needs(&criu, with_plugin) {
@@ -29,7 +34,7 @@ pub fn stage(place: Place, sides: &[Side]) -> Result<Option<Stage>> {
         criu.check_fresh()?;
     }
     task::become_subreaper()?;
-    Stage::new(&criu, place).map(Some)
+    Ok(Some(criu))
 }
 
 fn needs(criu: &Criu, with_plugin: bool) -> Result<()> {

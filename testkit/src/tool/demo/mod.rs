@@ -1,9 +1,10 @@
 //! `make demo`.
 
-mod load;
-mod server;
+pub mod load;
+pub mod server;
 
 use std::fs;
+use std::net::Ipv4Addr;
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -65,8 +66,9 @@ fn freeze_and_thaw(stage: &Stage, options: &Options) -> Result<bool> {
     let images = stage.images()?;
     let count = options.clients.get();
     let side = if options.stock { Side::Stock(Lock::Nftables) } else { Side::Plugin(Lock::Nftables) };
-    let (name, task, address) = server::start(stage, count, options.builtin)?;
-    let pid = task.pid();
+    let loopback = [Ipv4Addr::LOCALHOST.into()];
+    let (name, task, addresses) = server::start(stage, &loopback, count, options.builtin)?;
+    let (pid, address) = (task.pid(), addresses[0]);
     println!("soccr demo: {name}, {count} clients, {}\n", with(side));
 
     let clients: Vec<_> =

@@ -1,0 +1,170 @@
+//! `make demo-migrate`: a server with busy clients moves between two hosts, its addresses with it.
+//!
+//! Client and hosts are network namespaces on one bridge; each host has images, records and locks of its own. In turn
+//! the plugin with `soccr hold`, the plugin without, and stock CRIU carry the connections.
+
+mod report;
+
+use std::fs;
+use std::net::IpAddr;
+use std::num::NonZeroUsize;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use soccr_testkit::fleet::{Fleet, Pace};
+use soccr_testkit::stage::{V4, V6};
+use soccr_testkit::task::{self, wait_until};
+use soccr_testkit::{Capture, Criu, Lan, Lock, Side, Task, Way, interrupt, leftovers};
+
+use crate::demo::load::Client;
+use crate::demo::server;
+use crate::{Programs, target};
+use report::{Moved, Report, Row};
+
+/// Moves a real server with live clients from one host to another and back, beside stock CRIU
+#[derive(clap::Args)]
+pub struct Options {
+    #[command(flatten)]
+    programs: Programs,
+    /// For report.svg, and the images and logs; what is in there is replaced
+    #[arg(long, value_name = "DIR", default_value_os_t = target("migrate"))]
+    out: PathBuf,
+    /// How many clients, every other one over IPv6
+    #[arg(long, value_name = "N", default_value = "200")]
+    clients: NonZeroUsize,
+    /// How many moves
+    #[arg(long, value_name = "N", default_value = "4")]
+    moves: NonZeroUsize,
+    /// The small server that comes with soccr, also where redis-server is installed
+    #[arg(long)]
+    builtin: bool,
+    /// Only the plugin with soccr hold
+    #[arg(long)]
+    ours_only: bool,
+}
+
+const HELD: Way = Way { side: Side::Plugin(Lock::Nftables), hold: true };
+const UNHELD: Way = Way { side: Side::Plugin(Lock::Nftables), hold: false };
+const STOCK: Way = Way { side: Side::Stock(Lock::Nftables), hold: false };
+
+/// As often as 200 clients can that shall leave something of the machine to CRIU.
+const PACE: Pace = Pace { period: Duration::from_millis(5), parts: 1 };
+/// Answers that each client gets between two moves.
+const BETWEEN: u64 = 50;
+/// A client without an answer for so long is lost.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+pub fn run(options: &Options) -> Result<()> {
+    let criu = options.programs.find(true)?;
+    match fs::remove_dir_all(&options.out) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            return Err(error).with_context(|| format!("cannot empty {}", options.out.display()));
+        }
+        _ => fs::create_dir_all(&options.out)?,
+    }
+    let out = options.out.canonicalize()?;
+    let mut report = Report::new(options.clients.get());
+    let ways: &[_] = if options.ours_only { &[HELD] } else { &[HELD, UNHELD, STOCK] };
+    for &way in ways {
+        let dir = out.join(report::name(way).replace(' ', "-"));
+        let row = measure(&criu, &dir, way, options).with_context(|| report::name(way))?;
+        report.rows.push(row);
+        task::no_children(Duration::from_secs(5))?;
+    }
+    println!("\n{}", report.text());
+    let svg = out.join("report.svg");
+    fs::write(&svg, report.svg())?;
+    println!("drawn in {}", svg.display());
+    ensure!(report.is_good(), "a connection was lost, or something was left behind, see above");
+    Ok(())
+}
+
+/// All moves of one way. Where stock fails, that is its result.
+fn measure(criu: &Criu, dir: &Path, way: Way, options: &Options) -> Result<Row> {
+    let mut lan = Lan::new(criu, dir)?;
+    let count = options.clients.get();
+    let addresses: Vec<IpAddr> = vec![V4.parse()?, V6.parse()?];
+    let (name, mut server, listen) = server::start(lan.here(), &addresses, count, options.builtin)?;
+    println!("{}: {name}, {count} clients at {V4} and {V6}", report::name(way));
+    let connect = |i| Client::connect(listen[i % listen.len()], i);
+    let clients: Vec<_> = lan.client.run(|| (0..count).map(connect).collect::<Result<_>>())?;
+    let load = Fleet::start(clients, PACE);
+
+    let mut row = Row::new(way);
+    for nth in 0..options.moves.get() {
+        interrupt::check()?;
+        everyone_answered(&load, BETWEEN);
+        match one_move(&mut lan, server, way, &load) {
+            Ok((moved, restored)) => {
+                println!("  {} {}", report::arrow(nth), moved.text(count));
+                row.moves.push(moved);
+                server = restored;
+            }
+            Err(error) if matches!(way.side, Side::Plugin(_)) => return Err(error),
+            Err(error) => {
+                println!("  {} failed: {error:#}", report::arrow(nth));
+                row.failure = Some(format!("{error:#}"));
+                break;
+            }
+        }
+    }
+    load.end(PATIENCE);
+    for (i, member) in load.take().iter().enumerate() {
+        if let Some(why) = member.error.as_ref().filter(|_| way.hold) {
+            println!("  client {i} is lost: {why:#}");
+        }
+        let Client { lost, duplicated, .. } = member.client;
+        row.wrong += lost + duplicated;
+    }
+    row.left = left_behind(&lan, way)?;
+    Ok(row)
+}
+
+fn one_move(lan: &mut Lan, server: Task, way: Way, load: &Fleet<Client>) -> Result<(Moved, Task)> {
+    let capture = Capture::start(&lan.client)?;
+    load.members().iter_mut().for_each(|member| member.client.silence = Duration::ZERO);
+    let start = Instant::now();
+    let server = lan.migrate(server, way, |_| Ok(()))?;
+    let took = start.elapsed();
+    everyone_answered(load, 1);
+    let mut silences = Vec::new();
+    for member in load.members().iter_mut().filter(|member| member.error.is_none()) {
+        silences.push(member.client.silence);
+    }
+    Ok((Moved::new(took, silences, capture.stop()?.resets.len()), server))
+}
+
+/// Waits until every client that lives has got so many answers more; those that have not in time are lost.
+fn everyone_answered(load: &Fleet<Client>, more: u64) {
+    let wanted: Vec<_> = load.members().iter().map(|member| member.client.value() + more).collect();
+    let behind = |load: &Fleet<Client>| {
+        let members = load.members();
+        let living = members.iter().zip(&wanted).filter(|(member, _)| member.error.is_none());
+        living.filter(|(member, wanted)| member.client.value() < **wanted).count()
+    };
+    if wait_until("every client has its answers", PATIENCE, || Ok(behind(load) == 0)).is_ok() {
+        return;
+    }
+    for (member, wanted) in load.members().iter_mut().zip(&wanted) {
+        if member.error.is_none() && member.client.value() < *wanted {
+            member.error = Some(anyhow::anyhow!("no answer for {PATIENCE:?}"));
+        }
+    }
+}
+
+/// What is on the hosts when all is over, which is to be nothing but where stock was at work.
+fn left_behind(lan: &Lan, way: Way) -> Result<usize> {
+    let hosts = [lan.here(), lan.there()];
+    if way.side == STOCK.side {
+        return hosts.iter().try_fold(0, |sum, host| Ok(sum + leftovers::rules(host.host())?.len()));
+    }
+    for host in hosts {
+        host.wait_until_clean(None)?;
+        let status = host.status()?;
+        if !status.is_empty() {
+            bail!("{}: {status}", host.dir().display());
+        }
+    }
+    Ok(0)
+}

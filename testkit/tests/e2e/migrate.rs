@@ -1,0 +1,93 @@
+//! A server moves to another host with its addresses, while its clients send.
+
+use anyhow::{Result, ensure};
+use soccr_testkit::stage::{V4, V6};
+use soccr_testkit::task::wait_until;
+use soccr_testkit::{Capture, Client, Fleet, Lan, Server, Way};
+use tempfile::TempDir;
+
+use crate::world::{BUSY, PATIENCE, PLUGIN, criu};
+
+const CLIENTS: usize = 20;
+
+struct Scene {
+    lan: Lan,
+    server: Server,
+    busy: Fleet<Client>,
+    capture: Capture,
+    dir: TempDir,
+}
+
+/// A server at this address of the first host, with busy clients; `None` where the test cannot run.
+fn scene(address: &str) -> Result<Option<Scene>> {
+    let Some(criu) = criu(&[PLUGIN])? else { return Ok(None) };
+    let dir = TempDir::with_prefix("soccr-test-")?;
+    let lan = Lan::new(&criu, dir.path())?;
+    let server = lan.here().serve(address, &["--mode", "echo"])?;
+    let capture = Capture::start(&lan.client)?;
+    let clients = lan.here().connect_all(&[server.address], CLIENTS, Client::connect)?;
+    Ok(Some(Scene { lan, server, busy: Fleet::echoes(clients, BUSY)?, capture, dir }))
+}
+
+/// There and back.
+fn moves_held(address: &str) -> Result<()> {
+    let Some(Scene { mut lan, mut server, busy, capture, dir }) = scene(address)? else { return Ok(()) };
+    for _ in 0..2 {
+        let at_target = Capture::start(lan.there().host())?;
+        let way = Way { side: PLUGIN, hold: true };
+        let task = lan.migrate(server.task, way, |_| {
+            wait_until("a client sends to the new host", PATIENCE, || Ok(at_target.segments() > 0))
+        })?;
+        server = Server::restored(server.address, task, dir.path());
+        at_target.stop()?;
+        is_clean(&lan)?;
+    }
+    let clients = busy.stop(PATIENCE).whole()?;
+    let seen = capture.stop()?;
+    ensure!(seen.resets.is_empty(), "{} resets, the first a {}", seen.resets.len(), seen.resets[0]);
+    ensure!(clients.iter().all(|client| client.received() > 0), "a client never got anything");
+    Ok(())
+}
+
+/// What a hold is for.
+fn moves_unheld(address: &str) -> Result<()> {
+    let Some(Scene { mut lan, server, busy, capture, .. }) = scene(address)? else { return Ok(()) };
+    let way = Way { side: PLUGIN, hold: false };
+    let _task = lan.migrate(server.task, way, |_| {
+        let all_dead = || busy.members().iter().all(|member| member.error.is_some());
+        wait_until("all clients are reset", PATIENCE, || Ok(all_dead()))
+    })?;
+    let seen = capture.stop()?;
+    ensure!(seen.resets.len() >= CLIENTS, "{} resets of {CLIENTS} clients", seen.resets.len());
+    is_clean(&lan)
+}
+
+/// Neither host has kept anything.
+fn is_clean(lan: &Lan) -> Result<()> {
+    for host in [lan.here(), lan.there()] {
+        host.wait_until_clean(None)?;
+        let status = host.status()?;
+        ensure!(status.is_empty(), "{}: {status}", host.dir().display());
+    }
+    Ok(())
+}
+
+#[test]
+fn connections_held_at_the_target_live_over_ipv4() -> Result<()> {
+    moves_held(&format!("{V4}:0"))
+}
+
+#[test]
+fn connections_held_at_the_target_live_over_ipv6() -> Result<()> {
+    moves_held(&format!("[{V6}]:0"))
+}
+
+#[test]
+fn connections_not_held_are_reset_over_ipv4() -> Result<()> {
+    moves_unheld(&format!("{V4}:0"))
+}
+
+#[test]
+fn connections_not_held_are_reset_over_ipv6() -> Result<()> {
+    moves_unheld(&format!("[{V6}]:0"))
+}
