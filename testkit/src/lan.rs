@@ -72,12 +72,7 @@ impl Lan {
     }
 
     /// Moves a server and its addresses to the other host. `arrived` is called when they are there and no process is.
-    pub fn migrate(
-        &mut self,
-        server: Task,
-        way: Way,
-        arrived: impl FnOnce(&Self) -> Result<()>,
-    ) -> Result<Task> {
+    pub fn migrate(&mut self, server: Task, way: Way, arrived: impl FnOnce() -> Result<()>) -> Result<Task> {
         let (from, to) = (self.here().images()?, self.there().images()?);
         self.here().dump(way.side, server.pid(), &from).dump_and_wait(server)?;
         copy(&from, &to)?;
@@ -86,7 +81,7 @@ impl Lan {
         }
         give_up_addresses(self.here().host())?;
         take_addresses(self.there().host())?;
-        arrived(self)?;
+        arrived()?;
         let (server, _) = self.there().restore(way.side, &to)?.restore()?;
         if matches!(way.side, Side::Plugin(_)) {
             self.here().soccr(&["release", &from.to_string_lossy()])?;

@@ -35,7 +35,7 @@ fn moves_held(address: &str) -> Result<()> {
     for _ in 0..2 {
         let at_target = Capture::start(lan.there().host())?;
         let way = Way { side: PLUGIN, hold: true };
-        let task = lan.migrate(server.task, way, |_| {
+        let task = lan.migrate(server.task, way, || {
             wait_until("a client sends to the new host", PATIENCE, || Ok(at_target.segments() > 0))
         })?;
         server = Server::restored(server.address, task, dir.path());
@@ -53,7 +53,7 @@ fn moves_held(address: &str) -> Result<()> {
 fn moves_unheld(address: &str) -> Result<()> {
     let Some(Scene { mut lan, server, busy, capture, .. }) = scene(address)? else { return Ok(()) };
     let way = Way { side: PLUGIN, hold: false };
-    let _task = lan.migrate(server.task, way, |_| {
+    let _task = lan.migrate(server.task, way, || {
         let all_dead = || busy.members().iter().all(|member| member.error.is_some());
         wait_until("all clients are reset", PATIENCE, || Ok(all_dead()))
     })?;

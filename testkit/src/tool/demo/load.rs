@@ -1,5 +1,5 @@
-//! The demo's clients: each always waiting for the answer to an INCR of its own key, so that every answer must be the
-//! last one plus one.
+//! The demo's clients: each always waiting for answers to INCRs of its own key, so that every answer must be the last one
+//! plus one.
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpStream};
@@ -16,7 +16,10 @@ pub struct Client {
     /// The last value that came back.
     value: u64,
     line: Vec<u8>,
-    asked: bool,
+    unsent: Vec<u8>,
+    /// Questions without an answer, now and at most.
+    asked: usize,
+    depth: usize,
     heard: Instant,
     /// Answers that never came.
     pub lost: u64,
@@ -29,19 +32,21 @@ pub struct Client {
 impl Talk for Client {
     fn turn(&mut self, more: bool) -> Result<()> {
         self.hear()?;
-        if more && !self.asked {
-            self.ask()?;
+        if more && self.asked < self.depth {
+            self.unsent.extend(format!("INCR {}\r\n", self.key).as_bytes());
+            self.asked += 1;
         }
-        Ok(())
+        self.send()
     }
 
     fn waits(&self) -> bool {
-        self.asked
+        self.asked > 0
     }
 }
 
 impl Client {
-    pub fn connect(server: SocketAddr, i: usize) -> Result<Self> {
+    /// Number `i`, which has up to `depth` questions under way.
+    pub fn connect(server: SocketAddr, i: usize, depth: usize) -> Result<Self> {
         let stream = dial(server, None)?;
         stream.set_nonblocking(true)?;
         Ok(Self {
@@ -49,7 +54,9 @@ impl Client {
             key: format!("key:{i}"),
             value: 0,
             line: Vec::new(),
-            asked: false,
+            unsent: Vec::new(),
+            asked: 0,
+            depth,
             heard: Instant::now(),
             lost: 0,
             duplicated: 0,
@@ -62,11 +69,12 @@ impl Client {
         self.value
     }
 
-    fn ask(&mut self) -> Result<()> {
-        // A few bytes always fit: the answer to the last ones has come.
-        let command = format!("INCR {}\r\n", self.key);
-        self.stream.write_all(command.as_bytes()).context("cannot send")?;
-        self.asked = true;
+    fn send(&mut self) -> Result<()> {
+        match self.stream.write(&self.unsent) {
+            Ok(len) => drop(self.unsent.drain(..len)),
+            Err(error) if error.kind() == ErrorKind::WouldBlock => {}
+            Err(error) => return Err(error).context("cannot send"),
+        }
         Ok(())
     }
 
@@ -82,7 +90,7 @@ impl Client {
             while let Some(end) = self.line.iter().position(|&byte| byte == b'\n') {
                 let line: Vec<u8> = self.line.drain(..=end).collect();
                 self.judge(std::str::from_utf8(&line)?.trim())?;
-                self.asked = false;
+                self.asked = self.asked.checked_sub(1).context("an answer to no question")?;
             }
         }
     }

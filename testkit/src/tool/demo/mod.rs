@@ -72,7 +72,7 @@ fn freeze_and_thaw(stage: &Stage, options: &Options) -> Result<bool> {
     println!("soccr demo: {name}, {count} clients, {}\n", with(side));
 
     let clients: Vec<_> =
-        stage.peer.run(|| (0..count).map(|i| Client::connect(address, i)).collect::<Result<_>>())?;
+        stage.peer.run(|| (0..count).map(|i| Client::connect(address, i, 1)).collect::<Result<_>>())?;
     let load = Fleet::start(clients, PACE);
     let answers = || load.members().iter().map(|member| member.client.value()).collect::<Vec<_>>();
     pause(BEFORE)?;

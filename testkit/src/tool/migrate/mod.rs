@@ -1,7 +1,9 @@
 //! `make demo-migrate`: a server with busy clients moves between two hosts, its addresses with it.
 //!
-//! Client and hosts are network namespaces on one bridge; each host has images, records and locks of its own. In turn
-//! the plugin with `soccr hold`, the plugin without, and stock CRIU carry the connections.
+//! Client and hosts are network namespaces on one bridge; each host has images, records and locks of its own. The server
+//! is restored at once when its addresses are there, or as where that takes longer (a container's network is set up, the
+//! images are fetched): when the clients have sent to them already. Who has nothing locked then answers with RST; else it
+//! is a matter of luck.
 
 mod report;
 
@@ -44,14 +46,32 @@ pub struct Options {
     ours_only: bool,
 }
 
+/// One row of the report.
+#[derive(Clone, Copy)]
+pub struct Trial {
+    way: Way,
+    /// The clients send to the new host before anything is restored there.
+    late: bool,
+}
+
 const HELD: Way = Way { side: Side::Plugin(Lock::Nftables), hold: true };
 const UNHELD: Way = Way { side: Side::Plugin(Lock::Nftables), hold: false };
 const STOCK: Way = Way { side: Side::Stock(Lock::Nftables), hold: false };
+const OURS: [Trial; 2] = [Trial { way: HELD, late: false }, Trial { way: HELD, late: true }];
+const ALL: [Trial; 5] = [
+    OURS[0],
+    Trial { way: STOCK, late: false },
+    OURS[1],
+    Trial { way: UNHELD, late: true },
+    Trial { way: STOCK, late: true },
+];
 
-/// As often as 200 clients can that shall leave something of the machine to CRIU.
-const PACE: Pace = Pace { period: Duration::from_millis(5), parts: 1 };
+/// As often as 200 clients can that shall leave something of the machine to CRIU, and lose the capture no packet.
+const PACE: Pace = Pace { period: Duration::from_millis(20), parts: 4 };
+/// Questions that each client has under way at most: enough that it always sends, however long nobody answers.
+const DEPTH: usize = 1000;
 /// Answers that each client gets between two moves.
-const BETWEEN: u64 = 50;
+const BETWEEN: u64 = 25;
 /// A client without an answer for so long is lost.
 const PATIENCE: Duration = Duration::from_secs(10);
 
@@ -65,10 +85,10 @@ pub fn run(options: &Options) -> Result<()> {
     }
     let out = options.out.canonicalize()?;
     let mut report = Report::new(options.clients.get());
-    let ways: &[_] = if options.ours_only { &[HELD] } else { &[HELD, UNHELD, STOCK] };
-    for &way in ways {
-        let dir = out.join(report::name(way).replace(' ', "-"));
-        let row = measure(&criu, &dir, way, options).with_context(|| report::name(way))?;
+    let trials: &[_] = if options.ours_only { &OURS } else { &ALL };
+    for (nth, trial) in trials.iter().enumerate() {
+        let row =
+            measure(&criu, &out.join(nth.to_string()), *trial, options).with_context(|| trial.name())?;
         report.rows.push(row);
         task::no_children(Duration::from_secs(5))?;
     }
@@ -80,22 +100,26 @@ pub fn run(options: &Options) -> Result<()> {
     Ok(())
 }
 
-/// All moves of one way. Where stock fails, that is its result.
-fn measure(criu: &Criu, dir: &Path, way: Way, options: &Options) -> Result<Row> {
+/// All moves of a trial, while a client lives. Where stock fails, that is its result.
+fn measure(criu: &Criu, dir: &Path, trial: Trial, options: &Options) -> Result<Row> {
+    let way = trial.way;
     let mut lan = Lan::new(criu, dir)?;
     let count = options.clients.get();
     let addresses: Vec<IpAddr> = vec![V4.parse()?, V6.parse()?];
     let (name, mut server, listen) = server::start(lan.here(), &addresses, count, options.builtin)?;
-    println!("{}: {name}, {count} clients at {V4} and {V6}", report::name(way));
-    let connect = |i| Client::connect(listen[i % listen.len()], i);
+    println!("{}: {name}, {count} clients at {V4} and {V6}", trial.name());
+    let connect = |i| Client::connect(listen[i % listen.len()], i, DEPTH);
     let clients: Vec<_> = lan.client.run(|| (0..count).map(connect).collect::<Result<_>>())?;
     let load = Fleet::start(clients, PACE);
 
-    let mut row = Row::new(way);
+    let mut row = Row::new(trial);
     for nth in 0..options.moves.get() {
         interrupt::check()?;
         everyone_answered(&load, BETWEEN);
-        match one_move(&mut lan, server, way, &load) {
+        if load.members().iter().all(|member| member.error.is_some()) {
+            break;
+        }
+        match one_move(&mut lan, server, trial, &load) {
             Ok((moved, restored)) => {
                 println!("  {} {}", report::arrow(nth), moved.text(count));
                 row.moves.push(moved);
@@ -115,18 +139,21 @@ fn measure(criu: &Criu, dir: &Path, way: Way, options: &Options) -> Result<Row> 
             println!("  client {i} is lost: {why:#}");
         }
         let Client { lost, duplicated, .. } = member.client;
-        row.wrong += lost + duplicated;
+        row.wrong += lost + duplicated + u64::from(member.waits());
     }
     row.left = left_behind(&lan, way)?;
     Ok(row)
 }
 
-fn one_move(lan: &mut Lan, server: Task, way: Way, load: &Fleet<Client>) -> Result<(Moved, Task)> {
-    let capture = Capture::start(&lan.client)?;
+fn one_move(lan: &mut Lan, server: Task, trial: Trial, load: &Fleet<Client>) -> Result<(Moved, Task)> {
+    let (capture, at_target) = (Capture::start(&lan.client)?, Capture::start(lan.there().host())?);
+    let living = load.members().iter().filter(|member| member.error.is_none()).count();
+    let have_sent = || wait_until("the clients send", PATIENCE, || Ok(at_target.segments() >= living));
     load.members().iter_mut().for_each(|member| member.client.silence = Duration::ZERO);
     let start = Instant::now();
-    let server = lan.migrate(server, way, |_| Ok(()))?;
+    let server = lan.migrate(server, trial.way, || if trial.late { have_sent() } else { Ok(()) })?;
     let took = start.elapsed();
+    at_target.stop()?;
     everyone_answered(load, 1);
     let mut silences = Vec::new();
     for member in load.members().iter_mut().filter(|member| member.error.is_none()) {

@@ -1,18 +1,20 @@
-//! What each way of moving did to the clients, as lines and as a picture.
+//! What each trial did to the clients, as lines and as a picture.
 
 use std::fmt::Write;
 use std::time::Duration;
 
 use soccr_testkit::{Side, Way};
 
+use crate::migrate::Trial;
+
 pub struct Report {
     clients: usize,
     pub rows: Vec<Row>,
 }
 
-/// All moves of one way.
+/// All moves of a trial.
 pub struct Row {
-    way: Way,
+    trial: Trial,
     pub moves: Vec<Moved>,
     /// Answers that never came, or came twice.
     pub wrong: u64,
@@ -23,8 +25,8 @@ pub struct Row {
 }
 
 impl Row {
-    pub fn new(way: Way) -> Self {
-        Self { way, moves: Vec::new(), wrong: 0, left: 0, failure: None }
+    pub fn new(trial: Trial) -> Self {
+        Self { trial, moves: Vec::new(), wrong: 0, left: 0, failure: None }
     }
 
     /// How many clients live after the last move; none, where the server did not come back.
@@ -76,28 +78,29 @@ impl Report {
 
     /// Whether the connections that were held live, all their answers came once, and nothing is left.
     pub fn is_good(&self) -> bool {
-        let held = self.rows.iter().filter(|row| row.way.hold);
-        held.clone().count() > 0
-            && held.into_iter().all(|row| {
-                row.alive() == self.clients && row.resets() == 0 && row.wrong == 0 && row.left == 0
-            })
+        let good =
+            |row: &Row| row.alive() == self.clients && row.resets() == 0 && row.wrong == 0 && row.left == 0;
+        let held: Vec<_> = self.rows.iter().filter(|row| row.trial.way.hold).collect();
+        !held.is_empty() && held.into_iter().all(good)
     }
 
     /// A table, in Markdown.
     pub fn text(&self) -> String {
         let mut text = String::from(
-            "| | moves | clients alive | resets | silence of a client, s (min / median / max) | rules left |\n\
-             |---|---|---|---|---|---|\n",
+            "| | moves | clients alive | resets | silence of a client, s (min / median / max) | answers lost or \
+             twice | rules left |\n|---|---|---|---|---|---|---|\n",
         );
         for row in &self.rows {
             let mut all: Vec<_> = row.moves.iter().flat_map(|moved| moved.silences.clone()).collect();
             all.sort();
             let silence = Moved::new(Duration::ZERO, all, 0).silence();
             let silence = silence.map_or("-".into(), |it| it.map(seconds).join(" / "));
-            let (name, moves, alive) = (name(row.way), row.moves.len(), row.alive());
-            let (clients, resets, left) = (self.clients, row.resets(), row.left);
-            let _ =
-                writeln!(text, "| {name} | {moves} | {alive} of {clients} | {resets} | {silence} | {left} |");
+            let (name, moves, alive) = (row.trial.name(), row.moves.len(), row.alive());
+            let (clients, resets, wrong, left) = (self.clients, row.resets(), row.wrong, row.left);
+            let _ = writeln!(
+                text,
+                "| {name} | {moves} | {alive} of {clients} | {resets} | {silence} | {wrong} | {left} |"
+            );
         }
         text
     }
@@ -117,7 +120,8 @@ impl Report {
         );
         let mut y = 50;
         for row in &self.rows {
-            let _ = writeln!(svg, "<text x=\"20\" y=\"{y}\" font-weight=\"bold\">{}</text>", name(row.way));
+            let _ =
+                writeln!(svg, "<text x=\"20\" y=\"{y}\" font-weight=\"bold\">{}</text>", row.trial.name());
             y += 22;
             for (nth, moved) in row.moves.iter().enumerate() {
                 let colour = if moved.silences.len() == self.clients { "#1f4e79" } else { "#b03a2e" };
@@ -154,11 +158,15 @@ impl Report {
     }
 }
 
-pub fn name(way: Way) -> &'static str {
-    match way {
-        Way { side: Side::Plugin(_), hold: true } => "soccr with hold",
-        Way { side: Side::Plugin(_), hold: false } => "soccr without hold",
-        Way { side: Side::Stock(_), .. } => "stock CRIU",
+impl Trial {
+    pub fn name(self) -> String {
+        let way = match self.way {
+            Way { side: Side::Plugin(_), hold: true } => "soccr with hold",
+            Way { side: Side::Plugin(_), hold: false } => "soccr without hold",
+            Way { side: Side::Stock(_), .. } => "stock CRIU",
+        };
+        let when = if self.late { "after the clients have sent" } else { "at once" };
+        format!("{way}, restored {when}")
     }
 }
 
@@ -179,7 +187,7 @@ mod tests {
 
     fn row(side: Side, hold: bool, alive: u64, resets: usize) -> Row {
         let silences = (1..=alive).rev().map(|nth| Duration::from_millis(100 * nth)).collect();
-        let mut row = Row::new(Way { side, hold });
+        let mut row = Row::new(Trial { way: Way { side, hold }, late: true });
         row.moves.push(Moved::new(Duration::from_secs(1), silences, resets));
         row
     }
@@ -206,8 +214,13 @@ mod tests {
     fn silences_are_of_those_that_live() {
         let report = report(row(Side::Plugin(Lock::Nftables), true, 3, 0));
         let text = report.text();
-        assert!(text.contains("| soccr with hold | 1 | 3 of 3 | 0 | 0.100 / 0.200 / 0.300 | 0 |"), "{text}");
-        assert!(text.contains("| stock CRIU | 1 | 0 of 3 | 7 | - | 0 |"), "{text}");
+        assert!(text.contains("| soccr with hold, restored after the clients have sent | 1 | 3 of 3 | 0 | 0.100 / 0.200 / 0.300 | 0 | 0 |"), "{text}");
+        assert!(
+            text.contains(
+                "| stock CRIU, restored after the clients have sent | 1 | 0 of 3 | 7 | - | 0 | 0 |"
+            ),
+            "{text}"
+        );
         assert!(report.svg().contains("0.100 / 0.200 / 0.300: 3 of 3 alive, 0 resets"));
     }
 }
