@@ -11,8 +11,10 @@ use soccr::criu::image::index::{Index, InetConnection};
 use soccr::criu::image::inventory::{Inventory, NetworkLock, release_to_stock};
 use soccr::criu::image::nftables::strip_table;
 use soccr::criu::image::proto::{core, fdinfo, inventory, pstree, sk_packet, tcp_stream};
+use soccr::criu::image::side::SideImage;
 use soccr::criu::image::tcp_stream::TcpStreamImage;
 use soccr::criu::image::{Fault, ImageDir, ImageError, ImageMessage};
+use soccr::lock::conntrack::{Direction, Translation};
 
 const SETS: [&str; 2] = ["inside", "outside"];
 
@@ -317,4 +319,21 @@ fn older_layouts_are_read() {
     let index = Index::read(&dir).unwrap();
     assert_eq!(index.connections, wanted.connections);
     assert_eq!((index.tasks, index.in_flight), (wanted.tasks, wanted.in_flight));
+}
+
+/// `soccr.img` comes with the images, but anybody can have written it.
+#[test]
+fn translations_of_other_connections_are_left_out() {
+    let dir = ImageDir::open(&golden("outside")).unwrap();
+    let index = Index::read(&dir).unwrap();
+    let carried = index.carried().next().unwrap().tuple.on_wire();
+    let end = |text: &str| text.parse().unwrap();
+    let behind = |socket: Direction| Translation {
+        original: Direction { source: socket.destination, destination: end("192.0.2.1:7100") },
+        reply: socket,
+    };
+    let ours = behind(Direction { source: carried.local, destination: carried.remote });
+    let others = behind(Direction { source: end("192.0.2.2:22"), destination: end("192.0.2.3:40000") });
+    let side = SideImage { id: "soccr-0123456789ab".into(), translations: vec![others, ours] };
+    assert_eq!(side.translations_of(&index), [ours]);
 }
