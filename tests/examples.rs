@@ -8,6 +8,7 @@ use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::mpsc::sync_channel;
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
@@ -81,6 +82,10 @@ impl Proxy {
     }
 }
 
+/// What a client has said and not yet got back, in parts at most: without privileges a restored socket takes no longer
+/// queue than net.core.rmem_max allows, and loopback's grow beyond that.
+const UNDER_WAY: usize = 64;
+
 /// Talks until it is told to stop, and checks that it gets back all that it has said. Returns when the proxy has it.
 fn client(proxy: SocketAddr, seed: u32) -> (UnixStream, JoinHandle<usize>) {
     let (stop, stopped) = UnixStream::pair().expect("pair");
@@ -93,12 +98,14 @@ fn client(proxy: SocketAddr, seed: u32) -> (UnixStream, JoinHandle<usize>) {
     stream.write_all(&part).expect("write");
     support::expect_bytes(&mut stream, &part);
     let expected = part.clone();
+    let (said, heard) = sync_channel(UNDER_WAY);
     let check = thread::spawn(move || {
         let mut got = vec![0; expected.len()];
         let mut parts = 0;
         while reader.read(&mut got[..1]).expect("the connection lives") == 1 {
             reader.read_exact(&mut got[1..]).expect("the connection lives");
             assert!(got == expected, "part {parts} differs");
+            heard.recv().expect("it was said");
             parts += 1;
         }
         parts
@@ -106,6 +113,7 @@ fn client(proxy: SocketAddr, seed: u32) -> (UnixStream, JoinHandle<usize>) {
     let talk = thread::spawn(move || {
         let mut parts = 0;
         while !matches!((&stopped).read(&mut [0]), Ok(0)) {
+            said.send(()).expect("somebody listens");
             stream.write_all(&part).expect("the connection lives");
             parts += 1;
         }
