@@ -51,7 +51,7 @@ fn moves_held(address: &str) -> Result<()> {
 
 /// What a hold is for.
 fn moves_unheld(address: &str) -> Result<()> {
-    let Some(Scene { mut lan, server, busy, capture, .. }) = scene(address)? else { return Ok(()) };
+    let Some(Scene { mut lan, server, busy, capture, dir: _dir }) = scene(address)? else { return Ok(()) };
     let way = Way { side: PLUGIN, hold: false };
     let _task = lan.migrate(server.task, way, || {
         let all_dead = || busy.members().iter().all(|member| member.error.is_some());
