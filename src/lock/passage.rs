@@ -10,14 +10,12 @@
 
 use std::collections::hash_map::RandomState;
 use std::fmt::Write;
-use std::fs;
 use std::hash::{BuildHasher, Hasher};
-use std::io;
 
 use nix::errno::Errno;
 
 use super::nft::{Client, NftError, Transaction, rules};
-use super::xtables::{Family, Variant, XtablesError};
+use super::xtables::{Family, Variant, XtablesError, legacy_tables};
 use super::{LockError, MARK};
 use crate::kernel::netns::NetNs;
 
@@ -205,19 +203,6 @@ fn legacy_removal(saved: &str, is_ours: impl Fn(&str) -> bool) -> (String, usize
         }
     }
     (script, count)
-}
-
-/// The tables of `ip_tables` that are in use in `ns`; asking any other way would put them in use.
-pub(super) fn legacy_tables(ns: &NetNs, family: Family) -> Result<Vec<String>, XtablesError> {
-    let path = match family {
-        Family::V4 => "/proc/thread-self/net/ip_tables_names",
-        Family::V6 => "/proc/thread-self/net/ip6_tables_names",
-    };
-    match ns.run(|| fs::read_to_string(path))? {
-        Ok(names) => Ok(names.lines().map(str::to_owned).collect()),
-        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(Vec::new()), // no such module
-        Err(source) => Err(XtablesError::Run { program: path, source }),
-    }
 }
 
 fn nft_failed(action: &str, ns: &NetNs, source: NftError) -> LockError {

@@ -8,7 +8,6 @@ use std::process::{Command, ExitStatus, Output, Stdio};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 
 use super::nft::{self, NftError};
-use super::passage::legacy_tables;
 use crate::kernel::netns::{NetNs, NetNsError};
 
 /// An iptables program did not do its work.
@@ -154,4 +153,17 @@ fn start(program: &str, args: &[&str], input: &str) -> io::Result<Output> {
         }
     }
     Err(last)
+}
+
+/// The tables of `ip_tables` that are in use in `ns`; asking any other way would put them in use.
+pub(super) fn legacy_tables(ns: &NetNs, family: Family) -> Result<Vec<String>, XtablesError> {
+    let path = match family {
+        Family::V4 => "/proc/thread-self/net/ip_tables_names",
+        Family::V6 => "/proc/thread-self/net/ip6_tables_names",
+    };
+    match ns.run(|| std::fs::read_to_string(path))? {
+        Ok(names) => Ok(names.lines().map(str::to_owned).collect()),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(Vec::new()), // no such module
+        Err(source) => Err(XtablesError::Run { program: path, source }),
+    }
 }

@@ -7,7 +7,7 @@ use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::os::fd::AsFd;
 
-use super::sockets::{FindError, FoundConnection, Unconnected};
+use super::found::{FindError, FoundConnection, Unconnected};
 use crate::connection::State;
 use crate::kernel::netns::NetNs;
 use crate::kernel::{diag, tcp};

@@ -1,5 +1,6 @@
 //! Tasks of this host as `/proc` shows them, and the TCP connections that they hold.
 
+mod found;
 mod identity;
 pub mod in_flight;
 mod keys;
@@ -17,8 +18,9 @@ use crate::kernel::SysError;
 use crate::kernel::netns::NetNs;
 use crate::kernel::process::{self, RemoteFd};
 
+pub use found::{FindError, FoundConnection, Place};
 pub use identity::ProcessId;
-pub use sockets::{FindError, Finder, FoundConnection, Place, SocketNamespaces, Walker};
+pub use sockets::{Finder, SocketNamespaces, Walker};
 
 /// A task of the dump or the restore.
 #[derive(Debug)]

@@ -1,103 +1,16 @@
 //! The TCP connections of tasks: in their descriptor tables, and in flight in their unix sockets.
 
 use std::collections::{HashMap, HashSet};
-use std::fmt;
-use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use nix::errno::Errno;
 
-use crate::connection::FourTuple;
 use crate::kernel::netns::{NetNs, NetNsError};
-use crate::kernel::process::RemoteFd;
 use crate::kernel::{SysError, addr, ao, sockopt};
 use crate::repair::four_tuple;
 
+use super::found::{FindError, FoundConnection, Place, Unconnected};
 use super::{Task, in_flight, keys};
-
-/// A connection that is to be carried.
-#[derive(Debug)]
-pub struct FoundConnection {
-    /// Our duplicate of the socket.
-    pub socket: OwnedFd,
-    /// Its inode, which names its image.
-    pub inode: u32,
-    /// The kernel's number for it (`SO_COOKIE`), which no other socket gets until the next boot.
-    pub cookie: u64,
-    /// Both ends.
-    pub tuple: FourTuple,
-    /// The socket's own network namespace.
-    pub ns: NetNs,
-    /// Where it was found.
-    pub place: Place,
-}
-
-/// Where a socket was found, for messages.
-#[derive(Clone, Copy, Debug)]
-pub enum Place {
-    /// In a task's table.
-    Table(i32, RemoteFd),
-    /// In flight in a unix socket of a task.
-    InFlight(i32, RemoteFd),
-    /// Given to us by criu.
-    Given,
-}
-
-impl fmt::Display for Place {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Table(pid, fd) => write!(f, "pid {pid} fd {fd}"),
-            Self::InFlight(pid, fd) => write!(f, "in flight in the unix socket of pid {pid} fd {fd}"),
-            Self::Given => f.write_str("given by criu"),
-        }
-    }
-}
-
-/// A task's sockets cannot all be found.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum FindError {
-    /// `/proc` cannot be read.
-    #[error("pid {0}: cannot be examined in /proc: {1}")]
-    Proc(i32, std::io::Error),
-    /// A system call failed.
-    #[error("{0}: {1}")]
-    Sys(Place, SysError),
-    /// The socket's namespace is out of reach.
-    #[error("{0}: {1}")]
-    NetNs(Place, NetNsError),
-    /// The socket cannot be carried.
-    #[error("{tuple} ({place}): {why}")]
-    Refused {
-        /// The connection.
-        tuple: FourTuple,
-        /// Where it was found.
-        place: Place,
-        /// Why.
-        why: &'static str,
-    },
-    /// A socket without a peer has what CRIU would lose.
-    #[error("{local} ({place}), not connected: {why}")]
-    RefusedUnconnected {
-        /// The socket's own end.
-        local: SocketAddr,
-        /// Where it was found.
-        place: Place,
-        /// Why.
-        why: &'static str,
-    },
-    /// The socket monitor failed.
-    #[error("{ns}: the keys of the connections cannot be told: {source}")]
-    Monitor {
-        /// The namespace that was asked for.
-        ns: NetNs,
-        /// The kernel's answer.
-        source: SysError,
-    },
-    /// A network namespace could not be entered.
-    #[error(transparent)]
-    Enter(#[from] NetNsError),
-}
 
 /// Visits each socket once, however many descriptors lead to it: those in tasks' tables and, inside unix sockets,
 /// those in flight.
@@ -163,15 +76,6 @@ pub struct Finder {
     namespaces: SocketNamespaces,
     /// Whether the kernel has TCP-AO at all, once that is known.
     no_ao: bool,
-}
-
-/// A socket that never had a peer: a listener or a fresh one. It is CRIU's matter, but for its keys.
-#[derive(Debug)]
-pub(super) struct Unconnected {
-    pub cookie: u64,
-    pub local: SocketAddr,
-    pub ns: NetNs,
-    pub place: Place,
 }
 
 /// What a TCP socket is to the finder.
