@@ -141,27 +141,53 @@ impl Client {
         connections: &[FourTuple],
         mut found: impl FnMut(Translation),
     ) -> Result<(), ConntrackError> {
-        let mut requests = Writer::default();
-        for (seq, connection) in (0..).zip(connections) {
-            let wire = connection.on_wire();
-            let header = Header { kind: kind(abi::GET), flags: abi::REQUEST, seq };
-            let direction = Direction { source: wire.local, destination: wire.remote };
-            requests.message(header, family(direction), 0, |w| put_tuple(w, abi::TUPLE_ORIGINAL, direction));
-        }
-        self.0.send(requests.bytes()).map_err(ConntrackError::Socket)?;
-        self.answers(|seq, answer| match answer {
-            Answer::Entry(entry) => {
+        self.of_each(
+            connections,
+            "find",
+            abi::GET,
+            |_| (),
+            |entry| {
                 let translation = read_entry(entry)?;
                 if translation.reply != translation.original.reversed() {
                     found(translation);
                 }
                 Ok(())
-            }
+            },
+        )
+    }
+
+    fn loosen(&self, connections: &[FourTuple]) -> Result<(), ConntrackError> {
+        self.of_each(connections, "change", abi::NEW, |w| put_liberal(w, |_| ()), |_| Ok(()))
+    }
+
+    /// Sends one message for the entry of each connection, all at once, and shows the entries that come back. A connection
+    /// that conntrack knows nothing of, or a kernel without conntrack, is no error.
+    fn of_each(
+        &self,
+        connections: &[FourTuple],
+        action: &'static str,
+        message: u16,
+        more: impl Fn(&mut Writer),
+        mut entry: impl FnMut(Attributes<'_>) -> Result<(), Malformed>,
+    ) -> Result<(), ConntrackError> {
+        let mut requests = Writer::default();
+        for (seq, connection) in (0..).zip(connections) {
+            let wire = connection.on_wire();
+            let header = Header { kind: kind(message), flags: abi::REQUEST, seq };
+            let direction = Direction { source: wire.local, destination: wire.remote };
+            requests.message(header, family(direction), 0, |w| {
+                put_tuple(w, abi::TUPLE_ORIGINAL, direction);
+                more(w);
+            });
+        }
+        self.0.send(requests.bytes()).map_err(ConntrackError::Socket)?;
+        self.answers(|seq, answer| match answer {
+            Answer::Entry(found) => Ok(entry(found)?),
             Answer::Errno(Errno::ENOENT | Errno::EOPNOTSUPP | Errno::EINVAL) => Ok(()), // EINVAL: no such subsystem
             Answer::Errno(errno) => {
                 let connection = usize::try_from(seq).ok().and_then(|at| connections.get(at).copied());
                 let connection = connection.unwrap_or(connections[0]);
-                Err(ConntrackError::Refused { action: "find", connection, errno })
+                Err(ConntrackError::Refused { action, connection, errno })
             }
         })
     }
@@ -189,29 +215,6 @@ impl Client {
             Answer::Entry(_) | Answer::Errno(Errno::EEXIST) => Ok(()),
             Answer::Errno(errno) => {
                 Err(ConntrackError::Refused { action: "restore", connection: original.tuple(), errno })
-            }
-        })
-    }
-
-    fn loosen(&self, connections: &[FourTuple]) -> Result<(), ConntrackError> {
-        let mut requests = Writer::default();
-        for (seq, connection) in (0..).zip(connections) {
-            let wire = connection.on_wire();
-            let direction = Direction { source: wire.local, destination: wire.remote };
-            let header = Header { kind: kind(abi::NEW), flags: abi::REQUEST, seq };
-            requests.message(header, family(direction), 0, |w| {
-                put_tuple(w, abi::TUPLE_ORIGINAL, direction);
-                put_liberal(w, |_| ());
-            });
-        }
-        self.0.send(requests.bytes()).map_err(ConntrackError::Socket)?;
-        self.answers(|seq, answer| match answer {
-            // Nothing is known of it, or there is no such subsystem.
-            Answer::Entry(_) | Answer::Errno(Errno::ENOENT | Errno::EOPNOTSUPP | Errno::EINVAL) => Ok(()),
-            Answer::Errno(errno) => {
-                let connection = usize::try_from(seq).ok().and_then(|at| connections.get(at).copied());
-                let connection = connection.unwrap_or(connections[0]);
-                Err(ConntrackError::Refused { action: "change", connection, errno })
             }
         })
     }
