@@ -10,7 +10,7 @@ use super::proto::pstree::Pstree_entry;
 use super::proto::sk_inet::Inet_sk_entry;
 use super::proto::sk_packet::Sk_packet_entry;
 use super::proto::sk_unix::Unix_sk_entry;
-use super::proto::soccr::{Soccr_connection_entry, Soccr_dump_entry, Soccr_translation};
+use super::proto::soccr::{Soccr_connection_entry, Soccr_dump_entry, Soccr_item};
 use super::proto::tcp_stream::Tcp_stream_entry;
 use super::wire::{self, NotAField, Value};
 
@@ -107,10 +107,11 @@ impl ImageMessage for Soccr_dump_entry {
     const NESTED: Nested = FLAT;
 }
 
-impl ImageMessage for Soccr_translation {
-    const NESTED: Nested = Nested(&[(1, DIRECTION), (2, DIRECTION)]);
+impl ImageMessage for Soccr_item {
+    const NESTED: Nested = Nested(&[(1, TRANSLATION)]);
 }
 
+const TRANSLATION: Nested = Nested(&[(1, DIRECTION), (2, DIRECTION)]);
 const DIRECTION: Nested = Nested(&[(1, FLAT), (2, FLAT)]);
 
 #[cfg(test)]

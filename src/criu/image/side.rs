@@ -8,7 +8,7 @@ use super::container::{Magic, Reader, head};
 use super::index::Index;
 use super::{Fault, ImageDir, ImageError};
 use crate::encoding::container::push_message;
-use crate::encoding::proto::soccr::{Soccr_direction, Soccr_dump_entry, Soccr_translation};
+use crate::encoding::proto::soccr::{Soccr_direction, Soccr_dump_entry, Soccr_item, Soccr_translation};
 use crate::encoding::{from_endpoint, to_endpoint};
 use crate::four_tuple::FourTuple;
 use crate::lock::LockName;
@@ -16,7 +16,7 @@ use crate::lock::conntrack::{Direction, Translation};
 
 /// The file's name.
 pub const NAME: &str = "soccr.img";
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 
 /// The image.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -36,9 +36,8 @@ impl SideImage {
         let entry =
             Soccr_dump_entry { version: Some(VERSION), id: Some(self.id.clone()), ..Default::default() };
         let mut image = head(NAME, Magic::SoccrDump, &entry)?;
-        for translation in &self.translations {
-            push_message(&mut image, &to_translation(translation))
-                .map_err(|reason| ImageError::unwritable(NAME, reason))?;
+        for item in self.items() {
+            push_message(&mut image, &item).map_err(|reason| ImageError::unwritable(NAME, reason))?;
         }
         dir.create(NAME, &[&image])
     }
@@ -71,11 +70,26 @@ impl SideImage {
             let fault = Fault::value("version", format!("{} is not known", entry.version()));
             return Err(reader.bad_message(fault));
         }
-        let mut translations = Vec::new();
-        while let Some(entry) = reader.next_message()? {
-            translations.push(from_translation(&entry).map_err(|fault| reader.bad_message(fault))?);
+        let mut image = Self { id: entry.id().to_owned(), translations: Vec::new() };
+        while let Some(item) = reader.next_message()? {
+            image.take(&item).map_err(|fault| reader.bad_message(fault))?;
         }
-        Ok(Some(Self { id: entry.id().to_owned(), translations }))
+        Ok(Some(image))
+    }
+
+    fn items(&self) -> impl Iterator<Item = Soccr_item> {
+        self.translations.iter().map(|translation| Soccr_item {
+            translation: MessageField::some(to_translation(translation)),
+            ..Default::default()
+        })
+    }
+
+    /// What a later version has written is passed over.
+    fn take(&mut self, item: &Soccr_item) -> Result<(), Fault> {
+        if let Some(entry) = item.translation.as_ref() {
+            self.translations.push(from_translation(entry)?);
+        }
+        Ok(())
     }
 }
 
