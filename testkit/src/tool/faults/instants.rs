@@ -1,4 +1,4 @@
-//! Random instants of a dump of 1000 busy connections: criu and the agent are killed in turn.
+//! Random instants of a dump of many busy connections: criu and the agent are killed in turn.
 
 use std::process::Child;
 use std::time::{Duration, Instant};
@@ -16,7 +16,6 @@ use crate::faults::prefix;
 use crate::faults::report::Report;
 use crate::faults::scene::{PLUGIN, Scene, Tools};
 
-const CONNECTIONS: usize = 1000;
 /// So many failures in a row of deaths of one victim are told; each takes the time of [`PATIENCE`].
 const ENOUGH: usize = 5;
 /// Each sends this often.
@@ -28,11 +27,18 @@ enum Victim {
     Agent,
 }
 
-pub fn run(tools: &Tools, place: Place, report: &mut Report, count: usize, seed: u64) -> Result<()> {
+pub fn run(
+    tools: &Tools,
+    place: Place,
+    report: &mut Report,
+    count: usize,
+    connections: usize,
+    seed: u64,
+) -> Result<()> {
     let scene = Scene::new(tools, place)?;
     scene.keep_in_memory()?;
     let mut rng = Rng::with_seed(seed);
-    let mut living = Some(scene.plain(CONNECTIONS)?);
+    let mut living = Some(scene.plain(connections)?);
     let whole = duration(&scene, &mut living)?;
     println!("a whole dump takes {whole:?}");
     for victim in [Victim::Criu, Victim::Agent] {
@@ -42,7 +48,7 @@ pub fn run(tools: &Tools, place: Place, report: &mut Report, count: usize, seed:
             interrupt::check()?;
             let (server, clients) = match living.take() {
                 Some(living) => living,
-                None => scene.plain(CONNECTIONS)?,
+                None => scene.plain(connections)?,
             };
             let fleet = scene.busy(&server, clients, 0, PERIOD)?;
             // A bit longer, since a dump takes longer now and then: those that come too late do not count.

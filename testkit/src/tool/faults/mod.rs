@@ -9,6 +9,7 @@ mod report;
 mod scene;
 mod stock;
 
+use std::num::NonZeroUsize;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
@@ -33,9 +34,15 @@ pub struct Options {
     /// SIGKILL and SIGSTOP of criu, of the agent and of the server, and errors, at every named point
     #[arg(long)]
     points: bool,
-    /// SIGKILL of criu and of the agent at N random instants of a dump of 1000 busy connections
+    /// Only each Nth of these: less time for the same points, each action in its turn
+    #[arg(long, value_name = "N", default_value = "1", hide_default_value = true)]
+    every: NonZeroUsize,
+    /// SIGKILL of criu and of the agent at N random instants of a dump of many busy connections
     #[arg(long, value_name = "N")]
     instants: Option<usize>,
+    /// How many
+    #[arg(long, value_name = "N", default_value_t = 1000)]
+    connections: usize,
     /// Everything else: full and read-only disks, kernels without nf_tables, reboots, …
     #[arg(long)]
     matrix: bool,
@@ -62,14 +69,14 @@ pub fn run(options: &Options) -> Result<()> {
         let prefix = prefix(place);
         if options.points || all {
             println!("=== {prefix}at every named point, 8 busy connections each");
-            points::run(&tools, place, &mut report, only)?;
+            points::run(&tools, place, &mut report, only, options.every)?;
         }
         if instants > 0 {
-            let seed = options.seed;
+            let (connections, seed) = (options.connections, options.seed);
             println!(
-                "=== {prefix}at {instants} random instants of a dump of 1000 busy connections, seed {seed}"
+                "=== {prefix}at {instants} random instants of a dump of {connections} busy connections, seed {seed}"
             );
-            instants::run(&tools, place, &mut report, instants, seed)?;
+            instants::run(&tools, place, &mut report, instants, connections, seed)?;
         }
     }
     if options.matrix || all {

@@ -1,6 +1,7 @@
 //! Every named point of dump and restore, with everybody who can die there.
 
 use std::fs;
+use std::num::NonZeroUsize;
 use std::path::Path;
 use std::process::Child;
 use std::time::{Duration, Instant};
@@ -99,15 +100,22 @@ const CONNECTIONS: usize = 8;
 const FULL: usize = 4;
 const PERIOD: Duration = Duration::from_millis(40);
 
-pub fn run(tools: &Tools, place: Place, report: &mut Report, only: Option<&str>) -> Result<()> {
+pub fn run(
+    tools: &Tools,
+    place: Place,
+    report: &mut Report,
+    only: Option<&str>,
+    every: NonZeroUsize,
+) -> Result<()> {
     let scene = Scene::new(tools, place)?;
     let mut living = None;
+    let mut turn = (0..every.get()).cycle();
     for point in DUMP.split(' ').chain(RESTORE.split(' ')) {
         let mut line = Vec::new();
         for action in ACTIONS.into_iter().filter(|action| action.suits(point)) {
             interrupt::check()?;
             let name = format!("{}{point}:{}", prefix(place), action.name());
-            if only.is_some_and(|only| !name.contains(only)) {
+            if only.is_some_and(|only| !name.contains(only)) || turn.next() != Some(0) {
                 continue;
             }
             let (server, clients) = match living.take() {
