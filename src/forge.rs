@@ -20,17 +20,25 @@ use crate::lock::{LockError, Passage};
 
 pub use crate::lock::MARK;
 
-/// A segment from the peer: FIN and ACK, or ACK alone.
+/// A segment from the peer.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Segment {
     pub tuple: FourTuple,
-    pub fin: bool,
+    pub kind: Kind,
     /// The peer's sequence: our rcv_nxt.
     pub seq: u32,
     /// What the peer acknowledges.
     pub ack: u32,
     /// The peer's window as the header has it, scaled.
     pub window: u16,
+}
+
+/// What a segment is for; all but a RST acknowledge.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Kind {
+    Fin,
+    Ack,
+    Rst,
 }
 
 /// A forged segment could not be brought to its socket.
@@ -102,6 +110,12 @@ impl Forge {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).deliver(socket, segment, reaches)
     }
 
+    /// Sends the segment to whatever socket has its addresses where `socket` is.
+    pub(crate) fn send(&self, socket: BorrowedFd<'_>, segment: &Segment) -> Result<(), ForgeError> {
+        let ns = NetNs::of_socket(socket)?;
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).send(&ns, socket, segment)
+    }
+
     /// Closes the passages, if any, and reports what goes wrong with it.
     ///
     /// # Errors
@@ -133,7 +147,7 @@ impl Tools {
             }
         }
         let state = tcp::info(socket)?.state;
-        Err(ForgeError::Lost { segment: if segment.fin { "FIN" } else { "ACK" }, state })
+        Err(ForgeError::Lost { segment: if segment.kind == Kind::Fin { "FIN" } else { "ACK" }, state })
     }
 
     fn send_and_see(
@@ -143,15 +157,19 @@ impl Tools {
         segment: &Segment,
         reaches: State,
     ) -> Result<bool, ForgeError> {
+        self.send(ns, socket, segment)?;
+        arrived(socket, reaches)
+    }
+
+    fn send(&mut self, ns: &NetNs, socket: BorrowedFd<'_>, segment: &Segment) -> Result<(), ForgeError> {
         let wire = Segment { tuple: segment.tuple.on_wire(), ..*segment };
         let ipv6 = wire.tuple.local.is_ipv6();
         let device = sockopt::bound_device(socket)?;
         match raw::send(self.raw_socket(ns, device, ipv6)?, &wire.packet(), wire.tuple.local) {
             // EPERM: a rule drops it on its way out already.
-            Ok(()) | Err(SysError { errno: Errno::EPERM, .. }) => {}
-            Err(error) => return Err(error.into()),
+            Ok(()) | Err(SysError { errno: Errno::EPERM, .. }) => Ok(()),
+            Err(error) => Err(error.into()),
         }
-        arrived(socket, reaches)
     }
 
     fn raw_socket(&mut self, ns: &NetNs, device: Vec<u8>, ipv6: bool) -> Result<BorrowedFd<'_>, ForgeError> {
@@ -220,6 +238,7 @@ impl Segment {
 
     fn tcp(&self, from: &[u8], to: &[u8]) -> [u8; TCP_HEADER] {
         const FIN: u8 = 0x01;
+        const RST: u8 = 0x04;
         const ACK: u8 = 0x10;
         let mut header = [0; TCP_HEADER];
         header[0..2].copy_from_slice(&self.tuple.remote.port().to_be_bytes());
@@ -227,7 +246,11 @@ impl Segment {
         header[4..8].copy_from_slice(&self.seq.to_be_bytes());
         header[8..12].copy_from_slice(&self.ack.to_be_bytes());
         header[12] = 5 << 4; // header length in words
-        header[13] = if self.fin { FIN | ACK } else { ACK };
+        header[13] = match self.kind {
+            Kind::Fin => FIN | ACK,
+            Kind::Ack => ACK,
+            Kind::Rst => RST,
+        };
         header[14..16].copy_from_slice(&self.window.to_be_bytes());
         let pseudo = [from, to, &[0, PROTOCOL_TCP, 0, 20]];
         let sum = checksum(pseudo.into_iter().chain([&header[..]]));

@@ -18,11 +18,12 @@
 //! from the peer in between would be taken for one of a connection that is half built.
 
 use std::os::fd::{AsFd, BorrowedFd};
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 
 use crate::connection::{ControlBlock, FourTuple, OPT_SACK, State, Window};
-use crate::forge::{self, Forge, ForgeError, Segment};
+use crate::forge::{self, Forge, ForgeError, Kind, Segment};
 use crate::kernel::netns::NetNs;
 use crate::kernel::tcp::{Direction, Queue, Repair, RepairOption};
 use crate::kernel::{SysError, addr, diag, sockopt, tcp};
@@ -209,9 +210,31 @@ impl Restoring<'_> {
         match self.try_connect() {
             Err(SysError { errno: Errno::EADDRNOTAVAIL, .. }) if destroy_orphan(self.fd, self.tuple)? => {
                 log::info!("{}: destroyed an orphan that held the addresses", self.tuple);
-                self.try_connect()
+                self.connect_after_orphan()
             }
             other => other,
+        }
+    }
+
+    /// Older kernels (Debian's 5.10) empty the send queue of an orphan that is to be destroyed, and leave it there: its
+    /// peer's RST ends it on each of them.
+    fn connect_after_orphan(&self) -> Result<(), SysError> {
+        const PATIENCE: Duration = Duration::from_millis(20);
+        let rst = Segment { tuple: *self.tuple, kind: Kind::Rst, seq: self.tcp.rcv_nxt, ack: 0, window: 0 };
+        let mut deadline = None;
+        loop {
+            match (self.try_connect(), deadline) {
+                (Err(SysError { errno: Errno::EADDRNOTAVAIL, .. }), None) => {
+                    if let Err(error) = self.forge.send(self.fd, &rst) {
+                        log::warn!("{}: cannot reset the orphan: {error}", self.tuple);
+                    }
+                    deadline = Some(Instant::now() + PATIENCE);
+                }
+                (Err(SysError { errno: Errno::EADDRNOTAVAIL, .. }), Some(end)) if Instant::now() < end => {
+                    std::thread::yield_now();
+                }
+                (result, _) => return result,
+            }
         }
     }
 
@@ -356,20 +379,20 @@ impl Restoring<'_> {
     fn peer_fin(&self, reaches: State) -> Result<(), RestoreError> {
         let unacked = self.tcp.send_len.wrapping_add(u32::from(self.tcp.state.fin_sent()));
         let seq = self.tcp.rcv_nxt.wrapping_sub(1);
-        self.deliver(true, seq, self.tcp.write_seq.wrapping_sub(unacked), reaches)
+        self.deliver(Kind::Fin, seq, self.tcp.write_seq.wrapping_sub(unacked), reaches)
     }
 
     /// The segment by which the peer acknowledged our FIN, and with it all that we sent.
     fn acknowledge(&self, reaches: State) -> Result<(), RestoreError> {
-        self.deliver(false, self.tcp.rcv_nxt, self.tcp.write_seq, reaches)
+        self.deliver(Kind::Ack, self.tcp.rcv_nxt, self.tcp.write_seq, reaches)
     }
 
-    fn deliver(&self, fin: bool, seq: u32, ack: u32, reaches: State) -> Result<(), RestoreError> {
+    fn deliver(&self, kind: Kind, seq: u32, ack: u32, reaches: State) -> Result<(), RestoreError> {
         let port = self.sys(addr::local(self.fd))?.port();
         let scale = self.tcp.negotiated.wscale.map_or(0, |scale| scale.snd);
         let segment = Segment {
             tuple: forge::with_local_port(self.tuple, port),
-            fin,
+            kind,
             seq,
             ack,
             window: forge::header_window(self.tcp.window.map_or(0, |window| window.snd_wnd), scale),
@@ -388,12 +411,13 @@ fn destroy_orphan(socket: BorrowedFd<'_>, tuple: &FourTuple) -> Result<bool, Sys
 /// Buffers that have room for both queues while a connection is built, and then what they were.
 ///
 /// The sizes and whether the program fixed them (SO_BUF_LOCK) are put back by [`RoomForQueues::give_back`]; bytes
-/// beyond the size stay, as they do in a running socket whose buffer shrinks.
+/// beyond the size stay, as they do in a running socket whose buffer shrinks. Before 5.14 there is no SO_BUF_LOCK, and a
+/// size that was ever set is fixed: the buffer of an empty queue is left alone.
 #[derive(Debug)]
 pub struct RoomForQueues<'fd> {
     fd: BorrowedFd<'fd>,
-    send: i32,
-    receive: i32,
+    send: Option<i32>,
+    receive: Option<i32>,
     locks: Option<u32>,
 }
 
@@ -407,19 +431,19 @@ impl<'fd> RoomForQueues<'fd> {
         if tcp.recv_len == 0 && tcp.send_len == 0 {
             return Ok(None);
         }
-        let room = Self {
-            fd,
-            send: sockopt::buffer_size(fd, Send)?,
-            receive: sockopt::buffer_size(fd, Receive)?,
-            locks: match sockopt::buffer_locks(fd) {
-                Ok(locks) => Some(locks),
-                Err(SysError { errno: Errno::ENOPROTOOPT, .. }) => None,
-                Err(error) => return Err(error),
-            },
+        let locks = match sockopt::buffer_locks(fd) {
+            Ok(locks) => Some(locks),
+            Err(SysError { errno: Errno::ENOPROTOOPT, .. }) => None,
+            Err(error) => return Err(error),
         };
-        sockopt::set_buffer_size(fd, Send, accounted(tcp.send_len).max(room.send))?;
-        sockopt::set_buffer_size(fd, Receive, accounted(tcp.recv_len).max(room.receive))?;
-        Ok(Some(room))
+        let grow = |buffer, len| {
+            let size = sockopt::buffer_size(fd, buffer)?;
+            sockopt::set_buffer_size(fd, buffer, accounted(len).max(size))?;
+            Ok(size)
+        };
+        let grow = |buffer, len| (len > 0).then(|| grow(buffer, len)).transpose();
+        let (send, receive) = (grow(Send, tcp.send_len)?, grow(Receive, tcp.recv_len)?);
+        Ok(Some(Self { fd, send, receive, locks }))
     }
 
     /// Puts the program's sizes back.
@@ -427,8 +451,10 @@ impl<'fd> RoomForQueues<'fd> {
     /// # Errors
     /// The kernel's answer.
     pub fn give_back(self) -> Result<(), SysError> {
-        sockopt::set_buffer_size(self.fd, sockopt::Buffer::Send, self.send)?;
-        sockopt::set_buffer_size(self.fd, sockopt::Buffer::Receive, self.receive)?;
+        use sockopt::Buffer::{Receive, Send};
+        for (buffer, size) in [(Send, self.send), (Receive, self.receive)] {
+            size.map_or(Ok(()), |size| sockopt::set_buffer_size(self.fd, buffer, size))?;
+        }
         self.locks.map_or(Ok(()), |locks| sockopt::set_buffer_locks(self.fd, locks))
     }
 }
