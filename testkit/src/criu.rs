@@ -158,6 +158,15 @@ impl Criu {
         Ok(())
     }
 
+    /// Whether it calls plugins once it has forked its tasks, as it does since 4.2.
+    pub fn has_post_forking(&self) -> Result<bool> {
+        let said = Command::new(&self.bin).arg("--version").output().context("criu --version")?.stdout;
+        let said = String::from_utf8(said)?;
+        let version = said.lines().find_map(|line| line.strip_prefix("Version:")).context("a version")?;
+        let mut numbers = version.trim().split('.').map_while(|number| number.parse::<u32>().ok());
+        Ok((numbers.next(), numbers.next()) >= (Some(4), Some(2)))
+    }
+
     /// Whether the plugin is what these sources make, where it is the one of `target/plugins`.
     pub fn check_fresh(&self) -> Result<()> {
         // On another machine than the one it was built on there are no sources.

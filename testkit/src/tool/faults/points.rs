@@ -29,6 +29,8 @@ const RESTORE: &str = "\
     restore.init restore.prepared restore.locked restore.forked restore.asked restore.copied \
     restore.disconnected restore.built restore.all-built restore.unlocking restore.unlocked \
     restore.waking restore.awake restore.end";
+/// In a hook of CRIU's that is called since 4.2.
+const FORKED: &str = "restore.forked";
 /// From here on the restored server has its connections.
 const GIVEN_BACK: &str = "restore.unlocked";
 
@@ -110,7 +112,15 @@ pub fn run(
     let scene = Scene::new(tools, place)?;
     let mut living = None;
     let mut turn = (0..every.get()).cycle();
+    let forks = tools.criu.has_post_forking()?;
     for point in DUMP.split(' ').chain(RESTORE.split(' ')) {
+        if point == FORKED && !forks {
+            println!(
+                "{:29} not there: CRIU calls nobody then before 4.2",
+                format!("{}{point}", prefix(place))
+            );
+            continue;
+        }
         let mut line = Vec::new();
         for action in ACTIONS.into_iter().filter(|action| action.suits(point)) {
             interrupt::check()?;
