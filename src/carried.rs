@@ -62,7 +62,9 @@ impl Connection {
     }
 
     /// The lock that keeps the peer's segments away until [`thaw`](crate::thaw), and how many connections it holds.
-    pub(crate) fn lock(&self) -> Option<(LockName, u32)> {
+    #[doc(hidden)]
+    #[must_use]
+    pub fn lock(&self) -> Option<(LockName, u32)> {
         let id = self.head.lock_id.as_deref().filter(|_| self.locked_together > 0)?;
         LockName::soccr(id).ok().map(|name| (name, self.locked_together))
     }

@@ -91,10 +91,20 @@ pub fn freeze_with<F: AsFd>(
     sockets: impl IntoIterator<Item = F>,
     lock: &LockOptions,
 ) -> (Frozen<F>, Vec<Refused<F>>) {
+    freeze_as(&lock_name(), sockets, lock)
+}
+
+/// As [`freeze_with`], the lock of each namespace under this name: for who records it before it is there.
+#[doc(hidden)]
+pub fn freeze_as<F: AsFd>(
+    name: &LockName,
+    sockets: impl IntoIterator<Item = F>,
+    lock: &LockOptions,
+) -> (Frozen<F>, Vec<Refused<F>>) {
     let mut freezing =
         Freezing { frozen: Frozen { connections: Vec::new(), locks: Vec::new() }, refused: Vec::new() };
     for (ns, sockets) in freezing.by_namespace(sockets) {
-        freezing.freeze(&ns, sockets, lock);
+        freezing.freeze(&ns, name, sockets, lock);
     }
     (freezing.frozen, freezing.refused)
 }
@@ -154,7 +164,10 @@ pub(crate) fn wake(socket: BorrowedFd<'_>, reuse_addr: bool) {
 }
 
 /// A name for a lock that nobody else has.
-pub(crate) fn lock_name() -> LockName {
+#[doc(hidden)]
+#[must_use]
+#[allow(clippy::missing_panics_doc)] // hexadecimal digits are a name
+pub fn lock_name() -> LockName {
     let random = RandomState::new().build_hasher().finish();
     LockName::soccr(&format!("{random:016x}")).expect("hexadecimal digits")
 }
@@ -201,10 +214,10 @@ impl<F: AsFd> Freezing<F> {
     }
 
     /// Locks the connections of one namespace, reads them, and unlocks those that could not be read.
-    fn freeze(&mut self, ns: &NetNs, sockets: Vec<Connected<F>>, options: &LockOptions) {
-        let (name, asked) = (lock_name(), sockets.len());
+    fn freeze(&mut self, ns: &NetNs, name: &LockName, sockets: Vec<Connected<F>>, options: &LockOptions) {
+        let asked = sockets.len();
         let tuples: Vec<FourTuple> = sockets.iter().map(|(_, tuple)| *tuple).collect();
-        let lock = match NetworkLock::lock(ns, &name, &tuples, options) {
+        let lock = match NetworkLock::lock(ns, name, &tuples, options) {
             Ok(lock) => lock,
             Err(error) => {
                 let source: Cause = Arc::new(error);
@@ -241,7 +254,7 @@ impl<F: AsFd> Freezing<F> {
         if frozen.len() < asked {
             let tuples: Vec<FourTuple> =
                 frozen.iter().map(|(_, connection)| connection.four_tuple()).collect();
-            match NetworkLock::lock(ns, &name, &tuples, options) {
+            match NetworkLock::lock(ns, name, &tuples, options) {
                 Ok(narrower) => narrower.keep(), // `lock` stands for it
                 Err(error) => log::error!("connections that go on stay locked: {}", chain(&error)),
             }

@@ -107,6 +107,8 @@ pub use carried::{BadBytes, Connection};
 pub use chain::chain;
 pub use connection::FourTuple;
 pub use freeze::{Cause, FreezeError, Frozen, Refused, freeze, freeze_unlocked, freeze_with};
+#[doc(hidden)]
+pub use freeze::{freeze_as, lock_name};
 pub use lock::{LockOptions, Method};
 #[doc(hidden)]
 pub use thaw::build;

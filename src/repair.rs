@@ -149,6 +149,24 @@ pub fn probe(socket: BorrowedFd<'_>, reuse_addr: bool) -> Result<(), PauseError>
     leave(socket, Repair::Off, reuse_addr).map_err(|source| PauseError { who: Who::of(socket), source })
 }
 
+/// Ends the connection of a socket in repair mode, and repair mode, without a word to the peer. The program, which may go
+/// on, finds the end of its stream there.
+///
+/// # Errors
+/// The kernel's answer.
+pub fn end(socket: BorrowedFd<'_>) -> Result<(), PauseError> {
+    let who = Who::of(socket);
+    let ended = tcp::disconnect(socket).and_then(|()| tcp::set_repair(socket, Repair::OffNoProbe));
+    ended.map_err(|source| PauseError { who, source })?;
+    // The disconnect left ECONNABORTED for the program. Reading it takes it away.
+    let _ = sockopt::get_bytes(socket, libc::SOL_SOCKET, libc::SO_ERROR);
+    // Says ENOTCONN, and yet marks both directions as shut.
+    for direction in [tcp::Direction::Receive, tcp::Direction::Send] {
+        let _ = tcp::shutdown(socket, direction);
+    }
+    Ok(())
+}
+
 fn leave(socket: BorrowedFd<'_>, mode: Repair, reuse_addr: bool) -> Result<(), SysError> {
     tcp::set_repair(socket, mode)?;
     if reuse_addr { sockopt::set_reuse_addr(socket, true) } else { Ok(()) }

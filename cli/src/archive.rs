@@ -17,6 +17,8 @@ use ruzstd::decoding::StreamingDecoder;
 use soccr::criu::image::{ImageDir, inventory};
 use tempfile::TempDir;
 
+use crate::progress;
+
 /// The images behind a path that somebody gave to the command.
 #[derive(Debug)]
 pub struct Images {
@@ -52,9 +54,11 @@ impl Images {
 
     fn unpack(archive: &Path) -> Result<Self> {
         let unpacked = TempDir::with_prefix("soccr-images-").context("cannot make a temporary folder")?;
-        let file = BufReader::new(File::open(archive).context("cannot open it")?);
+        let file = File::open(archive).context("cannot open it")?;
+        let bar = progress::bytes("unpacking", file.metadata()?.len());
         let mut unpacker = Unpacker { root: unpacked.path(), folders: Vec::new() };
-        unpacker.archive(file, true)?;
+        unpacker.archive(BufReader::new(bar.wrap_read(file)), true)?;
+        bar.finish_and_clear();
         let found = unpacker.folders.iter().map(|number| unpacked.path().join(number.to_string()));
         let [path] = &found.filter(|dir| dir.join(inventory::NAME).exists()).collect::<Vec<_>>()[..] else {
             bail!(

@@ -40,7 +40,8 @@ pub fn find_system(program: &str) -> Option<PathBuf> {
     find(program).or_else(|| elsewhere.into_iter().find(|path| is_program(path)))
 }
 
-fn is_program(path: &Path) -> bool {
+/// Whether it can be started.
+pub fn is_program(path: &Path) -> bool {
     path.is_file() && access(path, AccessFlags::X_OK).is_ok()
 }
 

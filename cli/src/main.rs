@@ -9,11 +9,15 @@ mod config;
 mod enable;
 mod failure;
 mod generate;
+mod handover;
 mod hold;
 mod host;
 mod list;
 mod plugins;
+mod progress;
+mod restore;
 mod runtime;
+mod save;
 mod scope;
 mod show;
 mod sockets;
@@ -81,6 +85,24 @@ enum Command {
     /// After a move to another host, the source keeps the connections locked, in case the restore is to be there. What is
     /// released meets no socket: peers that still send here are reset.
     Release(hold::ReleaseArguments),
+    /// Take connections out of a running task, for `soccr restore` to give them to another program: without CRIU.
+    ///
+    /// Stops the task (SIGSTOP; whoever else has the sockets, too), locks the connections, writes each into a file
+    /// soccr-ext-N.img, where N is its descriptor in hexadecimal, and continues the task. It finds the end of the stream in
+    /// these sockets, and the peers hear nothing: the lock stays until the restore, as `soccr status` shows, and `soccr release`
+    /// gives the connections up. All are saved or none: what cannot be carried is named.
+    ///
+    /// When this command is killed, the task stays stopped until `soccr clean` lets it and its connections go on, or, if the
+    /// files were whole by then, `soccr restore` goes on. The files hold what program and peers have told each other.
+    Save(save::Arguments),
+    /// Give the connections of `soccr save` to a program.
+    ///
+    /// COMMAND takes the place of this one, and finds the sockets as descriptors 3, 4 and so on, in the order of the descriptors that
+    /// they had, with LISTEN_FDS, LISTEN_PID and LISTEN_FDNAMES as sd_listen_fds(3) reads them; their names are fdN, N as it
+    /// was. Or they are sent to a program that listens at a unix socket, 253 in a message at most, with a line "fdN LOCAL
+    /// REMOTE" for each. The addresses must be on this host. The files are removed when the connections go on; when that fails,
+    /// or the program cannot be started, they are there for another try.
+    Restore(restore::Arguments),
     /// Show the connections in a folder or an archive of CRIU's images.
     ///
     /// Both ends, the state, the bytes in the queues (how many, not which), the largest segment, and the processes and
@@ -142,6 +164,8 @@ fn run(command: &Command) -> anyhow::Result<bool> {
         Command::Clean(arguments) => clean::run(arguments),
         Command::Hold(arguments) => hold::hold(arguments),
         Command::Release(arguments) => hold::release(arguments),
+        Command::Save(arguments) => save::run(arguments),
+        Command::Restore(arguments) => restore::run(arguments),
         Command::Show(arguments) => show::run(arguments),
         Command::List(arguments) => list::run(arguments),
         Command::Check(arguments) => check::run(arguments),
@@ -154,10 +178,12 @@ fn run(command: &Command) -> anyhow::Result<bool> {
 /// What the command needs beyond an ordinary user's rights.
 fn capability(command: &Command) -> Capability {
     match command {
-        Command::Status(_) | Command::Clean(_) | Command::Hold(_) | Command::Release(_) => {
-            Capability::NetAdmin
-        }
-        Command::List(_) | Command::Check(_) => Capability::SysPtrace,
+        Command::Status(_)
+        | Command::Clean(_)
+        | Command::Hold(_)
+        | Command::Release(_)
+        | Command::Restore(_) => Capability::NetAdmin,
+        Command::Save(_) | Command::List(_) | Command::Check(_) => Capability::SysPtrace,
         Command::Show(_) | Command::Enable(_) | Command::Disable(_) | Command::Generate(_) => {
             Capability::DacOverride
         }

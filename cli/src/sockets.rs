@@ -46,10 +46,19 @@ pub struct InFlight {
 }
 
 impl Tree {
+    /// The task with this pid alone.
+    pub fn of_task(pid: i32) -> Result<Self> {
+        Self::of(pid, vec![pid])
+    }
+
     /// The task with this pid and its descendants.
     pub fn below(root: i32) -> Result<Self> {
+        Self::of(root, tasks::tree(root))
+    }
+
+    fn of(root: i32, tasks: Vec<i32>) -> Result<Self> {
         Task::open(root).with_context(|| format!("pid {root}"))?;
-        let mut tree = Self { tasks: tasks::tree(root), sockets: Vec::new(), in_flight: Vec::new() };
+        let mut tree = Self { tasks, sockets: Vec::new(), in_flight: Vec::new() };
         // Who asks for its own shell has this program, with all its duplicates, in the tree.
         tree.tasks.retain(|pid| *pid != std::process::id().cast_signed());
         let mut known = HashMap::new();
@@ -117,6 +126,10 @@ pub const CLOSE: u8 = 7;
 impl Socket {
     pub fn fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()
+    }
+
+    pub fn into_fd(self) -> OwnedFd {
+        self.fd
     }
 
     pub fn info(&self) -> SysResult<Info> {

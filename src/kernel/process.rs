@@ -2,6 +2,7 @@
 
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
+use nix::sys::signal::Signal;
 use nix::sys::socket::ControlMessageOwned;
 
 use super::{SysError, SysResult};
@@ -42,6 +43,17 @@ pub fn pidfd_getfd(pidfd: BorrowedFd<'_>, fd: RemoteFd) -> SysResult<OwnedFd> {
     owned("duplicate a task's descriptor", unsafe {
         libc::syscall(libc::SYS_pidfd_getfd, pidfd.as_raw_fd(), fd.0, 0)
     })
+}
+
+/// Sends a signal to the process that a pidfd stands for (Linux 5.1).
+///
+/// # Errors
+/// ESRCH when it is gone, EPERM without the right to signal it.
+pub fn send_signal(pidfd: BorrowedFd<'_>, signal: Signal) -> SysResult<()> {
+    let (signal, none) = (signal as libc::c_int, std::ptr::null::<libc::siginfo_t>());
+    // SAFETY: without a `siginfo_t` the kernel makes one as for kill().
+    let ret = unsafe { libc::syscall(libc::SYS_pidfd_send_signal, pidfd.as_raw_fd(), signal, none, 0) };
+    if ret < 0 { Err(SysError::last("send a signal to a task")) } else { Ok(()) }
 }
 
 /// The descriptors that a message of a unix socket brought (SCM_RIGHTS), in their order.

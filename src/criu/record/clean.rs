@@ -7,6 +7,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::namespaces::{Namespaces, find};
+use super::stopped::{carry_on, finish};
 use super::{LockRecord, NsId, Phase, Record, State, Store, current_boot};
 use crate::chain;
 use crate::criu::stock::{self, NamespaceLock};
@@ -36,6 +37,8 @@ pub struct Report {
     pub absent: Vec<LockRecord>,
     /// Namespaces that are in use by nobody here; their locks went with them.
     pub gone: Vec<NsId>,
+    /// Tasks that were left stopped, and continued.
+    pub continued: Vec<ProcessId>,
     /// Rules for forged segments that were removed.
     pub passages: usize,
     /// What could not be done. The record is still there then.
@@ -54,6 +57,10 @@ pub struct Report {
 pub fn clean(store: &Store, record: &Record, options: Options) -> Report {
     let mut report = Report::default();
     if record.boot == current_boot() {
+        report.continued = record.stopped.iter().copied().filter(ProcessId::lives).collect();
+        if record.phase == Phase::Dumped && !options.dry_run {
+            report.problems.extend(finish(store, record));
+        }
         let reusing = Reusing::of(store, record);
         let sockets = broken(record, &reusing, &mut report);
         unlock(store, record, options, &mut report);
@@ -65,6 +72,9 @@ pub fn clean(store: &Store, record: &Record, options: Options) -> Report {
             } else if !options.dry_run {
                 let _ = sockopt::set_reuse_addr(socket.as_fd(), true);
             }
+        }
+        if !options.dry_run {
+            report.problems.extend(carry_on(record));
         }
     }
     if report.problems.is_empty()
@@ -92,7 +102,7 @@ pub fn remove_locks(record: &Record) -> Vec<String> {
 /// removed the lock, or an administrator did. Only a record that waits for a restore can be so, and only who sees all processes can tell.
 #[must_use]
 pub fn is_undone(record: &Record) -> bool {
-    let waits = record.boot == current_boot() && record.phase == Phase::Dumped;
+    let waits = record.boot == current_boot() && record.phase == Phase::Dumped && record.stopped.is_empty();
     waits && {
         let namespaces = namespaces_of(record);
         let gone = |id: NsId, is_unlocked: &dyn Fn(&NetNs) -> bool| {

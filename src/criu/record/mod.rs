@@ -17,6 +17,7 @@ mod file;
 mod namespaces;
 mod recorder;
 mod state;
+mod stopped;
 mod store;
 
 use std::net::SocketAddr;
@@ -40,6 +41,7 @@ pub use error::RecordError;
 pub use namespaces::{Namespaces, all_namespaces};
 pub use recorder::{RECORD_VARIABLE, Recorder};
 pub use state::State;
+pub use stopped::finish;
 pub use store::{DEFAULT_FOLDER, FOLDER_VARIABLE, Listed, Store};
 
 /// What a dump or a restore has changed on this host, except the list of its connections.
@@ -71,6 +73,9 @@ pub struct Record {
     pub translations: Vec<Translation>,
     /// The tasks that the connections belong to. While a dump waits for its restore: those that were dumped.
     pub tasks: Vec<ProcessId>,
+    /// Those of the tasks that soccr has stopped (SIGSTOP), to be continued when all is done.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub stopped: Vec<ProcessId>,
     /// What the tasks' death will make of the locks: `true`, they stay for the restore.
     #[serde(default = "yes")]
     pub kept_after_death: bool,

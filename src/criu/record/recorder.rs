@@ -52,6 +52,7 @@ impl Recorder {
             criu_locks: Vec::new(),
             translations: Vec::new(),
             tasks: Vec::new(),
+            stopped: Vec::new(),
             kept_after_death: true,
             connections: 0,
         };
@@ -204,9 +205,15 @@ impl Recorder {
         }
     }
 
+    /// Says that this task is about to be stopped.
+    pub fn add_stopped(&mut self, task: ProcessId) {
+        self.record.stopped.push(task);
+    }
+
     /// Says that there are no tasks any more but those that are added later.
     pub fn forget_tasks(&mut self) {
         self.record.tasks.clear();
+        self.record.stopped.clear();
     }
 
     /// Says what the tasks' death will make of the locks.

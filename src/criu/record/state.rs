@@ -54,6 +54,9 @@ impl Record {
             // Who waits for a restore is nobody; everything else depends on who lives.
             return if self.phase == Phase::Dumped { State::Dumped } else { State::Elsewhere };
         }
+        if self.phase == Phase::Dumped && !self.stopped.is_empty() && self.agent.lives() {
+            return State::Frozen;
+        }
         let tasks_live = self.tasks.iter().any(ProcessId::lives);
         match judge(self.phase, self.criu.lives(), self.agent.lives()) {
             // The images are whole, the tasks dead, and the locks as they should be: only nobody has noted it.

@@ -5,6 +5,7 @@ mod identity;
 pub mod in_flight;
 mod keys;
 mod sockets;
+mod stop;
 
 use std::collections::VecDeque;
 use std::fs;
@@ -134,13 +135,21 @@ fn socket_inode(target: &str) -> Option<u64> {
 /// # Errors
 /// When `/proc` cannot be read.
 pub fn holders(inode: u64) -> ProcResult<Vec<i32>> {
+    holders_of(|found| found == inode)
+}
+
+/// The tasks that have any of these sockets in their descriptor tables.
+///
+/// # Errors
+/// When `/proc` cannot be read.
+pub fn holders_of(wanted: impl Fn(u64) -> bool) -> ProcResult<Vec<i32>> {
     let mut holders = Vec::new();
     for process in procfs::process::all_processes()? {
         let Ok(task) = process.map_err(drop).and_then(|process| Task::open(process.pid).map_err(drop)) else {
             continue; // gone meanwhile
         };
         let sockets = task.sockets().unwrap_or_default();
-        if sockets.iter().any(|(_, found)| *found == inode) {
+        if sockets.iter().any(|(_, inode)| wanted(*inode)) {
             holders.push(task.pid);
         }
     }

@@ -1,0 +1,189 @@
+//! `soccr restore`.
+
+mod receiver;
+
+use std::io::Write;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::PathBuf;
+
+use anyhow::{Context, Result, bail};
+use soccr::Connection;
+use soccr::criu::record::{self, ConnectionRecord, LockRecord, NsId, Phase, Record, Recorder, Store};
+use soccr::kernel::netns::NetNs;
+use soccr::lock::{self, LockName, LockOptions};
+
+use crate::handover::folder::Folder;
+use crate::handover::{self, ManyFiles, Numbered, Uninterrupted, Written};
+use crate::{progress, warn};
+use receiver::Receiver;
+
+#[derive(Debug, clap::Args)]
+#[command(group = clap::ArgGroup::new("receiver").required(true))]
+pub struct Arguments {
+    /// The folder of the save.
+    #[arg(short = 'D', long, value_name = "DIR")]
+    images_dir: PathBuf,
+    /// Make the sockets in this network namespace, such as /run/netns/NAME, in place of the current one.
+    #[arg(long, value_name = "PATH")]
+    netns: Option<PathBuf>,
+    /// Send the sockets over the unix socket at this path (SCM_RIGHTS).
+    #[arg(long, value_name = "PATH", group = "receiver")]
+    unix: Option<PathBuf>,
+    /// The program that gets them, as descriptors 3, 4 and so on; it takes the place of this one.
+    #[arg(last = true, value_name = "COMMAND", group = "receiver")]
+    command: Vec<String>,
+}
+
+pub fn run(arguments: &Arguments) -> Result<bool> {
+    let files = ManyFiles::allow();
+    let connections = Folder::open(&arguments.images_dir)?.read()?;
+    // First, while this program has no descriptors of its own at these numbers.
+    let receiver = match &arguments.unix {
+        Some(path) => Receiver::at(path)?,
+        None => Receiver::program(&arguments.command, connections.len())?,
+    };
+    let folder = Folder::open(&arguments.images_dir)?;
+    let ns = arguments.netns.as_deref().map_or_else(NetNs::current, NetNs::open)?;
+    let uninterrupted = Uninterrupted::begin()?;
+    let sockets = restore(arguments, &folder, &ns, connections)?;
+    drop((uninterrupted, files));
+    let count = sockets.len();
+    match receiver.give(sockets) {
+        Ok(()) => {
+            // Only a receiver at a unix socket leaves us here.
+            writeln!(crate::out(), "{count} connections were sent").context("cannot print")?;
+            Ok(true)
+        }
+        Err((sockets, error)) => match put_back(&folder, sockets) {
+            Ok(()) => {
+                let again = format!("the connections are in {} again", arguments.images_dir.display());
+                Err(error.context(again))
+            }
+            Err(lost) => {
+                warn(&format!("{error:#}"));
+                Err(lost.context("the connections cannot be saved again, and end"))
+            }
+        },
+    }
+}
+
+/// Makes the sockets; the folder has no connections any more then. Where that fails, it can be tried again.
+fn restore(
+    arguments: &Arguments,
+    folder: &Folder,
+    ns: &NetNs,
+    connections: Vec<(u32, Connection)>,
+) -> Result<Vec<Numbered<OwnedFd>>> {
+    let options = LockOptions::from_env()?;
+    let (numbers, connections): (Vec<u32>, Vec<Connection>) = connections.into_iter().unzip();
+    let mut recorder = match lock_of(&connections)? {
+        Some(name) => Some(take_over(arguments, folder, &name, &connections, ns, &options)?),
+        None => None,
+    };
+    let spinner = progress::spinner("restoring the connections");
+    let thawed = ns.run(|| soccr::thaw_with(&connections, &options));
+    spinner.finish_and_clear();
+    let sockets = match thawed.map_err(anyhow::Error::from).and_then(|thawed| Ok(thawed?)) {
+        Ok(sockets) => sockets,
+        Err(error) => {
+            // Locked as before, for another try.
+            recorder.as_mut().map_or(Ok(()), |recorder| recorder.save(Phase::Dumped))?;
+            return Err(error);
+        }
+    };
+    folder.remove_files().unwrap_or_else(|error| warn(&format!("{error:#}")));
+    if let Some(mut recorder) = recorder {
+        // A hold, or the lock of another namespace.
+        let left = record::remove_locks(recorder.record());
+        left.iter().for_each(|problem| warn(problem));
+        if left.is_empty() {
+            recorder.remove().unwrap_or_else(|error| warn(&soccr::chain(&error)));
+        }
+    }
+    let numbered = |(fd, socket)| Numbered { fd, socket, owner: None };
+    Ok(numbers.into_iter().zip(sockets).map(numbered).collect())
+}
+
+/// The lock that all were saved behind; none where the save was told to do without.
+fn lock_of(connections: &[Connection]) -> Result<Option<LockName>> {
+    let mut locks = connections.iter().map(Connection::lock);
+    let first = locks.next().flatten();
+    if locks.any(|lock| lock != first) {
+        bail!("these connections are of more than one save");
+    }
+    match first {
+        Some((_, together)) if connections.len() != together as usize => {
+            bail!("{} of the {together} connections that were saved together are there", connections.len())
+        }
+        lock => Ok(lock.map(|(name, _)| name)),
+    }
+}
+
+/// The record of the save, or, on another host, a new one.
+fn take_over(
+    arguments: &Arguments,
+    folder: &Folder,
+    name: &LockName,
+    connections: &[Connection],
+    ns: &NetNs,
+    options: &LockOptions,
+) -> Result<Recorder> {
+    let id = name.id().parse()?;
+    let own = std::process::id().cast_signed();
+    let store = Store::open()?;
+    let known = store.as_ref().map_or(Ok(None), |store| store.read(&id))?.map(|(record, _)| record);
+    if let (Some(store), Some(record)) = (&store, &known) {
+        check(arguments, record, name, ns)?;
+        if let [problem, ..] = &record::finish(store, record)[..] {
+            bail!("{id}: what the save has left cannot be completed: {problem}");
+        }
+    }
+    let tuples = connections.iter().map(Connection::four_tuple);
+    let mut recorder = match Recorder::take_over_for(&id, own, tuples)? {
+        Some(recorder) => recorder,
+        None => {
+            let mut recorder = Recorder::new(name.id(), Phase::Restoring, folder.as_fd(), own)?;
+            let tuples = connections.iter().map(Connection::four_tuple);
+            recorder.add_connections(tuples.map(|tuple| ConnectionRecord::of_external(tuple, false)));
+            recorder
+        }
+    };
+    recorder.forget_tasks();
+    recorder.add_lock(LockRecord { ns: NsId::from(ns), name: name.clone(), method: options.method });
+    recorder.save(Phase::Restoring)?;
+    Ok(recorder)
+}
+
+fn check(arguments: &Arguments, record: &Record, name: &LockName, ns: &NetNs) -> Result<()> {
+    let id = &record.id;
+    if record.state().at_work() {
+        bail!("{id}: it is {}: pid {} is at work", record.state(), record.agent);
+    }
+    let here = NsId::from(ns);
+    let Some(lock) = record.locks.iter().find(|lock| lock.name == *name) else { return Ok(()) };
+    if lock.ns != here {
+        if arguments.netns.is_none() {
+            bail!(
+                "{id}: these connections were saved in {}, and this is {here}: choose with --netns",
+                lock.ns
+            );
+        }
+        return Ok(());
+    }
+    if !lock::list(ns)?.iter().any(|found| found.name.id() == name.id() && found.entries > 0) {
+        warn(&format!("{id}: their lock {name} is gone: those whose peers have sent meanwhile were reset"));
+    }
+    Ok(())
+}
+
+/// As a save does it: nobody has the sockets but this program.
+fn put_back(folder: &Folder, sockets: Vec<Numbered<OwnedFd>>) -> Result<()> {
+    let _uninterrupted = Uninterrupted::begin()?;
+    let name = soccr::lock_name();
+    let own = std::process::id().cast_signed();
+    let recorder = Recorder::new(name.id(), Phase::Saving, folder.as_fd(), own)?;
+    let Written { frozen, mut recorder } = handover::write(folder, &name, recorder, sockets)?;
+    recorder.save(Phase::Dumped)?;
+    drop(frozen.release());
+    Ok(())
+}
