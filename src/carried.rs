@@ -7,6 +7,7 @@ use protobuf::SpecialFields;
 use crate::connection::{ControlBlock, FourTuple, Queues};
 use crate::encoding::proto::soccr::Soccr_connection_entry;
 use crate::encoding::{COMMON, Fault, Head, Magic, container, decode};
+use crate::kernel::options::SocketOption;
 use crate::lock::LockName;
 
 /// A connection without a socket: all that it takes to go on in another one.
@@ -59,6 +60,13 @@ impl Connection {
     #[must_use]
     pub fn queues(&self) -> &Queues {
         &self.queues
+    }
+
+    /// The socket options, in the order to set them.
+    #[doc(hidden)]
+    #[must_use]
+    pub fn options(&self) -> &[SocketOption] {
+        &self.head.options
     }
 
     /// The lock that keeps the peer's segments away until [`thaw`](crate::thaw), and how many connections it holds.
@@ -158,7 +166,6 @@ mod tests {
     use super::*;
     use crate::connection::{Negotiated, State};
     use crate::encoding::wire;
-    use crate::kernel::options::SocketOption;
 
     fn connection() -> Connection {
         let negotiated = Negotiated { mss_clamp: 1440, ..Negotiated::default() };

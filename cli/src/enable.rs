@@ -7,12 +7,13 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::ValueEnum;
+use serde::Serialize;
 
 use crate::config::{self, Made, Statement};
 use crate::host::{Host, read_if_there};
 use crate::plugins;
 use crate::runtime::{self, ConfigFile, Kind, Runtime};
-use crate::warn;
+use crate::{print_json, warn};
 
 /// For whom.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -38,6 +39,9 @@ pub struct EnableArguments {
     /// Only say what would be done.
     #[arg(long)]
     dry_run: bool,
+    /// Print JSON.
+    #[arg(long)]
+    json: bool,
     #[command(flatten)]
     host: Host,
 }
@@ -50,8 +54,19 @@ pub struct DisableArguments {
     /// Only say what would be done.
     #[arg(long)]
     dry_run: bool,
+    /// Print JSON.
+    #[arg(long)]
+    json: bool,
     #[command(flatten)]
     host: Host,
+}
+
+/// What was done to a file, or would be.
+#[derive(Debug, Serialize)]
+struct Done {
+    file: PathBuf,
+    done: String,
+    dry_run: bool,
 }
 
 pub fn enable(arguments: &EnableArguments) -> Result<bool> {
@@ -61,9 +76,8 @@ pub fn enable(arguments: &EnableArguments) -> Result<bool> {
         None => files_found()?,
     };
     let criu_dir = arguments.host.criu_dir();
-    for file in files {
-        add(file, &criu_dir, &plugins, arguments.dry_run)?;
-    }
+    let files = files.into_iter().map(|file| add(file, &criu_dir, &plugins, arguments.dry_run).map(Some));
+    tell(files, arguments.json)?;
     for hidden in plugins::hidden_by(Path::new(&plugins)) {
         warn(&format!(
             "{}: CRIU does not load this any more; a link to it in {plugins} changes that",
@@ -82,14 +96,35 @@ pub fn disable(arguments: &DisableArguments) -> Result<bool> {
         Some(For::Podman) => vec![file_of(For::Podman)?],
     };
     let criu_dir = arguments.host.criu_dir();
-    let mut found = false;
-    for file in files {
-        found |= take_back(&file.within(&criu_dir), arguments.dry_run)?;
-    }
-    if !found {
-        say(&criu_dir, "there is nothing of soccr's", false)?;
+    let files = files.into_iter().map(|file| take_back(&file.within(&criu_dir), arguments.dry_run));
+    if tell(files, arguments.json)? == 0 && !arguments.json {
+        writeln!(std::io::stdout(), "{}: there is nothing of soccr's", criu_dir.display())
+            .context("cannot print")?;
     }
     Ok(true)
+}
+
+/// Tells what is done to each file, up to the first failure; to how many something was.
+fn tell(files: impl Iterator<Item = Result<Option<Done>>>, json: bool) -> Result<usize> {
+    let mut all = Vec::new();
+    let mut failed = Ok(());
+    for file in files {
+        match file {
+            Ok(done) => all.extend(done),
+            Err(error) => {
+                failed = Err(error);
+                break;
+            }
+        }
+    }
+    if json {
+        print_json(&all)?;
+    }
+    for Done { file, done, dry_run } in all.iter().filter(|_| !json) {
+        let would = if *dry_run { "would be " } else { "" };
+        writeln!(std::io::stdout(), "{}: {would}{done}", file.display()).context("cannot print")?;
+    }
+    failed.map(|()| all.len())
 }
 
 /// As it is written into a configuration file.
@@ -151,7 +186,7 @@ fn named_by(runtime: &Runtime) -> Result<ConfigFile> {
     })
 }
 
-fn add(file: ConfigFile, criu_dir: &Path, plugins: &str, dry_run: bool) -> Result<()> {
+fn add(file: ConfigFile, criu_dir: &Path, plugins: &str, dry_run: bool) -> Result<Done> {
     let path = file.within(criu_dir);
     let before = read_if_there(&path)?;
     let ours = before.as_deref().map(without_ours(&path)).transpose()?.flatten();
@@ -166,7 +201,7 @@ fn add(file: ConfigFile, criu_dir: &Path, plugins: &str, dry_run: bool) -> Resul
     }
     let text = config::ours(made, plugins) + &others;
     if before.as_ref() == Some(&text) {
-        return say(&path, "names the plugin already", false);
+        return Ok(Done { file: path, done: "names the plugin already".into(), dry_run: false });
     }
     if !dry_run {
         fs::create_dir_all(criu_dir).with_context(|| format!("cannot make {}", criu_dir.display()))?;
@@ -177,7 +212,7 @@ fn add(file: ConfigFile, criu_dir: &Path, plugins: &str, dry_run: bool) -> Resul
         (Some(_), Made::Lines) => "extended",
         (Some(_), Made::File | Made::Folder) => "changed",
     };
-    say(&path, &format!("{done}: tcp-close, libdir {plugins}"), dry_run)
+    Ok(Done { file: path, done: format!("{done}: tcp-close, libdir {plugins}"), dry_run })
 }
 
 /// A folder that came with one file of ours goes with the last.
@@ -233,10 +268,10 @@ fn hides_nothing(criu_dir: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Whether there was something of ours.
-fn take_back(path: &Path, dry_run: bool) -> Result<bool> {
-    let Some(text) = read_if_there(path)? else { return Ok(false) };
-    let Some((made, others)) = without_ours(path)(&text)? else { return Ok(false) };
+/// `None`: there was nothing of ours.
+fn take_back(path: &Path, dry_run: bool) -> Result<Option<Done>> {
+    let Some(text) = read_if_there(path)? else { return Ok(None) };
+    let Some((made, others)) = without_ours(path)(&text)? else { return Ok(None) };
     let remove = made != Made::Lines && others.trim().is_empty();
     if !dry_run && remove {
         fs::remove_file(path).with_context(|| format!("cannot remove {}", path.display()))?;
@@ -246,8 +281,8 @@ fn take_back(path: &Path, dry_run: bool) -> Result<bool> {
     } else if !dry_run {
         write(path, &others)?;
     }
-    say(path, if remove { "removed" } else { "without soccr's lines again" }, dry_run)?;
-    Ok(true)
+    let done = if remove { "removed" } else { "without soccr's lines again" };
+    Ok(Some(Done { file: path.to_owned(), done: done.into(), dry_run }))
 }
 
 fn remove_if_empty(folder: &Path) -> Result<()> {
@@ -282,9 +317,4 @@ fn write_new(new: &Path, old: &Path, text: &str) -> std::io::Result<()> {
     }
     file.write_all(text.as_bytes())?;
     file.sync_all()
-}
-
-fn say(path: &Path, what: &str, dry_run: bool) -> Result<()> {
-    let would = if dry_run { "would be " } else { "" };
-    writeln!(std::io::stdout(), "{}: {would}{what}", path.display()).context("cannot print")
 }

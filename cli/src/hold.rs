@@ -7,12 +7,13 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use serde::Serialize;
 use soccr::criu::hold::{self, Hold};
+use soccr::criu::image::inventory;
 use soccr::criu::record::{RecordId, Store};
 use soccr::kernel::netns::NetNs;
 use soccr::lock::LockOptions;
 
 use crate::archive::Images;
-use crate::{clean, print_json};
+use crate::{clean, print_json, warn};
 
 #[derive(Debug, clap::Args)]
 pub struct HoldArguments {
@@ -36,6 +37,9 @@ pub struct ReleaseArguments {
     /// Only say what would be released.
     #[arg(long)]
     dry_run: bool,
+    /// Print JSON.
+    #[arg(long)]
+    json: bool,
 }
 
 #[derive(Debug, Serialize)]
@@ -72,18 +76,35 @@ pub fn hold(arguments: &HoldArguments) -> Result<bool> {
 }
 
 pub fn release(arguments: &ReleaseArguments) -> Result<bool> {
-    let id = id_of(&arguments.what)?;
-    let Some(store) = Store::open()? else { bail!("{id}: there is no such record") };
-    let Some((record, _)) = store.read(&id)? else { bail!("{id}: there is no such record") };
-    clean::one(&store, &record, arguments.dry_run, false)
+    let (id, is_empty) = id_of(&arguments.what)?;
+    let store = Store::open()?;
+    let known = match (&store, &id) {
+        (Some(store), Some(id)) => store.read(id)?.map(|(record, _)| (store, record)),
+        _ => None,
+    };
+    match known {
+        Some((store, record)) => clean::one(store, &record, arguments.dry_run, arguments.json),
+        None if is_empty => {
+            let what = arguments.what.display();
+            warn(&format!("{what}: there is no TCP connection in these images, and nothing to release"));
+            Ok(true)
+        }
+        None => bail!("{}: there is no such record", id.map_or_else(String::new, String::from)),
+    }
 }
 
-/// What is a path is one; anything else names a record.
-fn id_of(what: &Path) -> Result<RecordId> {
+/// The record that is meant, and whether images without a connection are. What is a path is one; anything else names a
+/// record.
+fn id_of(what: &Path) -> Result<(Option<RecordId>, bool)> {
     if what.exists() {
         let images = Images::open(what)?;
-        return hold::id_of(&images.dir).with_context(|| what.display().to_string());
+        let meant = hold::id_of(&images.dir).with_context(|| what.display().to_string())?;
+        if meant.0.is_none() && !images.dir.contains(inventory::NAME) {
+            bail!("{}: there are no images of CRIU or soccr", what.display());
+        }
+        return Ok(meant);
     }
     let text = what.to_string_lossy();
-    text.parse().with_context(|| format!("{text}: there is no such file"))
+    let id = text.parse().with_context(|| format!("{text}: there is no such file"))?;
+    Ok((Some(id), false))
 }

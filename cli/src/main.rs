@@ -6,13 +6,16 @@ mod archive;
 mod check;
 mod clean;
 mod config;
+mod diff;
 mod enable;
 mod failure;
 mod generate;
 mod handover;
 mod hold;
 mod host;
+mod images;
 mod list;
+mod options;
 mod plugins;
 mod progress;
 mod restore;
@@ -103,11 +106,17 @@ enum Command {
     /// REMOTE" for each. The addresses must be on this host. The files are removed when the connections go on; when that fails,
     /// or the program cannot be started, they are there for another try.
     Restore(restore::Arguments),
-    /// Show the connections in a folder or an archive of CRIU's images.
+    /// Show the connections in a folder or an archive of CRIU's images, or in files of `soccr save`.
     ///
     /// Both ends, the state, the bytes in the queues (how many, not which), the largest segment, and the processes and
     /// descriptors that they belong to. Archives are those that podman, CRI-O and containerd write.
     Show(show::Arguments),
+    /// Tell what differs between the connections of two dumps, saves, archives or files.
+    ///
+    /// Connections that are in one of them only, and of those in both what has changed: the state, the queues' lengths, sequences,
+    /// windows, what the ends agreed on, and socket options. Of CRIU's images only some options are looked at; one that one side does not
+    /// tell of is shown as such. The exit status is 0 when they are the same, and 1 when they differ.
+    Diff(diff::Arguments),
     /// List the TCP sockets of running tasks: states, queues, options, descriptors.
     ///
     /// Listening sockets are among them; what they have to read is how many connections wait to be accepted. Nothing is
@@ -148,11 +157,7 @@ fn main() -> ExitCode {
         // Who reads our output has seen enough.
         Err(error) if failure::is_closed_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
-            let missing = failure::missing_capability(&error, capability(&command));
-            warn(&format!(
-                "{error:#}{}",
-                missing.map(|name| format!("; {name} is missing: run it as root")).unwrap_or_default()
-            ));
+            warn_of(&error, capability(&command));
             ExitCode::FAILURE
         }
     }
@@ -167,6 +172,7 @@ fn run(command: &Command) -> anyhow::Result<bool> {
         Command::Save(arguments) => save::run(arguments),
         Command::Restore(arguments) => restore::run(arguments),
         Command::Show(arguments) => show::run(arguments),
+        Command::Diff(arguments) => diff::run(arguments),
         Command::List(arguments) => list::run(arguments),
         Command::Check(arguments) => check::run(arguments),
         Command::Enable(arguments) => enable::enable(arguments),
@@ -184,9 +190,11 @@ fn capability(command: &Command) -> Capability {
         | Command::Release(_)
         | Command::Restore(_) => Capability::NetAdmin,
         Command::Save(_) | Command::List(_) | Command::Check(_) => Capability::SysPtrace,
-        Command::Show(_) | Command::Enable(_) | Command::Disable(_) | Command::Generate(_) => {
-            Capability::DacOverride
-        }
+        Command::Show(_)
+        | Command::Diff(_)
+        | Command::Enable(_)
+        | Command::Disable(_)
+        | Command::Generate(_) => Capability::DacOverride,
     }
 }
 
@@ -194,6 +202,13 @@ fn capability(command: &Command) -> Capability {
 fn warn(text: &str) {
     // When stderr is closed there is nobody to tell.
     let _ = writeln!(Plain(std::io::stderr()), "soccr: {text}");
+}
+
+/// Says what failed, and for want of which capability, if that is why.
+fn warn_of(error: &anyhow::Error, needed: Capability) {
+    let missing = failure::missing_capability(error, needed);
+    let missing = missing.map(|name| format!("; {name} is missing: run it as root")).unwrap_or_default();
+    warn(&format!("{error:#}{missing}"));
 }
 
 /// Where the output goes.

@@ -12,9 +12,10 @@ use soccr::criu::stock::{self, NamespaceLock};
 use soccr::kernel::netns::NetNs;
 use soccr::lock::{self, LockName};
 
+use crate::failure::Capability;
 use crate::scope::{Place, Scope};
 use crate::table::Table;
-use crate::{print_json, warn};
+use crate::{print_json, warn, warn_of};
 
 #[derive(Debug, clap::Args)]
 pub struct Arguments {
@@ -99,7 +100,7 @@ fn collect(scope: &Scope) -> Result<Status> {
     for place in scope.places()? {
         match strays_in(&place, &records) {
             Ok(found) => strays.extend(found),
-            Err(error) => warn(&format!("{error:#}")),
+            Err(error) => warn_of(&error, Capability::NetAdmin),
         }
     }
     Ok(Status { records, unreadable, strays })

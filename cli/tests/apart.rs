@@ -2,8 +2,6 @@
 //! Needs root and CRIU, and the plugin for its tests; without them a test says that it is skipped, or fails where
 //! `SOCCR_TEST_REQUIRE=1`.
 
-#[path = "../../tests/support/mod.rs"]
-#[allow(dead_code)] // this test program uses its part
 mod support;
 
 use std::env;
@@ -13,7 +11,7 @@ use std::net::TcpStream;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use nix::sched::{CloneFlags, unshare};
@@ -26,7 +24,7 @@ use soccr::criu::stock;
 use soccr::criu::tasks::ProcessId;
 use soccr::kernel::netns::NetNs;
 use soccr::lock;
-use support::{connected, expect_bytes, pattern, skip};
+use support::{Soccr, connected, expect_bytes, pattern, program, skip};
 
 const INSIDE: &str = "SOCCR_TEST_INSIDE";
 /// CRIU's numbers of the methods (`images/rpc.proto`).
@@ -79,6 +77,14 @@ struct Stage {
     ns: NetNs,
     server: Child,
     peer: TcpStream,
+}
+
+impl Soccr for Stage {
+    fn command(&self) -> Command {
+        let mut command = program();
+        command.env("SOCCR_RUN_DIR", self.run_dir());
+        command
+    }
 }
 
 impl Stage {
@@ -187,18 +193,6 @@ impl Stage {
 
     fn is_locked(&self) -> bool {
         !stock::find_namespace_locks(&self.ns).expect("locks").is_empty()
-    }
-
-    fn soccr(&self, arguments: &[&str]) -> Output {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_soccr"));
-        command.args(arguments).env("SOCCR_RUN_DIR", self.run_dir()).output().expect("soccr runs")
-    }
-
-    /// What it says when it succeeds.
-    fn done(&self, arguments: &[&str]) -> String {
-        let output = self.soccr(arguments);
-        assert!(output.status.success(), "{arguments:?}: {output:?}");
-        String::from_utf8(output.stdout).expect("text")
     }
 
     /// The agent may be a moment behind.

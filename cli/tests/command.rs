@@ -1,7 +1,5 @@
 //! The soccr command on leftovers of crashes that are made by hand, each in a network namespace of its own.
 
-#[path = "../../tests/support/mod.rs"]
-#[allow(dead_code)] // this test program uses its part
 mod support;
 
 use std::fs::{self, File};
@@ -9,7 +7,7 @@ use std::io::Write;
 use std::net::TcpStream;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Child, Command, Stdio};
 
 use serde_json::{Value, json};
 use soccr::criu::image::ImageDir;
@@ -22,13 +20,21 @@ use soccr::kernel::sockopt;
 use soccr::kernel::tcp::{self, Repair};
 use soccr::lock::{self, LockName, LockOptions, Method, NetworkLock};
 use soccr::repair::four_tuple;
-use support::{connected, expect_bytes, in_own_network, pattern};
+use support::{Soccr, connected, expect_bytes, in_own_network, pattern, program};
 
 const NFTABLES: LockOptions = LockOptions { method: Method::Nftables, lease: None };
 
 /// The folder of the records, and one for images.
 struct Host {
     dir: tempfile::TempDir,
+}
+
+impl Soccr for Host {
+    fn command(&self) -> Command {
+        let mut command = program();
+        command.env("SOCCR_RUN_DIR", self.run_dir());
+        command
+    }
 }
 
 impl Host {
@@ -55,27 +61,8 @@ impl Host {
         self.orphan(id);
     }
 
-    fn soccr(&self, arguments: &[&str]) -> Output {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_soccr"));
-        command.args(arguments).env("SOCCR_RUN_DIR", self.run_dir()).output().expect("soccr runs")
-    }
-
-    /// What it says when it succeeds.
-    fn done(&self, arguments: &[&str]) -> String {
-        let output = self.soccr(arguments);
-        assert!(output.status.success(), "{arguments:?}: {output:?}");
-        String::from_utf8(output.stdout).expect("text")
-    }
-
-    /// What it says when it refuses.
-    fn refused(&self, arguments: &[&str]) -> String {
-        let output = self.soccr(arguments);
-        assert_eq!(output.status.code(), Some(1), "{arguments:?}: {output:?}");
-        String::from_utf8(output.stderr).expect("text")
-    }
-
     fn status(&self) -> Value {
-        serde_json::from_str(&self.done(&["status", "--json"])).expect("JSON")
+        self.json(&["status"])
     }
 
     fn record(&self, id: &str) -> PathBuf {
@@ -208,6 +195,8 @@ fn what_a_killed_dump_left_is_shown_and_brought_back() {
         );
 
         let tuple = four_tuple(echo.socket.as_fd()).expect("a connection");
+        let would = host.json(&["clean", "--orphans", "--dry-run"]);
+        assert_eq!((&would["dry_run"], &would["records"][0]["id"]), (&json!(true), &json!("crashed")));
         let told = host.done(&["clean", "--orphans"]);
         assert!(told.contains(&format!("{tuple}: brought back from repair mode")), "{told}");
         assert!(told.contains("lock CRIU-crashed (Nftables) removed"), "{told}");
@@ -536,7 +525,7 @@ fn images_show_their_connections() {
     let host = Host::new();
     let images = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/data/stock-4.2.1/inside");
     let images = images.to_str().expect("a plain path");
-    let shown: Value = serde_json::from_str(&host.done(&["show", images, "--json"])).expect("JSON");
+    let shown = host.json(&["show", images]);
     let connections = shown["connections"].as_array().expect("a list");
     assert_eq!(connections.len(), 6);
     let owners = |connection: &Value| connection["owners"].as_array().map_or(0, Vec::len);
@@ -548,6 +537,47 @@ fn images_show_their_connections() {
     assert!(table.contains("(in flight)") && table.contains("ESTABLISHED"), "{table}");
     let nothing = host.refused(&["show", host.dir.path().to_str().expect("a plain path")]);
     assert!(nothing.contains("there are no images"), "{nothing}");
+}
+
+/// Two dumps of the same program on the same ports, which began at other sequence numbers.
+#[test]
+fn dumps_are_compared() {
+    let host = Host::new();
+    let [inside, outside] = ["inside", "outside"].map(|name| {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/data/stock-4.2.1").join(name);
+        path.to_str().expect("a plain path").to_owned()
+    });
+    let same = host.json(&["diff", &inside, &inside]);
+    assert_eq!((&same["unchanged"], &same["changed"]), (&json!(6), &json!({})));
+    let output = host.soccr(&["diff", &inside, &outside, "--json"]);
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    let diff: Value = serde_json::from_slice(&output.stdout).expect("JSON");
+    assert_eq!((&diff["gone"], &diff["added"], &diff["unchanged"]), (&json!({}), &json!({}), &json!(0)));
+    for (name, changes) in diff["changed"].as_object().expect("an object") {
+        let fields: Vec<_> = changes.as_object().expect("an object").keys().collect();
+        assert_eq!(fields, ["rcv_nxt", "write_seq"], "{name}");
+    }
+    let text = String::from_utf8(host.soccr(&["diff", &inside, &outside]).stdout).expect("text");
+    assert!(text.contains("~ [::1]:7002 → [::1]:8003:\n    rcv_nxt: "), "{text}");
+}
+
+#[test]
+fn a_dump_without_connections_has_nothing_to_release() {
+    let host = Host::new();
+    let empty = host.dir.path().join("images");
+    fs::create_dir(&empty).expect("a folder");
+    let path = empty.to_str().expect("a plain path");
+    assert!(host.refused(&["release", path]).contains("there are no images"));
+    let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/data/stock-4.2.1/inside");
+    for file in fs::read_dir(golden).expect("images").flatten() {
+        fs::copy(file.path(), empty.join(file.file_name())).expect("copied");
+    }
+    // Its magic and no entry.
+    let files = fs::read(empty.join("files.img")).expect("the image");
+    fs::write(empty.join("files.img"), &files[..8]).expect("written");
+    let output = host.soccr(&["release", path]);
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success() && said.contains("no TCP connection in these images"), "{output:?}");
 }
 
 #[test]

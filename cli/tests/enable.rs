@@ -1,11 +1,14 @@
 //! `soccr enable`, `disable` and `check` on runtimes that only say their versions, with a PATH and a root of their own.
 
+mod support;
+
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 use serde_json::{Value, json};
+use support::{Soccr, program};
 use tempfile::TempDir;
 
 const OUR_LINES: &str = "tcp-close\nlibdir ";
@@ -16,6 +19,19 @@ const CRIU: &str = "echo 'Version: 4.2.1'";
 /// A root folder, and a PATH with nothing else on it.
 struct Host {
     dir: TempDir,
+}
+
+impl Soccr for Host {
+    fn command(&self) -> Command {
+        let mut command = program();
+        command.env("PATH", self.path("bin")).env("HOME", self.path("root")).env_remove("CRIU_CONFIG_FILE");
+        command
+    }
+
+    fn soccr(&self, arguments: &[&str]) -> Output {
+        let mut command = self.command();
+        command.args(arguments).args(["--root", &self.text("root")]).output().expect("soccr runs")
+    }
 }
 
 impl Host {
@@ -86,25 +102,6 @@ impl Host {
     fn write(&self, name: &str, text: &str) {
         fs::create_dir_all(self.path("root/etc/criu")).expect("a folder");
         fs::write(self.config(name), text).expect("written");
-    }
-
-    fn soccr(&self, arguments: &[&str]) -> Output {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_soccr"));
-        command.args(arguments).args(["--root", &self.text("root")]);
-        command.env("PATH", self.path("bin")).env("HOME", self.path("root"));
-        command.env_remove("CRIU_CONFIG_FILE").output().expect("soccr runs")
-    }
-
-    fn done(&self, arguments: &[&str]) -> String {
-        let output = self.soccr(arguments);
-        assert!(output.status.success(), "{arguments:?}: {output:?}");
-        String::from_utf8(output.stdout).expect("text")
-    }
-
-    fn refused(&self, arguments: &[&str]) -> String {
-        let output = self.soccr(arguments);
-        assert_eq!(output.status.code(), Some(1), "{arguments:?}: {output:?}");
-        String::from_utf8(output.stderr).expect("text")
     }
 
     fn enable(&self, arguments: &[&str]) -> String {

@@ -21,7 +21,7 @@ use soccr::kernel::netns::NetNs;
 use soccr::kernel::{sockopt, tcp};
 use soccr::lock;
 use soccr_testkit::{Client, Fleet, Pace};
-use support::{Soccr, connected, expect_bytes, in_own_network, lacks, soccr};
+use support::{Soccr, connected, expect_bytes, in_own_network, lacks, program};
 
 const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -32,7 +32,7 @@ struct Host {
 
 impl Soccr for Host {
     fn command(&self) -> Command {
-        let mut command = soccr();
+        let mut command = program();
         command.env("SOCCR_RUN_DIR", self.path("run"));
         command
     }
@@ -416,6 +416,80 @@ fn a_save_can_be_given_up() {
     });
 }
 
+#[test]
+fn two_looks_are_compared() {
+    in_own_network(|| {
+        let host = Host::new();
+        let server = Server::listening();
+        let mut clients = server.clients(2);
+        let [old, new] =
+            ["old", "new"].map(|name| host.path(name).to_str().expect("a plain path").to_owned());
+        let look = |at: &str| {
+            let pid = server.pid().to_string();
+            host.done(&["save", "--pid", &pid, "--all", "--keep", "-D", at]);
+        };
+        look(&old);
+        kill_and_wait(&server, Signal::SIGSTOP);
+        clients[0].send(100).expect("sent");
+        let list = || host.json(&["list", "--pid", &server.pid().to_string()]);
+        let arrived = |socket: &Value| socket["receive_queue"] == json!(100);
+        while !list()["sockets"].as_array().expect("a list").iter().any(arrived) {}
+        look(&new);
+        let output = host.soccr(&["diff", "--json", &old, &new]);
+        assert_eq!(output.status.code(), Some(1));
+        let diff: Value = serde_json::from_slice(&output.stdout).expect("JSON");
+        assert_eq!((&diff["gone"], &diff["added"], &diff["unchanged"]), (&json!({}), &json!({}), &json!(1)));
+        let name = format!("{} → {}", server.address(), tcp_name(&clients[0]));
+        let queue = &diff["changed"][&name]["receive queue"];
+        assert_eq!((&queue["old"], &queue["new"]), (&json!("0"), &json!("100")), "{diff}");
+        let text = String::from_utf8(host.soccr(&["diff", &old, &new]).stdout).expect("text");
+        assert!(text.contains("    receive queue: 0 → 100\n"), "{text}");
+        // A file is compared as well as a folder of one.
+        let file = |folder: &str| {
+            let fd = server.fd_of(&host, &clients[1]).parse::<u32>().expect("a number");
+            format!("{folder}/soccr-ext-{fd:x}.img")
+        };
+        assert_eq!(host.json(&["diff", &file(&old), &file(&new)])["unchanged"], json!(1));
+        assert!(host.done(&["show", &file(&new)]).contains(&tcp_name(&clients[1])));
+        let one_gone = host.soccr(&["diff", &old, &file(&new)]);
+        let text = String::from_utf8(one_gone.stdout).expect("text");
+        assert!(text.starts_with(&format!("- {name}: ESTABLISHED, 0 to read, 0 to send\n")), "{text}");
+        assert!(text.ends_with("1 gone, 0 added, 0 changed, 1 the same\n"), "{text}");
+        kill(Pid::from_raw(server.pid().cast_signed()), Signal::SIGCONT).expect("continued");
+        clients[0].receive_echo(100).expect("an echo");
+    });
+}
+
+/// Whoever cannot write to /run has records of his own.
+#[test]
+fn records_are_where_the_user_can_write() {
+    in_own_network(|| {
+        let host = Host::new();
+        let server = Server::listening();
+        let _clients = server.clients(1);
+        let without_run = |variable: Option<&str>, arguments: &[&str]| {
+            let mut command = Command::new("unshare");
+            command.args(["-m", "sh", "-c", "mount -t tmpfs -o ro tmpfs /run && exec \"$@\"", "sh"]);
+            command.arg(program().get_program()).args(arguments).env_remove("SOCCR_RUN_DIR");
+            command.env("XDG_RUNTIME_DIR", host.dir.path());
+            variable.into_iter().for_each(|folder| {
+                command.env("SOCCR_RUN_DIR", folder);
+            });
+            let output = command.output().expect("unshare runs");
+            assert!(output.status.success(), "{output:?}");
+            String::from_utf8(output.stdout).expect("text")
+        };
+        let pid = server.pid().to_string();
+        without_run(None, &["save", "--pid", &pid, "--all", "-D", &host.images()]);
+        assert_eq!(fs::read_dir(host.path("soccr")).expect("the records").count(), 1);
+        assert!(without_run(None, &["status"]).contains("dumped"));
+        let elsewhere = host.path("run");
+        assert!(!without_run(elsewhere.to_str(), &["status"]).contains("dumped"));
+        without_run(None, &["release", &host.images()]);
+        host.is_clean();
+    });
+}
+
 /// A lock that has gone since, such as by a lease, is told: the peers may have been reset.
 #[test]
 fn a_lock_that_is_gone_is_told() {
@@ -514,7 +588,7 @@ fn save_until(host: &Host, server: &Server, last: u32) -> u32 {
 #[allow(clippy::zombie_processes)] // waitpid() waits for it
 fn run_until(host: &Host, arguments: &[&str], last: u32) -> u32 {
     let mut command = Command::new("sh");
-    command.args(["-c", "kill -STOP $$; exec \"$@\"", "sh"]).arg(soccr().get_program()).args(arguments);
+    command.args(["-c", "kill -STOP $$; exec \"$@\"", "sh"]).arg(program().get_program()).args(arguments);
     let child =
         command.env("SOCCR_RUN_DIR", host.path("run")).stdout(Stdio::null()).spawn().expect("sh runs");
     let pid = Pid::from_raw(child.id().cast_signed());

@@ -1,13 +1,12 @@
 //! `soccr hold` and `soccr release`, in a network of their own.
 
-#[path = "../../tests/support/mod.rs"]
 mod support;
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::TcpStream;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::Command;
 use std::time::Duration;
 
 use serde_json::Value;
@@ -15,13 +14,21 @@ use soccr::connection::Queues;
 use soccr::criu::image::ImageDir;
 use soccr::criu::image::external::ExternalImage;
 use soccr::repair::{Paused, Probe, four_tuple};
-use support::in_own_network;
+use support::{Soccr, in_own_network, program};
 
 /// A host with images of one connection between two of its addresses, which are not loopback ones.
 struct Host {
     dir: tempfile::TempDir,
     client: TcpStream,
     server: TcpStream,
+}
+
+impl Soccr for Host {
+    fn command(&self) -> Command {
+        let mut command = program();
+        command.env("SOCCR_RUN_DIR", self.dir.path().join("run"));
+        command
+    }
 }
 
 impl Host {
@@ -59,27 +66,6 @@ impl Host {
         image.write(&images, 1, &queues.recv, &queues.send).expect("written");
     }
 
-    fn soccr(&self, arguments: &[&str]) -> Output {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_soccr"));
-        command
-            .args(arguments)
-            .env("SOCCR_RUN_DIR", self.dir.path().join("run"))
-            .output()
-            .expect("soccr runs")
-    }
-
-    fn done(&self, arguments: &[&str]) -> String {
-        let output = self.soccr(arguments);
-        assert!(output.status.success(), "{arguments:?}: {output:?}");
-        String::from_utf8(output.stdout).expect("text")
-    }
-
-    fn refused(&self, arguments: &[&str]) -> String {
-        let output = self.soccr(arguments);
-        assert_eq!(output.status.code(), Some(1), "{arguments:?}: {output:?}");
-        String::from_utf8(output.stderr).expect("text")
-    }
-
     /// What is sent arrives, or does not.
     fn passes(&mut self) -> bool {
         self.server.write_all(b"x").expect("sent");
@@ -106,11 +92,11 @@ fn a_hold_locks_what_the_images_hold_until_it_is_released() {
         let mut host = Host::new();
         let images = text(&host.images());
         assert!(host.passes());
-        let told: Value = serde_json::from_str(&host.done(&["hold", &images, "--json"])).expect("JSON");
+        let told = host.json(&["hold", &images]);
         assert_eq!((&told["id"], &told["connections"]), (&"soccr-0123456789ab".into(), &1.into()));
         assert!(!host.passes(), "it is not locked");
 
-        let status: Value = serde_json::from_str(&host.done(&["status", "--json"])).expect("JSON");
+        let status = host.json(&["status"]);
         assert_eq!(status["records"][0]["state"], "dumped", "{status}");
         assert_eq!(status["strays"], Value::Array(Vec::new()), "{status}");
         let again = host.refused(&["hold", &images]);
@@ -118,7 +104,8 @@ fn a_hold_locks_what_the_images_hold_until_it_is_released() {
 
         assert!(host.done(&["release", "--dry-run", &images]).contains("soccr-path-0123456789ab"));
         assert!(!host.passes(), "a dry run releases nothing");
-        host.done(&["release", &images]);
+        let told = host.json(&["release", &images]);
+        assert_eq!(told["records"][0]["unlocked"][0]["name"], "soccr-path-0123456789ab", "{told}");
         assert!(host.passes());
         assert!(host.refused(&["release", &images]).contains("there is no such record"));
     });
@@ -139,7 +126,7 @@ fn an_archive_is_held_and_released_by_its_id() {
         run("tar", &["-C", &folder, "-cf", &text(&archive), "checkpoint"]);
         host.done(&["hold", &text(&archive), "--lease", "10m"]);
         assert!(!host.passes());
-        let status: Value = serde_json::from_str(&host.done(&["status", "--json"])).expect("JSON");
+        let status = host.json(&["status"]);
         let id = status["records"][0]["id"].as_str().expect("an id").to_owned();
         host.done(&["release", &id]);
         assert!(host.passes());

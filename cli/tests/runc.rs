@@ -2,8 +2,6 @@
 //!
 //! It runs with network, mounts and processes of its own, and with a copy of `/etc`, so nothing on the host changes.
 
-#[path = "../../tests/support/mod.rs"]
-#[allow(dead_code)] // this test program uses its part
 mod support;
 
 use std::env;
@@ -16,7 +14,7 @@ use std::process::{Command, Output, Stdio};
 
 use nix::mount::{MsFlags, mount};
 use serde_json::{Value, json};
-use support::{connected, expect_bytes, pattern, skip};
+use support::{connected, expect_bytes, pattern, program, skip};
 
 /// Set for the process that has its namespaces.
 const INSIDE: &str = "SOCCR_TEST_INSIDE";
@@ -179,7 +177,7 @@ impl Container {
 
 fn soccr(path: &str, arguments: &[&str]) -> Command {
     let criu = target().join("criu/criu");
-    let mut soccr = Command::new(env!("CARGO_BIN_EXE_soccr"));
+    let mut soccr = program();
     soccr.args(arguments).env("PATH", format!("{}:{path}", criu.display())).env("HOME", "/run");
     soccr
 }

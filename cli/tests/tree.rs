@@ -1,7 +1,5 @@
 //! `soccr list` and `soccr check --pid` on this very process, in a network namespace of its own.
 
-#[path = "../../tests/support/mod.rs"]
-#[allow(dead_code)] // this test program uses its part
 mod support;
 
 use std::io::{IoSlice, Read, Write};
@@ -14,11 +12,11 @@ use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use serde_json::{Value, json};
 use soccr::kernel::sockopt;
 use soccr::kernel::tcp::{self, Repair};
-use support::{connected, in_own_network, lacks};
+use support::{connected, in_own_network, lacks, program};
 
 fn soccr(arguments: &[&str]) -> Output {
     let pid = std::process::id().to_string();
-    let mut command = Command::new(env!("CARGO_BIN_EXE_soccr"));
+    let mut command = program();
     command.args(arguments).args(["--pid", &pid]).output().expect("soccr runs")
 }
 
@@ -288,7 +286,7 @@ fn a_capability_that_is_missing_is_named() {
 
 #[test]
 fn a_task_that_is_not_there_is_named() {
-    let output = Command::new(env!("CARGO_BIN_EXE_soccr")).args(["list", "--pid", "2147483647"]).output();
+    let output = program().args(["list", "--pid", "2147483647"]).output();
     let output = output.expect("soccr runs");
     let said = String::from_utf8_lossy(&output.stderr);
     assert!(!output.status.success() && said.contains("pid 2147483647") && said.contains("ESRCH"), "{said}");
@@ -297,7 +295,7 @@ fn a_task_that_is_not_there_is_named() {
 #[test]
 fn a_closed_pipe_is_no_error() {
     for arguments in [&["--version"][..], &["check"], &["check", "--json"]] {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_soccr"));
+        let mut command = program();
         command.args(arguments).env("HOME", "/nonexistent").env("PATH", "");
         let (reader, writer) = std::io::pipe().expect("a pipe");
         drop(reader);

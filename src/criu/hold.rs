@@ -74,7 +74,7 @@ pub fn hold(images: &ImageDir, ns: &NetNs, options: &LockOptions) -> Result<Hold
     if packets.is_empty() {
         return Err(HoldError::Nothing);
     }
-    let (id, name) = (held.id()?, held.name.on_path());
+    let (id, name) = (held.id()?, held.name()?.on_path());
     if known(&id)? {
         return Err(HoldError::Known(id));
     }
@@ -98,12 +98,17 @@ pub fn hold(images: &ImageDir, ns: &NetNs, options: &LockOptions) -> Result<Hold
     Ok(Hold { id, connections })
 }
 
-/// The record that a hold of these images has, or their dump on this host.
+/// The record that a hold of these images has, or their dump on this host, and whether they have no connection at all;
+/// such images may be without a name.
 ///
 /// # Errors
 /// What is wrong with the images; [`HoldError::Nameless`].
-pub fn id_of(images: &ImageDir) -> Result<RecordId, HoldError> {
-    Held::read(images)?.id()
+pub fn id_of(images: &ImageDir) -> Result<(Option<RecordId>, bool), HoldError> {
+    let held = Held::read(images)?;
+    match held.id() {
+        Err(_) if held.connections.is_empty() => Ok((None, true)),
+        id => Ok((Some(id?), held.connections.is_empty())),
+    }
 }
 
 fn known(id: &RecordId) -> Result<bool, RecordError> {
@@ -117,7 +122,7 @@ fn known(id: &RecordId) -> Result<bool, RecordError> {
 struct Held {
     connections: Vec<ConnectionRecord>,
     translations: Vec<Translation>,
-    name: LockName,
+    name: Option<LockName>,
 }
 
 impl Held {
@@ -132,11 +137,15 @@ impl Held {
             connections.push(ConnectionRecord::of_external(image.tuple, reuse_addr));
         })?;
         let translations = side.map(|side| side.translations_of(&index)).unwrap_or_default();
-        Ok(Self { connections, translations, name: name.ok_or(HoldError::Nameless)? })
+        Ok(Self { connections, translations, name })
     }
 
     fn id(&self) -> Result<RecordId, HoldError> {
-        self.name.id().parse().map_err(|_| HoldError::Nameless)
+        self.name()?.id().parse().map_err(|_| HoldError::Nameless)
+    }
+
+    fn name(&self) -> Result<&LockName, HoldError> {
+        self.name.as_ref().ok_or(HoldError::Nameless)
     }
 
     /// The addresses of all packets, as the sockets see them and before and behind a translation.

@@ -40,6 +40,6 @@ pub trait Soccr {
 }
 
 /// The program under test.
-pub fn soccr() -> Command {
+pub fn program() -> Command {
     Command::new(env!("CARGO_BIN_EXE_soccr"))
 }

@@ -10,7 +10,7 @@ use nix::dir::Dir;
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, open, openat, renameat};
 use nix::sys::stat::{Mode, fstat};
-use nix::unistd::{UnlinkatFlags, geteuid, mkdir, unlinkat};
+use nix::unistd::{AccessFlags, UnlinkatFlags, access, geteuid, mkdir, unlinkat};
 
 use super::file::{self, LARGEST};
 use super::{ConnectionRecord, Record, RecordError, RecordId};
@@ -40,10 +40,16 @@ pub struct Listed {
     pub record: Result<Record, RecordError>,
 }
 
-/// The folder that the environment chooses.
+/// The folder that the environment chooses. Who cannot write to `/run`, as in a user namespace on a host of others, has
+/// a folder of its own, which the XDG Base Directory Specification makes private.
 fn chosen_folder() -> PathBuf {
-    let named = std::env::var_os(FOLDER_VARIABLE).filter(|path| !path.is_empty());
-    named.map_or_else(|| DEFAULT_FOLDER.into(), PathBuf::from)
+    let named = |variable| std::env::var_os(variable).filter(|path| !path.is_empty()).map(PathBuf::from);
+    let default = PathBuf::from(DEFAULT_FOLDER);
+    let own = || {
+        let writable = default.parent().is_some_and(|run| access(run, AccessFlags::W_OK).is_ok());
+        if writable { None } else { named("XDG_RUNTIME_DIR").map(|folder| folder.join("soccr")) }
+    };
+    named(FOLDER_VARIABLE).or_else(own).unwrap_or(default)
 }
 
 impl Store {
