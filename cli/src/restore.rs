@@ -10,7 +10,9 @@ use anyhow::{Context, Result, bail};
 use soccr::Connection;
 use soccr::criu::record::{self, ConnectionRecord, LockRecord, NsId, Phase, Record, Recorder, Store};
 use soccr::kernel::netns::NetNs;
+use soccr::kernel::sockopt;
 use soccr::lock::{self, LockName, LockOptions};
+use soccr::repair;
 
 use crate::handover::folder::Folder;
 use crate::handover::{self, ManyFiles, Numbered, Uninterrupted, Written};
@@ -92,16 +94,27 @@ fn restore(
         }
     };
     folder.remove_files().unwrap_or_else(|error| warn(&format!("{error:#}")));
-    if let Some(mut recorder) = recorder {
-        // A hold, or the lock of another namespace.
-        let left = record::remove_locks(recorder.record());
-        left.iter().for_each(|problem| warn(problem));
-        if left.is_empty() {
-            recorder.remove().unwrap_or_else(|error| warn(&soccr::chain(&error)));
-        }
+    if let Some(recorder) = recorder {
+        forget(recorder, &sockets);
     }
     let numbered = |(fd, socket)| Numbered { fd, socket, owner: None };
     Ok(numbers.into_iter().zip(sockets).map(numbered).collect())
+}
+
+/// What the record tells of besides the lock that is gone already: a hold, or the lock of the namespace where they were.
+fn forget(mut recorder: Recorder, sockets: &[OwnedFd]) {
+    let left = record::remove_locks(recorder.record());
+    left.iter().for_each(|problem| warn(problem));
+    if left.is_empty() {
+        recorder.remove().unwrap_or_else(|error| warn(&soccr::chain(&error)));
+    }
+    if recorder.record().locks.len() > 1 {
+        // The first probe met a lock.
+        for socket in sockets.iter().map(AsFd::as_fd) {
+            let probed = repair::probe(socket, sockopt::reuse_addr(socket) == Ok(1));
+            probed.unwrap_or_else(|error| warn(&soccr::chain(&error)));
+        }
+    }
 }
 
 /// The lock that all were saved behind; none where the save was told to do without.
@@ -132,6 +145,12 @@ fn take_over(
     let own = std::process::id().cast_signed();
     let store = Store::open()?;
     let known = store.as_ref().map_or(Ok(None), |store| store.read(&id))?.map(|(record, _)| record);
+    let listed = store.as_ref().map_or_else(|| Ok(Vec::new()), Store::list)?;
+    let others = listed.into_iter().filter_map(|listed| listed.record.ok()).filter(|record| record.id != id);
+    // The files can come from anybody.
+    if let Some(other) = others.into_iter().find(|other| other.locks.iter().any(|lock| lock.name == *name)) {
+        bail!("these connections name the lock {name} as theirs, which is that of {}", other.id);
+    }
     if let (Some(store), Some(record)) = (&store, &known) {
         check(arguments, record, name, ns)?;
         if let [problem, ..] = &record::finish(store, record)[..] {

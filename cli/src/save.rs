@@ -116,7 +116,13 @@ fn end(
         return Err(error.into());
     }
     for socket in frozen.release() {
-        repair::end(socket.as_fd())?;
+        if let Err(error) = repair::end(socket.as_fd()) {
+            // It must not run into a socket in repair mode.
+            std::mem::forget(tasks);
+            let id = &recorder.record().id;
+            return Err(error)
+                .context(format!("{id}: the task stays stopped; `soccr restore` goes on from here"));
+        }
     }
     drop(tasks);
     recorder.forget_tasks();

@@ -460,6 +460,62 @@ fn two_looks_are_compared() {
     });
 }
 
+/// The files go to a host where the connections are held before they come. The two hosts differ by their records.
+#[test]
+fn a_save_goes_to_another_host() {
+    in_own_network(|| {
+        let here = Host::new();
+        let there = Host { dir: tempfile::tempdir().expect("a folder") };
+        let first = Server::listening();
+        let fleet = Fleet::echoes(first.clients(10), Pace::FAST).expect("clients");
+        here.save(first.pid(), &["--all"]);
+        let copied = Command::new("cp").args(["-r", &here.images(), &there.images()]).status();
+        assert!(copied.expect("cp runs").success());
+        there.done(&["hold", &there.images()]);
+        here.done(&["release", &here.images()]);
+        assert_eq!(there.record(), (json!("dumped"), json!(10)));
+        let _second = there.restore();
+        fleet.stop(PATIENCE).whole().expect("no client has noticed");
+    });
+}
+
+/// Files can come from anybody, and claim the lock of another save as theirs.
+#[test]
+fn files_release_no_lock_of_another_save() {
+    in_own_network(|| {
+        let host = Host::new();
+        let server = Server::listening();
+        let clients = server.clients(2);
+        let save = |client| {
+            let told = host.save(server.pid(), &["--fd", &server.fd_of(&host, client)]);
+            told["id"].as_str().expect("an id").to_owned()
+        };
+        let victim = save(&clients[0]);
+        fs::rename(host.path("images"), host.path("kept")).expect("moved");
+        let own = save(&clients[1]);
+        let file = host.files().remove(0);
+        let mut bytes = fs::read(&file).expect("the file");
+        let at = bytes.windows(own.len()).position(|part| part == own.as_bytes()).expect("its lock");
+        bytes[at..at + own.len()].copy_from_slice(victim.as_bytes());
+        fs::write(&file, bytes).expect("written");
+        let refused = |why: &str| {
+            let said = host.refused(&["restore", "-D", &host.images(), "--", "true"]);
+            assert!(said.contains(why), "{said}");
+            assert_eq!(lock::list(&here()).expect("locks").len(), 2);
+        };
+        refused("hold other connections than it locked");
+        // A record and its lock need not have one name.
+        let run = host.path("run");
+        let record = fs::read_to_string(run.join(&victim)).expect("the record");
+        let renamed = record.replacen(&format!("\"id\":\"{victim}\""), "\"id\":\"another\"", 1);
+        fs::write(run.join("another"), renamed).expect("written");
+        fs::remove_file(run.join(&victim)).expect("removed");
+        refused("which is that of another");
+        host.done(&["clean", "--all"]);
+        host.is_clean();
+    });
+}
+
 /// Whoever cannot write to /run has records of his own.
 #[test]
 fn records_are_where_the_user_can_write() {
