@@ -11,7 +11,7 @@ use soccr::Connection;
 use soccr::criu::record::{self, ConnectionRecord, LockRecord, NsId, Phase, Record, Recorder, Store};
 use soccr::kernel::netns::NetNs;
 use soccr::kernel::sockopt;
-use soccr::lock::{self, LockName, LockOptions};
+use soccr::lock::{LockName, LockOptions};
 use soccr::repair;
 
 use crate::handover::folder::Folder;
@@ -189,8 +189,10 @@ fn check(arguments: &Arguments, record: &Record, name: &LockName, ns: &NetNs) ->
         }
         return Ok(());
     }
-    if !lock::list(ns)?.iter().any(|found| found.name.id() == name.id() && found.entries > 0) {
-        warn(&format!("{id}: their lock {name} is gone: those whose peers have sent meanwhile were reset"));
+    for LockRecord { name, .. } in record::ended_locks(record, ns) {
+        warn(&format!(
+            "{ns}: the lock {name} is gone: connections whose peers have sent meanwhile were reset"
+        ));
     }
     Ok(())
 }

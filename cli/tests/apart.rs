@@ -418,6 +418,32 @@ fn images_with_anothers_id() {
     victim.echoes();
 }
 
+/// A restore of connections that nobody has kept still any more says so.
+fn lease_that_ended() {
+    let mut stage = Stage::at_home(None);
+    stage.echoes();
+    let pid = stage.server.id().to_string();
+    let mut dump = stage.criu_command("dump", &["-t", &pid]);
+    assert!(dump.env("SOCCR_LOCK_LEASE", "1").status().expect("criu runs").success(), "{}", stage.log());
+    stage.server.wait().expect("its end");
+    while lock::list(&stage.ns).expect("locks").iter().any(|lock| lock.entries > 0) {
+        std::thread::yield_now(); // the kernel tells nobody of it
+    }
+    stage.criu("restore", &["-d"]);
+    assert!(
+        stage.log().contains("is gone: connections whose peers have sent meanwhile were reset"),
+        "{}",
+        stage.log()
+    );
+    stage.echoes();
+    stage.wait_until_clean();
+}
+
+#[test]
+fn a_lease_that_ended_is_told() {
+    on_own_host("a_lease_that_ended_is_told", lease_that_ended);
+}
+
 #[test]
 fn stock_criu_with_iptables() {
     on_own_host("stock_criu_with_iptables", || stock_dump(IPTABLES));

@@ -113,6 +113,17 @@ pub fn is_undone(record: &Record) -> bool {
     }
 }
 
+/// The locks in `ns` that the record tells of, and that keep nothing away any more: a lease has ended them, or somebody
+/// has removed them.
+#[must_use]
+pub fn ended_locks<'a>(record: &'a Record, ns: &NetNs) -> Vec<&'a LockRecord> {
+    let Ok(mut found) = lock::list(ns) else { return Vec::new() }; // whoever needs a lock then is told why
+    found.retain(|lock| lock.entries > 0);
+    let is_lock = |lock: &&LockRecord| lock.ns == NsId::from(ns) && lock.method != lock::Method::Skip;
+    let recorded = record.locks.iter().filter(is_lock);
+    recorded.filter(|lock| !found.iter().any(|found| is_same(found, lock))).collect()
+}
+
 fn is_unlocked_by_criu(ns: &NetNs) -> bool {
     stock::find_namespace_locks(ns).is_ok_and(|locks| locks.is_empty())
 }

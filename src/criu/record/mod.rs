@@ -36,7 +36,9 @@ use crate::kernel::sockopt;
 use crate::lock::conntrack::Translation;
 use crate::lock::{LockName, Method};
 
-pub use clean::{Options as CleanOptions, Report, clean, is_undone, locked_by_criu, remove_locks};
+pub use clean::{
+    Options as CleanOptions, Report, clean, ended_locks, is_undone, locked_by_criu, remove_locks,
+};
 pub use error::RecordError;
 pub use namespaces::{Namespaces, all_namespaces};
 pub use recorder::{RECORD_VARIABLE, Recorder};

@@ -69,6 +69,12 @@ impl Locks {
             interrupted: waits && recorder.record().phase != Phase::Dumped,
         };
         let criu_ns = NetNs::of_task(criu.pid.cast_unsigned())?;
+        let waited = (!left.interrupted).then(|| record::ended_locks(recorder.record(), &criu_ns));
+        for LockRecord { name, .. } in waited.into_iter().flatten() {
+            log::warn!(
+                "{criu_ns}: the lock {name} is gone: connections whose peers have sent meanwhile were reset"
+            );
+        }
         if left.interrupted {
             destroy_recorded_orphans(recorder.record(), &criu_ns, &plan.tuples(|_| true));
         }
