@@ -26,31 +26,9 @@ pub struct Numbered<F> {
     pub owner: Option<i32>,
 }
 
-/// A save whose files are whole. Until it is committed, the connections can go on where they were.
-pub struct Written<F: AsFd> {
-    pub frozen: Frozen<F>,
-    pub recorder: Recorder,
-}
-
 /// Locks the connections of these sockets, which nobody uses meanwhile, reads them, and writes them into the folder;
-/// all or none. The record is written first, and again with each change.
+/// all or none. The record is written first, and is to be removed by the caller where this fails.
 pub fn write<F: AsFd>(
-    folder: &Folder,
-    name: &LockName,
-    mut recorder: Recorder,
-    sockets: Vec<Numbered<F>>,
-) -> Result<Written<F>> {
-    match try_write(folder, name, &mut recorder, sockets) {
-        Ok(frozen) => Ok(Written { frozen, recorder }),
-        Err(error) => {
-            folder.remove_files()?;
-            recorder.remove()?;
-            Err(error)
-        }
-    }
-}
-
-fn try_write<F: AsFd>(
     folder: &Folder,
     name: &LockName,
     recorder: &mut Recorder,
@@ -80,6 +58,7 @@ fn try_write<F: AsFd>(
         Ok(()) => Ok(frozen),
         Err(error) => {
             resume(frozen);
+            folder.remove_files().unwrap_or_else(|error| warn(&format!("{error:#}")));
             Err(error)
         }
     }

@@ -7,6 +7,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail};
+use serde::Serialize;
 use soccr::Connection;
 use soccr::criu::record::{self, ConnectionRecord, LockRecord, NsId, Phase, Record, Recorder, Store};
 use soccr::kernel::netns::NetNs;
@@ -15,8 +16,8 @@ use soccr::lock::{LockName, LockOptions};
 use soccr::repair;
 
 use crate::handover::folder::Folder;
-use crate::handover::{self, ManyFiles, Numbered, Uninterrupted, Written};
-use crate::{progress, warn};
+use crate::handover::{self, ManyFiles, Numbered, Uninterrupted};
+use crate::{print_json, progress, warn};
 use receiver::Receiver;
 
 #[derive(Debug, clap::Args)]
@@ -31,9 +32,18 @@ pub struct Arguments {
     /// Send the sockets over the unix socket at this path (SCM_RIGHTS).
     #[arg(long, value_name = "PATH", group = "receiver")]
     unix: Option<PathBuf>,
+    /// Print JSON.
+    #[arg(long, requires = "unix")]
+    json: bool,
     /// The program that gets them, as descriptors 3, 4 and so on; it takes the place of this one.
     #[arg(last = true, value_name = "COMMAND", group = "receiver")]
     command: Vec<String>,
+}
+
+#[derive(Debug, Serialize)]
+struct Told {
+    /// How many connections.
+    sent: usize,
 }
 
 pub fn run(arguments: &Arguments) -> Result<bool> {
@@ -49,11 +59,12 @@ pub fn run(arguments: &Arguments) -> Result<bool> {
     let uninterrupted = Uninterrupted::begin()?;
     let sockets = restore(arguments, &folder, &ns, connections)?;
     drop((uninterrupted, files));
-    let count = sockets.len();
+    let sent = sockets.len();
     match receiver.give(sockets) {
+        // Only a receiver at a unix socket leaves us here.
+        Ok(()) if arguments.json => print_json(&Told { sent }).map(|()| true),
         Ok(()) => {
-            // Only a receiver at a unix socket leaves us here.
-            writeln!(crate::out(), "{count} connections were sent").context("cannot print")?;
+            writeln!(crate::out(), "{sent} connections were sent").context("cannot print")?;
             Ok(true)
         }
         Err((sockets, error)) => match put_back(&folder, sockets) {
@@ -202,9 +213,16 @@ fn put_back(folder: &Folder, sockets: Vec<Numbered<OwnedFd>>) -> Result<()> {
     let _uninterrupted = Uninterrupted::begin()?;
     let name = soccr::lock_name();
     let own = std::process::id().cast_signed();
-    let recorder = Recorder::new(name.id(), Phase::Saving, folder.as_fd(), own)?;
-    let Written { frozen, mut recorder } = handover::write(folder, &name, recorder, sockets)?;
-    recorder.save(Phase::Dumped)?;
-    drop(frozen.release());
-    Ok(())
+    let mut recorder = Recorder::new(name.id(), Phase::Saving, folder.as_fd(), own)?;
+    match handover::write(folder, &name, &mut recorder, sockets) {
+        Ok(frozen) => {
+            recorder.save(Phase::Dumped)?;
+            drop(frozen.release());
+            Ok(())
+        }
+        Err(error) => {
+            recorder.remove()?;
+            Err(error)
+        }
+    }
 }

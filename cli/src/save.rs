@@ -7,13 +7,14 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail};
 use serde::Serialize;
-use soccr::Connection;
-use soccr::criu::record::{Phase, Recorder};
+use soccr::criu::record::{Phase, Recorder, Store};
 use soccr::criu::tasks::{self, Fate, ProcessId, Task};
+use soccr::kernel::tcp;
 use soccr::repair;
+use soccr::{Connection, Frozen};
 
 use crate::handover::folder::Folder;
-use crate::handover::{self, ManyFiles, Numbered, Uninterrupted, Written};
+use crate::handover::{self, ManyFiles, Numbered, Uninterrupted};
 use crate::sockets::{Owner, Socket, Tree};
 use crate::{print_json, warn};
 
@@ -81,24 +82,32 @@ fn save(arguments: &Arguments, folder: &Folder) -> Result<Told> {
     let Still { mut recorder, tasks } = still;
     let sockets = match sockets {
         Ok(sockets) => sockets,
-        Err(error) => {
-            recorder.remove()?;
-            return Err(error);
-        }
+        Err(error) => return give_up(recorder, tasks, error),
     };
     let numbers: Vec<u32> = sockets.iter().map(|socket| socket.fd).collect();
-    let Written { frozen, recorder } = handover::write(folder, &name, recorder, sockets)?;
+    let frozen = match handover::write(folder, &name, &mut recorder, sockets) {
+        Ok(frozen) => frozen,
+        Err(error) => return give_up(recorder, tasks, error),
+    };
     let connections = numbers.into_iter().zip(frozen.connections()).map(saved).collect();
     let id = recorder.record().id.to_string();
-    let kept = end(arguments, folder, Written { frozen, recorder }, tasks)?;
+    let kept = end(arguments, folder, frozen, recorder, tasks)?;
     Ok(Told { id: (!kept).then_some(id), images: arguments.images_dir.clone(), connections })
+}
+
+/// The record goes when the tasks go on, and not before.
+fn give_up<T>(mut recorder: Recorder, tasks: Vec<StoppedTask>, error: anyhow::Error) -> Result<T> {
+    drop(tasks);
+    recorder.remove()?;
+    Err(error)
 }
 
 /// The files are whole: the connections go on in the task, or end there.
 fn end(
     arguments: &Arguments,
     folder: &Folder,
-    Written { frozen, mut recorder }: Written<OwnedFd>,
+    frozen: Frozen<OwnedFd>,
+    mut recorder: Recorder,
     tasks: Vec<StoppedTask>,
 ) -> Result<bool> {
     if arguments.keep {
@@ -111,9 +120,7 @@ fn end(
     if let Err(error) = recorder.save(Phase::Dumped) {
         folder.remove_files()?;
         handover::resume(frozen);
-        drop(tasks);
-        recorder.remove()?;
-        return Err(error.into());
+        return give_up(recorder, tasks, error.into());
     }
     for socket in frozen.release() {
         if let Err(error) = repair::end(socket.as_fd()) {
@@ -161,6 +168,12 @@ fn choose(arguments: &Arguments) -> Result<Vec<(u32, Socket)>> {
                  (GODEBUG=multipathtcp=0 for one in Go)",
                 at(fd)
             ),
+            Some(tuple) if tcp::in_repair(socket.fd())? => {
+                bail!(
+                    "{tuple} ({}): in repair mode, as a save or dump leaves it that was killed: see soccr status",
+                    at(fd)
+                )
+            }
             Some(_) => chosen.push((fd, socket)),
             None if arguments.all => {}
             None => bail!("{}: a socket without a peer, so no connection", at(fd)),
@@ -225,19 +238,37 @@ impl Still {
 
     fn stop(&mut self, pid: i32) -> Result<()> {
         let task = Task::open(pid)?;
-        self.recorder.add_task(pid);
-        match task.fate() {
+        let id = ProcessId::of(pid).context("cannot tell when it started")?;
+        let runs = match task.fate() {
             Fate::Traced => bail!("it is traced: by a debugger, or a criu"),
             Fate::Ending | Fate::Gone => bail!("it is ending"),
-            Fate::Stopped => return Ok(self.recorder.save(Phase::Saving)?),
-            Fate::Running => {}
+            Fate::Stopped => false,
+            Fate::Running => true,
+        };
+        self.recorder.add_task(pid);
+        if runs {
+            self.recorder.add_stopped(id);
         }
-        self.recorder.add_stopped(ProcessId::of(pid).context("cannot tell when it started")?);
         self.recorder.save(Phase::Saving)?;
-        let task = StoppedTask(task);
-        task.0.stop()?;
-        self.tasks.push(task);
+        self.refuse_others_work(id)?;
+        if runs {
+            let task = StoppedTask(task);
+            task.0.stop()?;
+            self.tasks.push(task);
+        }
         Ok(())
+    }
+
+    /// Of two saves that begin at the same time at least one finds the other's record.
+    fn refuse_others_work(&self, task: ProcessId) -> Result<()> {
+        let listed = Store::open()?.map_or_else(|| Ok(Vec::new()), |store| store.list())?;
+        let mut others = listed.into_iter().filter_map(|listed| listed.record.ok());
+        let own = &self.recorder.record().id;
+        match others.find(|other| other.id != *own && other.state().at_work() && other.tasks.contains(&task))
+        {
+            Some(other) => bail!("{} is {}, and has this task", other.id, other.state()),
+            None => Ok(()),
+        }
     }
 }
 

@@ -127,6 +127,21 @@ impl Host {
     }
 }
 
+#[test]
+fn what_is_done_is_told_as_json() {
+    let host = Host::complete();
+    let plugins = host.text("plugins");
+    let file = host.config("runc.conf");
+    let enable = ["enable", "runc", "--plugins", &plugins];
+    let would = host.json(&[&enable[..], &["--dry-run"]].concat());
+    assert_eq!((&would[0]["file"], &would[0]["dry_run"]), (&json!(file), &json!(true)));
+    assert!(!file.exists());
+    let told = host.json(&enable);
+    assert!(told[0]["done"].as_str().expect("text").starts_with("made: tcp-close"), "{told}");
+    assert_eq!(host.json(&["disable"])[0]["done"], json!("removed"));
+    assert_eq!(host.json(&["disable"]), json!([]));
+}
+
 fn names(folder: &Path) -> Vec<String> {
     let entries = fs::read_dir(folder).expect("a folder");
     let mut names: Vec<String> =

@@ -215,8 +215,8 @@ fn connections_go_over_a_unix_socket() {
         assert!(nobody.contains(unix) && nobody.contains("No such file"), "{nobody}");
         assert_eq!(host.record().0, json!("dumped"));
         let mut second = Server::start(Command::new("python3").arg(script()).arg(unix));
-        let told = host.done(&["restore", "-D", &host.images(), "--unix", unix]);
-        assert!(told == "300 connections were sent\n", "{told}");
+        let told = host.json(&["restore", "-D", &host.images(), "--unix", unix]);
+        assert_eq!(told, json!({ "sent": 300 }));
         assert_eq!(second.said(), "received");
         host.is_clean();
         drop(first);
@@ -607,6 +607,49 @@ fn a_save_that_is_killed_loses_nothing() {
     });
 }
 
+/// The second one would read sockets that the first one is about to end.
+#[test]
+fn a_task_is_saved_by_one_at_a_time() {
+    in_own_network(|| {
+        let host = Host::new();
+        let server = Server::listening();
+        let mut clients = server.clients(1);
+        let pid = server.pid().to_string();
+        let elsewhere = host.path("elsewhere");
+        let second = || {
+            let elsewhere = elsewhere.to_str().expect("a plain path");
+            let said = host.refused(&["save", "--pid", &pid, "--all", "-D", elsewhere]);
+            assert!(fs::read_dir(elsewhere).is_ok_and(|mut files| files.next().is_none()));
+            said
+        };
+        run_while(&host, &["save", "--pid", &pid, "--all", "-D", &host.images()], |_| {
+            let begun = fs::read_dir(host.path("run")).is_ok_and(|mut records| {
+                records
+                    .any(|record| !record.expect("a record").file_name().to_string_lossy().starts_with('.'))
+            });
+            if begun {
+                let said = second();
+                assert!(said.contains("is frozen, and has this task"), "{said}");
+            }
+            !begun
+        });
+        host.done(&["clean", "--orphans"]);
+        host.is_clean();
+        clients[0].ping(10).expect("it goes on");
+        // What is left of one that was killed is not taken for the program's own.
+        run_while(&host, &["save", "--pid", &pid, "--all", "-D", &host.images()], |_| {
+            host.files().is_empty()
+        });
+        assert_eq!(host.record().0, json!("orphaned"));
+        let said =
+            host.refused(&["save", "--pid", &pid, "--all", "-D", elsewhere.to_str().expect("a plain path")]);
+        assert!(said.contains("in repair mode"), "{said}");
+        host.done(&["clean", "--orphans"]);
+        clients[0].ping(10).expect("it goes on");
+        host.is_clean();
+    });
+}
+
 /// Killed before any of its system calls, a restore can be tried again; until the lock goes, when the sockets are the
 /// command's own and end with it.
 #[test]
@@ -641,8 +684,13 @@ fn save_until(host: &Host, server: &Server, last: u32) -> u32 {
 }
 
 /// Kills the command when it is about to do its system call number `last`. How many it did.
-#[allow(clippy::zombie_processes)] // waitpid() waits for it
 fn run_until(host: &Host, arguments: &[&str], last: u32) -> u32 {
+    run_while(host, arguments, |call| call < last)
+}
+
+/// Kills the command at the first system call that is not to be. How many it did.
+#[allow(clippy::zombie_processes)] // waitpid() waits for it
+fn run_while(host: &Host, arguments: &[&str], mut may: impl FnMut(u32) -> bool) -> u32 {
     let mut command = Command::new("sh");
     command.args(["-c", "kill -STOP $$; exec \"$@\"", "sh"]).arg(program().get_program()).args(arguments);
     let child =
@@ -659,6 +707,11 @@ fn run_until(host: &Host, arguments: &[&str], last: u32) -> u32 {
             WaitStatus::PtraceSyscall(_) if counting => {
                 inside = !inside;
                 entries += u32::from(inside);
+                if inside && !may(entries) {
+                    kill(pid, Signal::SIGKILL).expect("killed");
+                    waitpid(pid, None).expect("its end");
+                    return entries;
+                }
             }
             WaitStatus::PtraceEvent(_, _, event) if event == libc::PTRACE_EVENT_EXEC => {
                 (counting, inside) = (true, true); // its end comes next
@@ -666,11 +719,6 @@ fn run_until(host: &Host, arguments: &[&str], last: u32) -> u32 {
             WaitStatus::Stopped(_, with) => signal = Some(with),
             WaitStatus::Exited(..) | WaitStatus::Signaled(..) => return entries,
             _ => {}
-        }
-        if inside && entries == last {
-            kill(pid, Signal::SIGKILL).expect("killed");
-            waitpid(pid, None).expect("its end");
-            return entries;
         }
         ptrace::syscall(pid, signal).expect("PTRACE_SYSCALL");
     }

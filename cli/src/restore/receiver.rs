@@ -22,6 +22,9 @@ const FIRST: RawFd = 3;
 /// What one message takes (`SCM_MAX_FD`).
 const MOST: usize = 253;
 
+/// An environment variable has 128 KiB, its name included (`MAX_ARG_STRLEN`).
+const LONGEST: usize = (128 << 10) - "LISTEN_FDNAMES==".len();
+
 type Sockets = Vec<Numbered<OwnedFd>>;
 
 pub enum Receiver {
@@ -86,7 +89,11 @@ fn execute(
 ) -> Result<(), (Sockets, Error)> {
     let names: Vec<String> = sockets.iter().map(|socket| format!("fd{}", socket.fd)).collect();
     command.env("LISTEN_FDS", names.len().to_string()).env("LISTEN_PID", std::process::id().to_string());
-    command.env("LISTEN_FDNAMES", names.join(":"));
+    // Longer than the kernel lets a variable be.
+    let names = names.join(":");
+    if names.len() < LONGEST {
+        command.env("LISTEN_FDNAMES", names);
+    }
     for (numbered, mut number) in sockets.iter_mut().zip(numbers) {
         // Without close-on-exec.
         match dup2(&numbered.socket, &mut number) {
