@@ -62,6 +62,12 @@ impl Connection {
         &self.queues
     }
 
+    /// Gives up the bytes of both queues, which may be many; what is left is no whole connection.
+    #[doc(hidden)]
+    pub fn drop_queues(&mut self) {
+        self.queues = Queues::default();
+    }
+
     /// The socket options, in the order to set them.
     #[doc(hidden)]
     #[must_use]
@@ -75,6 +81,12 @@ impl Connection {
     pub fn lock(&self) -> Option<(LockName, u32)> {
         let id = self.head.lock_id.as_deref().filter(|_| self.locked_together > 0)?;
         LockName::soccr(id).ok().map(|name| (name, self.locked_together))
+    }
+
+    /// Says which lock keeps the peer's segments away, and from how many connections.
+    pub(crate) fn lock_behind(&mut self, name: &LockName, together: usize) {
+        self.head.lock_id = Some(name.id().to_owned());
+        self.locked_together = u32::try_from(together).unwrap_or(u32::MAX);
     }
 
     /// The connection as bytes, for [`Connection::from_bytes`] of this or any later version.

@@ -91,20 +91,23 @@ pub fn freeze_with<F: AsFd>(
     sockets: impl IntoIterator<Item = F>,
     lock: &LockOptions,
 ) -> (Frozen<F>, Vec<Refused<F>>) {
-    freeze_as(&lock_name(), sockets, lock)
+    freeze_each(&lock_name(), sockets, lock, &mut |_| Ok(()))
 }
 
-/// As [`freeze_with`], the lock of each namespace under this name: for who records it before it is there.
+/// As [`freeze_with`], for many connections of which all or none shall be frozen: the lock of each namespace has this name,
+/// so that it can be recorded before it is there, and `each` takes what is to be kept of a connection as soon as that is
+/// read, so that no more than one's queues need be in memory.
 #[doc(hidden)]
-pub fn freeze_as<F: AsFd>(
+pub fn freeze_each<F: AsFd>(
     name: &LockName,
     sockets: impl IntoIterator<Item = F>,
     lock: &LockOptions,
+    each: &mut dyn FnMut(&mut Connection) -> Result<(), Cause>,
 ) -> (Frozen<F>, Vec<Refused<F>>) {
     let mut freezing =
         Freezing { frozen: Frozen { connections: Vec::new(), locks: Vec::new() }, refused: Vec::new() };
     for (ns, sockets) in freezing.by_namespace(sockets) {
-        freezing.freeze(&ns, name, sockets, lock);
+        freezing.freeze(&ns, name, sockets, lock, each);
     }
     (freezing.frozen, freezing.refused)
 }
@@ -214,7 +217,14 @@ impl<F: AsFd> Freezing<F> {
     }
 
     /// Locks the connections of one namespace, reads them, and unlocks those that could not be read.
-    fn freeze(&mut self, ns: &NetNs, name: &LockName, sockets: Vec<Connected<F>>, options: &LockOptions) {
+    fn freeze(
+        &mut self,
+        ns: &NetNs,
+        name: &LockName,
+        sockets: Vec<Connected<F>>,
+        options: &LockOptions,
+        each: &mut dyn FnMut(&mut Connection) -> Result<(), Cause>,
+    ) {
         let asked = sockets.len();
         let tuples: Vec<FourTuple> = sockets.iter().map(|(_, tuple)| *tuple).collect();
         let lock = match NetworkLock::lock(ns, name, &tuples, options) {
@@ -230,7 +240,12 @@ impl<F: AsFd> Freezing<F> {
         let first = self.frozen.connections.len();
         for ((socket, tuple), keys) in sockets.into_iter().zip(md5_keys(ns, &tuples)) {
             let frozen = match keys {
-                Ok(()) => read(socket, tuple),
+                Ok(()) => read(socket, tuple, |connection| {
+                    if options.method != Method::Skip {
+                        connection.lock_behind(name, asked);
+                    }
+                    each(connection)
+                }),
                 Err(source) => {
                     Err(Refused { socket, error: FreezeError::Read { connection: tuple, source } })
                 }
@@ -244,14 +259,11 @@ impl<F: AsFd> Freezing<F> {
         if frozen.is_empty() {
             return; // dropping the lock unlocks
         }
-        if options.method != Method::Skip {
-            let together = u32::try_from(frozen.len()).unwrap_or(u32::MAX);
-            for (_, connection) in &mut *frozen {
-                connection.head.lock_id = Some(name.id().to_owned());
-                connection.locked_together = together;
-            }
-        }
         if frozen.len() < asked {
+            if options.method != Method::Skip {
+                let together = frozen.len();
+                frozen.iter_mut().for_each(|(_, connection)| connection.lock_behind(name, together));
+            }
             let tuples: Vec<FourTuple> =
                 frozen.iter().map(|(_, connection)| connection.four_tuple()).collect();
             match NetworkLock::lock(ns, name, &tuples, options) {
@@ -303,7 +315,11 @@ fn md5_keys(ns: &NetNs, tuples: &[FourTuple]) -> Vec<Result<(), Cause>> {
     })
 }
 
-fn read<F: AsFd>(socket: F, tuple: FourTuple) -> Result<(Paused<F>, Connection), Refused<F>> {
+fn read<F: AsFd>(
+    socket: F,
+    tuple: FourTuple,
+    take: impl FnOnce(&mut Connection) -> Result<(), Cause>,
+) -> Result<(Paused<F>, Connection), Refused<F>> {
     let error = |source: Cause| FreezeError::Read { connection: tuple, source };
     let options = options::read(socket.as_fd()); // in repair mode SO_REUSEADDR is not the program's
     let paused = match Paused::try_pause(socket) {
@@ -311,17 +327,20 @@ fn read<F: AsFd>(socket: F, tuple: FourTuple) -> Result<(Paused<F>, Connection),
         Err((socket, cause)) => return Err(Refused { socket, error: error(Arc::new(cause)) }),
     };
     let mut queues = Queues::default();
-    match paused.save(&mut queues) {
-        Ok(tcp) => {
-            let head = Head { tuple, tcp, options, shut_rd: false, usec_ts_known: false, lock_id: None };
-            Ok((paused, Connection::new(head, queues)))
-        }
+    let saved = paused.save(&mut queues).map_err(|cause| Arc::new(cause) as Cause);
+    let taken = saved.and_then(|tcp| {
+        let head = Head { tuple, tcp, options, shut_rd: false, usec_ts_known: false, lock_id: None };
+        let mut connection = Connection::new(head, queues);
+        take(&mut connection).map(|()| connection)
+    });
+    match taken {
+        Ok(connection) => Ok((paused, connection)),
         Err(cause) => {
             let (socket, resumed) = paused.give_back(Probe::None);
             if let Err(error) = resumed {
                 log::error!("{}", chain(&error));
             }
-            Err(Refused { socket, error: error(Arc::new(cause)) })
+            Err(Refused { socket, error: error(cause) })
         }
     }
 }

@@ -108,11 +108,11 @@ pub use chain::chain;
 pub use connection::FourTuple;
 pub use freeze::{Cause, FreezeError, Frozen, Refused, freeze, freeze_unlocked, freeze_with};
 #[doc(hidden)]
-pub use freeze::{freeze_as, lock_name};
+pub use freeze::{freeze_each, lock_name};
 pub use lock::{LockOptions, Method};
-#[doc(hidden)]
-pub use thaw::build;
 pub use thaw::{ThawError, thaw, thaw_with};
+#[doc(hidden)]
+pub use thaw::{build, thaw_each};
 
 /// Ways into parsers that are otherwise private, for the fuzz targets in `fuzz/`. Not a part of the interface.
 #[doc(hidden)]

@@ -1,5 +1,6 @@
 //! Connections → sockets, behind the lock that they were frozen with.
 
+use std::borrow::Cow;
 use std::collections::HashMap;
 use std::error::Error;
 use std::os::fd::{AsFd, OwnedFd};
@@ -63,8 +64,21 @@ pub fn thaw(connections: &[Connection]) -> Result<Vec<OwnedFd>, ThawError> {
 /// # Errors
 /// As [`thaw`].
 pub fn thaw_with(connections: &[Connection], lock: &LockOptions) -> Result<Vec<OwnedFd>, ThawError> {
+    thaw_each(connections, lock, &mut |at| Ok(Cow::Borrowed(&connections[at])))
+}
+
+/// As [`thaw_with`], for many connections: only `load` has the queues of each, which need not be in memory together.
+///
+/// # Errors
+/// As [`thaw`].
+#[doc(hidden)]
+pub fn thaw_each<'a>(
+    connections: &[Connection],
+    lock: &LockOptions,
+    load: &mut dyn FnMut(usize) -> Result<Cow<'a, Connection>, Cause>,
+) -> Result<Vec<OwnedFd>, ThawError> {
     let locks = Locks::of(connections, lock)?;
-    let thawed = build_all(connections).and_then(|built| {
+    let thawed = build_all(connections, load).and_then(|built| {
         let mut sockets = Sockets(Vec::with_capacity(built.len()));
         for (paused, tuple) in built {
             let reuse_addr = paused.reuse_addr();
@@ -167,13 +181,23 @@ impl Drop for Sockets {
 }
 
 /// Builds all, each in repair mode; where one fails, the others are closed silently.
-fn build_all(connections: &[Connection]) -> Result<Vec<(Paused<OwnedFd>, FourTuple)>, ThawError> {
+fn build_all<'a>(
+    connections: &[Connection],
+    load: &mut dyn FnMut(usize) -> Result<Cow<'a, Connection>, Cause>,
+) -> Result<Vec<(Paused<OwnedFd>, FourTuple)>, ThawError> {
     let forge = Forge::new();
     let (mut built, mut failed) = (Vec::with_capacity(connections.len()), Vec::new());
-    for connection in connections {
-        match build(&connection.head, &connection.queues, &forge) {
-            Ok(paused) => built.push((paused, connection.four_tuple())),
-            Err(error) => failed.push((connection.four_tuple(), Arc::new(error) as Cause)),
+    for (at, tuple) in connections.iter().map(Connection::four_tuple).enumerate() {
+        let loaded = load(at).and_then(|loaded| match loaded.four_tuple() == tuple {
+            true => Ok(loaded),
+            false => Err(Cause::from(Box::from("another connection was loaded"))), // it is not locked
+        });
+        let paused = loaded.and_then(|connection| {
+            build(&connection.head, &connection.queues, &forge).map_err(|error| Arc::new(error) as Cause)
+        });
+        match paused {
+            Ok(paused) => built.push((paused, tuple)),
+            Err(error) => failed.push((tuple, error)),
         }
     }
     let finished = forge.finish().map_err(lock_failed);

@@ -2,7 +2,7 @@
 
 pub mod folder;
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::os::fd::AsFd;
 
 use anyhow::{Context, Result, bail};
@@ -14,7 +14,7 @@ use soccr::kernel::netns::NetNs;
 use soccr::kernel::sockopt;
 use soccr::lock::LockName;
 use soccr::repair::four_tuple;
-use soccr::{Frozen, LockOptions, Method, chain};
+use soccr::{Cause, Frozen, LockOptions, Method, chain};
 
 use crate::{progress, warn};
 use folder::Folder;
@@ -43,25 +43,37 @@ pub fn write<F: AsFd>(
         recorder.add_connections([record(socket)?]);
     }
     recorder.save(Phase::Saving)?;
-    let (numbers, sockets): (Vec<u32>, Vec<F>) =
-        sockets.into_iter().map(|numbered| (numbered.fd, numbered.socket)).unzip();
-    let spinner = progress::spinner("reading the connections");
-    let (frozen, refused) = soccr::freeze_as(name, sockets, &options);
-    spinner.finish_and_clear();
-    let written = if refused.is_empty() {
-        folder.write(numbers.into_iter().zip(frozen.connections()))
-    } else {
-        refused.iter().for_each(|refused| warn(&chain(&refused.error)));
-        Err(anyhow::anyhow!("{} of {} cannot be saved, so none is", refused.len(), numbers.len()))
-    };
-    match written {
-        Ok(()) => Ok(frozen),
-        Err(error) => {
-            resume(frozen);
-            folder.remove_files().unwrap_or_else(|error| warn(&format!("{error:#}")));
-            Err(error)
-        }
+    let mut files = HashMap::new();
+    for Numbered { fd, socket, .. } in &sockets {
+        files.insert(four_tuple(socket.as_fd())?, *fd);
     }
+    let bar = progress::bar("saving", sockets.len());
+    let mut unwritten = None;
+    let sockets = sockets.into_iter().map(|numbered| numbered.socket);
+    let (frozen, refused) = soccr::freeze_each(name, sockets, &options, &mut |connection| {
+        bar.inc(1);
+        let written = match (&unwritten, files.get(&connection.four_tuple())) {
+            (None, Some(fd)) => folder.write(*fd, connection),
+            _ => return Err(Cause::from(Box::from("nothing is written any more"))),
+        };
+        connection.drop_queues();
+        written.map_err(|error| {
+            let cause = Cause::from(Box::from(format!("{error:#}")));
+            unwritten = Some(error);
+            cause
+        })
+    });
+    bar.finish_and_clear();
+    if refused.is_empty() {
+        return Ok(frozen);
+    }
+    resume(frozen);
+    folder.remove_files().unwrap_or_else(|error| warn(&format!("{error:#}")));
+    if let Some(error) = unwritten {
+        return Err(error);
+    }
+    refused.iter().for_each(|refused| warn(&chain(&refused.error)));
+    bail!("{} of {} cannot be saved, so none is", refused.len(), files.len())
 }
 
 /// Lets connections go on where they are.

@@ -1,7 +1,5 @@
 //! How far long work has come, on a terminal; nothing where there is none.
 
-use std::time::Duration;
-
 use indicatif::{ProgressBar, ProgressStyle};
 
 /// A bar for so many steps.
@@ -12,13 +10,6 @@ pub fn bar(what: &'static str, steps: usize) -> ProgressBar {
 /// A bar for so many bytes.
 pub fn bytes(what: &'static str, bytes: u64) -> ProgressBar {
     drawn(ProgressBar::new(bytes), what, "{msg} {wide_bar} {bytes}/{total_bytes}")
-}
-
-/// For work in one piece.
-pub fn spinner(what: &'static str) -> ProgressBar {
-    let spinner = drawn(ProgressBar::new_spinner(), what, "{spinner} {msg} {elapsed}");
-    spinner.enable_steady_tick(Duration::from_millis(100));
-    spinner
 }
 
 fn drawn(bar: ProgressBar, what: &'static str, template: &str) -> ProgressBar {

@@ -2,18 +2,19 @@
 
 mod receiver;
 
+use std::borrow::Cow;
 use std::io::Write;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail};
 use serde::Serialize;
-use soccr::Connection;
 use soccr::criu::record::{self, ConnectionRecord, LockRecord, NsId, Phase, Record, Recorder, Store};
 use soccr::kernel::netns::NetNs;
 use soccr::kernel::sockopt;
 use soccr::lock::{LockName, LockOptions};
 use soccr::repair;
+use soccr::{Cause, Connection};
 
 use crate::handover::folder::Folder;
 use crate::handover::{self, ManyFiles, Numbered, Uninterrupted};
@@ -93,9 +94,13 @@ fn restore(
         Some(name) => Some(take_over(arguments, folder, &name, &connections, ns, &options)?),
         None => None,
     };
-    let spinner = progress::spinner("restoring the connections");
-    let thawed = ns.run(|| soccr::thaw_with(&connections, &options));
-    spinner.finish_and_clear();
+    let bar = progress::bar("restoring", numbers.len());
+    let mut load = |at: usize| {
+        bar.inc(1);
+        folder.load(numbers[at]).map(Cow::Owned).map_err(|error| Cause::from(Box::from(format!("{error:#}"))))
+    };
+    let thawed = ns.run(|| soccr::thaw_each(&connections, &options, &mut load));
+    bar.finish_and_clear();
     let sockets = match thawed.map_err(anyhow::Error::from).and_then(|thawed| Ok(thawed?)) {
         Ok(sockets) => sockets,
         Err(error) => {

@@ -314,6 +314,27 @@ fn kill_and_wait(server: &Server, signal: Signal) {
 }
 
 #[test]
+fn a_folder_that_is_full_ends_nothing() {
+    in_own_network(|| {
+        let host = Host::new();
+        let server = Server::listening();
+        let mut clients = server.clients(10);
+        fs::create_dir(host.images()).expect("a folder");
+        let mut command = Command::new("unshare");
+        let mount = "mount -t tmpfs -o size=16k tmpfs \"$0\" && exec \"$@\"";
+        command.args(["-m", "sh", "-c", mount, &host.images()]).arg(program().get_program());
+        command.args(["save", "--pid", &server.pid().to_string(), "--all", "-D", &host.images()]);
+        let output = command.env("SOCCR_RUN_DIR", host.path("run")).output().expect("unshare runs");
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{output:?}");
+        assert!(said.contains("cannot write") && said.contains("No space left"), "{said}");
+        assert_eq!(said.lines().count(), 1, "{said}");
+        host.is_clean();
+        clients.iter_mut().for_each(|client| client.ping(100).expect("an echo"));
+    });
+}
+
+#[test]
 fn mptcp_is_refused_by_name() {
     in_own_network(|| {
         let host = Host::new();

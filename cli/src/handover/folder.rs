@@ -41,17 +41,11 @@ impl Folder {
         Ok(Self { path: path.to_owned(), dir })
     }
 
-    /// Writes connections by their descriptors, each file whole before it has its name.
-    pub fn write<'a>(&self, connections: impl ExactSizeIterator<Item = (u32, &'a Connection)>) -> Result<()> {
-        let bar = progress::bar("writing", connections.len());
-        for (fd, connection) in connections {
-            let path = self.file(fd);
-            self.write_one(&path, &connection.to_bytes())
-                .with_context(|| format!("cannot write {}", path.display()))?;
-            bar.inc(1);
-        }
-        bar.finish_and_clear();
-        Ok(())
+    /// Writes a connection under its descriptor; the file is whole before it has its name.
+    pub fn write(&self, fd: u32, connection: &Connection) -> Result<()> {
+        let path = self.file(fd);
+        self.write_one(&path, &connection.to_bytes())
+            .with_context(|| format!("cannot write {}", path.display()))
     }
 
     fn write_one(&self, path: &Path, bytes: &[u8]) -> Result<()> {
@@ -61,7 +55,7 @@ impl Folder {
         Ok(())
     }
 
-    /// The connections by their descriptors.
+    /// The connections by their descriptors, without their queues, which can be more than memory holds.
     pub fn read(&self) -> Result<Vec<(u32, Connection)>> {
         let numbers = self.numbers()?;
         if numbers.is_empty() {
@@ -70,12 +64,19 @@ impl Folder {
         let bar = progress::bar("reading", numbers.len());
         let mut connections = Vec::with_capacity(numbers.len());
         for fd in numbers {
-            let path = self.file(fd);
-            connections.push((fd, read_one(&path).with_context(|| path.display().to_string())?));
+            let mut connection = self.load(fd)?;
+            connection.drop_queues();
+            connections.push((fd, connection));
             bar.inc(1);
         }
         bar.finish_and_clear();
         Ok(connections)
+    }
+
+    /// A connection with its queues.
+    pub fn load(&self, fd: u32) -> Result<Connection> {
+        let path = self.file(fd);
+        read_one(&path).with_context(|| path.display().to_string())
     }
 
     /// Removes the connections' files.
