@@ -23,6 +23,8 @@ use soccr::lock;
 use soccr_testkit::{Client, Fleet, Pace};
 use support::{Soccr, connected, expect_bytes, in_own_network, lacks, program};
 
+/// Debian's: another one on PATH may be a script that looks for it.
+const PYTHON: &str = "/usr/bin/python3";
 const PATIENCE: Duration = Duration::from_secs(20);
 
 /// Where the records and the files of connections are.
@@ -77,7 +79,7 @@ impl Host {
     /// The connections in another echo server.
     fn restore(&self) -> Server {
         let mut command = self.command();
-        command.args(["restore", "-D", &self.images(), "--", "python3"]).arg(script());
+        command.args(["restore", "-D", &self.images(), "--", PYTHON]).arg(script());
         let server = Server::start(&mut command);
         assert!(self.files().is_empty());
         self.is_clean();
@@ -117,7 +119,7 @@ struct Server {
 
 impl Server {
     fn listening() -> Self {
-        Self::start(Command::new("python3").arg(script()))
+        Self::start(Command::new(PYTHON).arg(script()))
     }
 
     fn start(command: &mut Command) -> Self {
@@ -214,7 +216,7 @@ fn connections_go_over_a_unix_socket() {
         let nobody = host.refused(&["restore", "-D", &host.images(), "--unix", unix]);
         assert!(nobody.contains(unix) && nobody.contains("No such file"), "{nobody}");
         assert_eq!(host.record().0, json!("dumped"));
-        let mut second = Server::start(Command::new("python3").arg(script()).arg(unix));
+        let mut second = Server::start(Command::new(PYTHON).arg(script()).arg(unix));
         let told = host.json(&["restore", "-D", &host.images(), "--unix", unix]);
         assert_eq!(told, json!({ "sent": 300 }));
         assert_eq!(second.said(), "received");
