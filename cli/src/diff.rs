@@ -92,7 +92,9 @@ fn fields(connection: &Connection) -> Fields {
         add("snd_wnd", window.snd_wnd.to_string());
         add("rcv_wnd", window.rcv_wnd.to_string());
     }
-    fields.extend(connection.options.clone());
+    // Where the kernel has last seen a segment, unless somebody has set it.
+    let told = connection.options.iter().filter(|(name, _)| *name != "SO_INCOMING_CPU");
+    fields.extend(told.map(|(name, value)| (name.clone(), value.clone())));
     fields
 }
 

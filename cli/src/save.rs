@@ -7,7 +7,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail};
 use serde::Serialize;
-use soccr::criu::record::{Phase, Recorder, Store};
+use soccr::criu::record::{Phase, RecordId, Recorder, Store};
 use soccr::criu::tasks::{self, Fate, ProcessId, Task};
 use soccr::kernel::tcp;
 use soccr::repair;
@@ -43,8 +43,8 @@ pub struct Arguments {
 
 #[derive(Debug, Serialize)]
 struct Told {
-    /// The record's; none where the connections go on in the task.
-    id: Option<String>,
+    /// The record's; none where the connections go on in the task, or are not locked.
+    id: Option<RecordId>,
     images: PathBuf,
     connections: Vec<Saved>,
 }
@@ -90,9 +90,8 @@ fn save(arguments: &Arguments, folder: &Folder) -> Result<Told> {
         Err(error) => return give_up(recorder, tasks, error),
     };
     let connections = numbers.into_iter().zip(frozen.connections()).map(saved).collect();
-    let id = recorder.record().id.to_string();
-    let kept = end(arguments, folder, frozen, recorder, tasks)?;
-    Ok(Told { id: (!kept).then_some(id), images: arguments.images_dir.clone(), connections })
+    let id = end(arguments, folder, frozen, recorder, tasks)?;
+    Ok(Told { id, images: arguments.images_dir.clone(), connections })
 }
 
 /// The record goes when the tasks go on, and not before.
@@ -109,12 +108,12 @@ fn end(
     frozen: Frozen<OwnedFd>,
     mut recorder: Recorder,
     tasks: Vec<StoppedTask>,
-) -> Result<bool> {
+) -> Result<Option<RecordId>> {
     if arguments.keep {
         handover::resume(frozen);
         drop(tasks);
         recorder.remove()?;
-        return Ok(true);
+        return Ok(None);
     }
     // From here on they are in the folder, and nowhere else: who finds the task stopped completes this.
     if let Err(error) = recorder.save(Phase::Dumped) {
@@ -133,8 +132,12 @@ fn end(
     }
     drop(tasks);
     recorder.forget_tasks();
+    if !recorder.record().has_locks() {
+        recorder.remove()?; // SOCCR_LOCK=skip
+        return Ok(None);
+    }
     recorder.save(Phase::Dumped)?;
-    Ok(false)
+    Ok(Some(recorder.record().id.clone()))
 }
 
 fn saved((fd, connection): (u32, &Connection)) -> Saved {
@@ -275,14 +278,12 @@ impl Still {
 fn print(arguments: &Arguments, told: &Told) -> std::io::Result<()> {
     let mut out = crate::out();
     let (count, images) = (told.connections.len(), told.images.display());
+    let pid = arguments.pid;
     match &told.id {
-        Some(id) => writeln!(
-            out,
-            "{id}: {count} connections of pid {} are in {images} now, and locked",
-            arguments.pid
-        ),
-        None => {
-            writeln!(out, "{count} connections of pid {} were written to {images}, and go on", arguments.pid)
+        Some(id) => writeln!(out, "{id}: {count} connections of pid {pid} are in {images} now, and locked"),
+        None if arguments.keep => {
+            writeln!(out, "{count} connections of pid {pid} were written to {images}, and go on")
         }
+        None => writeln!(out, "{count} connections of pid {pid} are in {images} now, and not locked"),
     }
 }

@@ -461,7 +461,11 @@ fn two_looks_are_compared() {
         let output = host.soccr(&["diff", "--json", &old, &new]);
         assert_eq!(output.status.code(), Some(1));
         let diff: Value = serde_json::from_slice(&output.stdout).expect("JSON");
-        assert_eq!((&diff["gone"], &diff["added"], &diff["unchanged"]), (&json!({}), &json!({}), &json!(1)));
+        assert_eq!(
+            (&diff["gone"], &diff["added"], &diff["unchanged"]),
+            (&json!({}), &json!({}), &json!(1)),
+            "{diff}"
+        );
         let name = format!("{} → {}", server.address(), tcp_name(&clients[0]));
         let queue = &diff["changed"][&name]["receive queue"];
         assert_eq!((&queue["old"], &queue["new"]), (&json!("0"), &json!("100")), "{diff}");
@@ -499,6 +503,30 @@ fn a_save_goes_to_another_host() {
         assert_eq!(there.record(), (json!("dumped"), json!(10)));
         let _second = there.restore();
         fleet.stop(PATIENCE).whole().expect("no client has noticed");
+    });
+}
+
+/// For peers that are known to be silent.
+#[test]
+fn a_save_can_do_without_a_lock() {
+    in_own_network(|| {
+        let host = Host::new();
+        let server = Server::listening();
+        let mut client = TcpStream::connect(server.address()).expect("a client");
+        client.write_all(b"x").expect("sent");
+        expect_bytes(&mut client, b"x");
+        let run = |arguments: &[&str]| {
+            let output =
+                host.command().args(arguments).env("SOCCR_LOCK", "skip").output().expect("soccr runs");
+            assert!(output.status.success(), "{output:?}");
+            String::from_utf8(output.stdout).expect("text")
+        };
+        let said = run(&["save", "--pid", &server.pid().to_string(), "--all", "-D", &host.images()]);
+        assert!(said.ends_with(" now, and not locked\n"), "{said}");
+        assert_eq!(fs::read_dir(host.path("run")).expect("the records").count(), 0);
+        run(&["restore", "-D", &host.images(), "--", "sh", "-c", "echo hello >&3"]);
+        expect_bytes(&mut client, b"hello\n");
+        assert_eq!(fs::read_dir(host.path("run")).expect("the records").count(), 0);
     });
 }
 
