@@ -6,11 +6,14 @@
 //! entries: without them the next packet is not translated, meets no socket, and is answered with RST. So entries
 //! are looked up when the connections are locked, and [put back](restore) before they are unlocked.
 //!
-//! What peers have sent into the lock conntrack has not seen. It may take what they send afterwards for invalid, by its
-//! idea of their windows: such a packet is not translated either, and many a firewall drops it. So the entries are told
-//! to be [liberal](loosen) about windows.
+//! What peers have sent into the lock conntrack has not seen, nor what went on while the connection was on another host.
+//! It may take what they send afterwards for invalid, by its idea of their windows: such a packet is not translated
+//! either, and many a firewall drops it. Where it knows nothing of the connection, what the restored end sends first
+//! begins a new one, which rules for what goes out may translate. So before they are unlocked connections are made
+//! [known](establish) as established ones.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::path::Path;
 
 use nix::errno::Errno;
 
@@ -70,7 +73,7 @@ pub enum ConntrackError {
     /// The kernel refused.
     #[error("cannot {action} the conntrack entry of {connection}: {errno}")]
     Refused {
-        /// "find", "restore" or "change".
+        /// "find", "make" or "change".
         action: &'static str,
         /// The connection as its opener sees it.
         connection: FourTuple,
@@ -89,7 +92,7 @@ pub fn find(ns: &NetNs, connections: &[FourTuple]) -> Result<Vec<Translation>, C
     let Some(client) = Client::open(ns)? else { return Ok(Vec::new()) };
     let mut found = Vec::new();
     for chunk in connections.chunks(REQUESTS_AT_ONCE) {
-        client.look_up(chunk, |translation| found.push(translation))?;
+        client.look_up(chunk, &mut found)?;
     }
     Ok(found)
 }
@@ -104,20 +107,21 @@ pub fn restore(ns: &NetNs, translations: &[Translation]) -> Result<(), Conntrack
         return Ok(());
     }
     let Some(client) = Client::open(ns)? else { return Ok(()) };
-    let mut result = Ok(());
-    for translation in translations {
-        result = result.and(client.put_back(translation));
-    }
-    result
+    let make = |chunk| client.make(chunk, ESTABLISHED_TIMEOUT);
+    translations.chunks(REQUESTS_AT_ONCE).map(make).fold(Ok(()), Result::and)
 }
 
-/// Has the entries of `connections`, translated or not, be liberal about windows.
+/// Makes `connections` known as what they are, established: their entries, translated or not, become liberal about windows, and
+/// those that have none get one, without a translation.
 ///
 /// # Errors
 /// [`ConntrackError`].
-pub fn loosen(ns: &NetNs, connections: &[FourTuple]) -> Result<(), ConntrackError> {
+pub fn establish(ns: &NetNs, connections: &[FourTuple]) -> Result<(), ConntrackError> {
     let Some(client) = Client::open(ns)? else { return Ok(()) };
-    connections.chunks(REQUESTS_AT_ONCE).try_for_each(|chunk| client.loosen(chunk))
+    connections.chunks(REQUESTS_AT_ONCE).try_for_each(|chunk| {
+        let unknown = client.loosen(chunk)?;
+        client.make(&unknown, UNTIL_FIRST_PACKET)
+    })
 }
 
 /// So many answers fit a socket's receive buffer.
@@ -127,8 +131,12 @@ const RECEIVE_BUFFER: usize = 64 * 1024;
 struct Client(NetlinkSocket);
 
 impl Client {
-    /// `None`: there is no netfilter netlink.
+    /// `None`: there is no netfilter netlink, or no conntrack, which is not loaded by being asked.
     fn open(ns: &NetNs) -> Result<Option<Self>, ConntrackError> {
+        let modules = Path::new("/sys/module");
+        if modules.exists() && !modules.join("nf_conntrack").exists() {
+            return Ok(None);
+        }
         match ns.run(NetlinkSocket::netfilter)? {
             Ok(socket) => Ok(Some(Self(socket))),
             Err(SysError { errno: Errno::EPROTONOSUPPORT, .. }) => Ok(None),
@@ -136,93 +144,98 @@ impl Client {
         }
     }
 
-    fn look_up(
-        &self,
-        connections: &[FourTuple],
-        mut found: impl FnMut(Translation),
-    ) -> Result<(), ConntrackError> {
+    fn look_up(&self, connections: &[FourTuple], found: &mut Vec<Translation>) -> Result<(), ConntrackError> {
         self.of_each(
             connections,
             "find",
             abi::GET,
             |_| (),
-            |entry| {
-                let translation = read_entry(entry)?;
-                if translation.reply != translation.original.reversed() {
-                    found(translation);
-                }
+            |_, entry| {
+                let translation = entry.map(read_entry).transpose()?;
+                found.extend(translation.filter(|it| it.reply != it.original.reversed()));
                 Ok(())
             },
         )
     }
 
-    fn loosen(&self, connections: &[FourTuple]) -> Result<(), ConntrackError> {
-        self.of_each(connections, "change", abi::NEW, |w| put_liberal(w, |_| ()), |_| Ok(()))
+    /// Gives those back that have no entry, as if the peers had opened them: there is nobody to tell.
+    fn loosen(&self, connections: &[FourTuple]) -> Result<Vec<Translation>, ConntrackError> {
+        let mut unknown = Vec::new();
+        self.of_each(connections, "change", abi::NEW, put_established, |connection, entry| {
+            if entry.is_none() {
+                let reply = sent(connection);
+                unknown.push(Translation { original: reply.reversed(), reply });
+            }
+            Ok(())
+        })?;
+        Ok(unknown)
     }
 
-    /// Sends one message for the entry of each connection, all at once, and shows the entries that come back. A connection
-    /// that conntrack knows nothing of, or a kernel without conntrack, is no error.
+    /// Sends one message for the entry of each connection, all at once, and shows the entries that come back; of a
+    /// connection that conntrack knows nothing of, none. A kernel without conntrack is no error.
     fn of_each(
         &self,
         connections: &[FourTuple],
         action: &'static str,
         message: u16,
         more: impl Fn(&mut Writer),
-        mut entry: impl FnMut(Attributes<'_>) -> Result<(), Malformed>,
+        mut each: impl FnMut(&FourTuple, Option<Attributes<'_>>) -> Result<(), Malformed>,
     ) -> Result<(), ConntrackError> {
         let mut requests = Writer::default();
         for (seq, connection) in (0..).zip(connections) {
-            let wire = connection.on_wire();
             let header = Header { kind: kind(message), flags: abi::REQUEST, seq };
-            let direction = Direction { source: wire.local, destination: wire.remote };
+            let direction = sent(connection);
             requests.message(header, family(direction), 0, |w| {
                 put_tuple(w, abi::TUPLE_ORIGINAL, direction);
                 more(w);
             });
         }
         self.0.send(requests.bytes()).map_err(ConntrackError::Socket)?;
-        self.answers(|seq, answer| match answer {
-            Answer::Entry(found) => Ok(entry(found)?),
-            Answer::Errno(Errno::ENOENT | Errno::EOPNOTSUPP | Errno::EINVAL) => Ok(()), // EINVAL: no such subsystem
-            Answer::Errno(errno) => {
-                let connection = usize::try_from(seq).ok().and_then(|at| connections.get(at).copied());
-                let connection = connection.unwrap_or(connections[0]);
-                Err(ConntrackError::Refused { action, connection, errno })
-            }
+        self.answers(connections, |connection, answer| match answer {
+            Answer::Entry(found) => Ok(each(connection, Some(found))?),
+            Answer::Errno(Errno::ENOENT) => Ok(each(connection, None)?),
+            Answer::Errno(Errno::EOPNOTSUPP | Errno::EINVAL) => Ok(()), // EINVAL: no such subsystem
+            Answer::Errno(errno) => Err(ConntrackError::Refused { action, connection: *connection, errno }),
         })
     }
 
-    fn put_back(&self, translation: &Translation) -> Result<(), ConntrackError> {
-        let Translation { original, reply } = *translation;
-        let mut request = Writer::default();
-        let flags = abi::REQUEST | abi::ACK | abi::CREATE | abi::EXCLUSIVE;
-        request.message(Header { kind: kind(abi::NEW), flags, seq: 0 }, family(original), 0, |w| {
-            // The kernel translates the untranslated pair itself, by the two ranges of one address each.
-            put_tuple(w, abi::TUPLE_ORIGINAL, original);
-            put_tuple(w, abi::TUPLE_REPLY, original.reversed());
-            if reply.source != original.destination {
-                put_range(w, abi::NAT_DESTINATION, reply.source);
-            }
-            if reply.destination != original.source {
-                put_range(w, abi::NAT_SOURCE, reply.destination);
-            }
-            w.put_u32(abi::STATUS, abi::SEEN_REPLY | abi::ASSURED | abi::CONFIRMED);
-            w.put_u32(abi::TIMEOUT, ESTABLISHED_TIMEOUT);
-            put_liberal(w, |w| w.put(abi::TCP_STATE, &[abi::STATE_ESTABLISHED]));
-        });
-        self.0.send(request.bytes()).map_err(ConntrackError::Socket)?;
-        self.answers(|_, answer| match answer {
+    /// Makes these entries, those that are not there.
+    fn make(&self, entries: &[Translation], timeout: u32) -> Result<(), ConntrackError> {
+        if entries.is_empty() {
+            return Ok(());
+        }
+        let mut requests = Writer::default();
+        for (seq, Translation { original, reply }) in (0..).zip(entries) {
+            let flags = abi::REQUEST | abi::CREATE | abi::EXCLUSIVE;
+            requests.message(Header { kind: kind(abi::NEW), flags, seq }, family(*original), 0, |w| {
+                // The kernel translates the untranslated pair itself, by the two ranges of one address each.
+                put_tuple(w, abi::TUPLE_ORIGINAL, *original);
+                put_tuple(w, abi::TUPLE_REPLY, original.reversed());
+                if reply.source != original.destination {
+                    put_range(w, abi::NAT_DESTINATION, reply.source);
+                }
+                if reply.destination != original.source {
+                    put_range(w, abi::NAT_SOURCE, reply.destination);
+                }
+                w.put_u32(abi::STATUS, abi::SEEN_REPLY | abi::ASSURED | abi::CONFIRMED);
+                w.put_u32(abi::TIMEOUT, timeout);
+                put_established(w);
+            });
+        }
+        self.0.send(requests.bytes()).map_err(ConntrackError::Socket)?;
+        self.answers(entries, |entry, answer| match answer {
             Answer::Entry(_) | Answer::Errno(Errno::EEXIST) => Ok(()),
             Answer::Errno(errno) => {
-                Err(ConntrackError::Refused { action: "restore", connection: original.tuple(), errno })
+                Err(ConntrackError::Refused { action: "make", connection: entry.original.tuple(), errno })
             }
         })
     }
 
-    /// All answers to what was sent; of several errors the first.
-    fn answers(
+    /// All answers to what was sent about each of `asked`; of several errors the first.
+    fn answers<T>(
         &self,
-        mut each: impl FnMut(u32, Answer<'_>) -> Result<(), ConntrackError>,
+        asked: &[T],
+        mut each: impl FnMut(&T, Answer<'_>) -> Result<(), ConntrackError>,
     ) -> Result<(), ConntrackError> {
         let mut buffer = vec![0; RECEIVE_BUFFER];
         let mut result = Ok(());
@@ -237,7 +250,9 @@ impl Client {
                 } else {
                     Answer::Entry(message.netfilter()?.1)
                 };
-                result = result.and(each(message.header.seq, answer));
+                let asked = usize::try_from(message.header.seq).ok().and_then(|seq| asked.get(seq));
+                let asked = asked.ok_or(Malformed { what: "an answer to nothing", offset: 0 })?;
+                result = result.and(each(asked, answer));
             }
         }
         result
@@ -252,6 +267,15 @@ enum Answer<'a> {
 /// As long as an established connection's entry lives by the kernel's default, five days: the first packet sets what
 /// this host has configured.
 const ESTABLISHED_TIMEOUT: u32 = 432_000;
+
+/// For what the first packet has conntrack take for an established connection; where nothing passes conntrack, for nothing.
+const UNTIL_FIRST_PACKET: u32 = 60;
+
+/// What the connection's socket sends.
+fn sent(connection: &FourTuple) -> Direction {
+    let wire = connection.on_wire();
+    Direction { source: wire.local, destination: wire.remote }
+}
 
 fn kind(message: u16) -> u16 {
     (abi::SUBSYSTEM << 8) | message
@@ -276,11 +300,11 @@ fn put_tuple(w: &mut Writer, attribute: u16, direction: Direction) {
     });
 }
 
-/// What TCP's part of an entry is to be, and liberal about both windows.
-fn put_liberal(w: &mut Writer, more: impl FnOnce(&mut Writer)) {
+/// TCP's part of an entry: established, and liberal about both windows.
+fn put_established(w: &mut Writer) {
     w.nest(abi::PROTOCOL_INFO, |w| {
         w.nest(abi::INFO_TCP, |w| {
-            more(w);
+            w.put(abi::TCP_STATE, &[abi::STATE_ESTABLISHED]);
             for direction in [abi::TCP_FLAGS_ORIGINAL, abi::TCP_FLAGS_REPLY] {
                 w.put(direction, &[abi::BE_LIBERAL, abi::BE_LIBERAL]);
             }
@@ -345,7 +369,6 @@ mod abi {
     pub const NEW: u16 = 0;
     pub const GET: u16 = 1;
     pub const REQUEST: u16 = 0x1;
-    pub const ACK: u16 = 0x4;
     pub const EXCLUSIVE: u16 = 0x200;
     pub const CREATE: u16 = 0x400;
 

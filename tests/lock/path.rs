@@ -129,3 +129,59 @@ fn what_conntrack_knows_is_left_as_it_is() {
         assert_eq!(packets_of(FourTuple { local: nobody, remote: nobody }).1, []);
     });
 }
+
+/// Accepts what conntrack takes for a connection's, in both directions, and nothing else over the wire.
+const STATEFUL: &str = "nft -f - <<'END'
+table inet stateful {
+    chain input { type filter hook input priority filter; iif here ct state established accept; iif here drop; }
+    chain output { type filter hook output priority filter; oif here ct state established accept; oif here drop; }
+}
+END";
+
+#[test]
+fn what_conntrack_has_never_seen_passes_a_stateful_firewall() {
+    in_own_network(|| {
+        let container = OtherNs::joined();
+        for to in ["10.9.0.2", "fd09::2"] {
+            sh("nft flush ruleset");
+            let mut pair = container.connect(to);
+            sh(STATEFUL);
+            // Else it would pick up a connection in mid-stream.
+            sh("sysctl -qw net.netfilter.nf_conntrack_tcp_loose=0");
+            pair.server.write_all(b"dropped").unwrap();
+            conntrack::establish(&here(), &[pair.tuple()]).unwrap();
+            expect(&mut pair.client, b"dropped");
+            pair.flows();
+        }
+    });
+}
+
+#[test]
+fn what_went_on_unseen_passes_a_stateful_firewall() {
+    in_own_network(|| {
+        let container = OtherNs::joined();
+        sh("nft -f - <<'END'
+table inet seen {
+    chain output { type filter hook output priority filter; ct state new; }
+}
+END");
+        let mut pair = container.connect("10.9.0.2");
+        pair.flows();
+        sh("nft -f - <<'END'
+table inet unseen {
+    chain prerouting { type filter hook prerouting priority raw; notrack; }
+    chain output { type filter hook output priority raw; notrack; }
+}
+END");
+        // More than the windows that conntrack knows of.
+        for _ in 0..100 {
+            transfer(&mut pair.server, &mut pair.client, &[7; 1 << 16]);
+        }
+        sh("nft delete table inet unseen");
+        sh(STATEFUL);
+        pair.server.write_all(b"dropped").unwrap();
+        conntrack::establish(&here(), &[pair.tuple()]).unwrap();
+        expect(&mut pair.client, b"dropped");
+        pair.flows();
+    });
+}

@@ -102,7 +102,7 @@ impl Path {
     /// Lets the packets pass, translated as before.
     pub fn unlock(&mut self) -> Result<(), LockError> {
         let known = conntrack::restore(&self.ns, &self.translations);
-        if let Err(error) = known.and(conntrack::loosen(&self.ns, &self.tuples)) {
+        if let Err(error) = known.and(conntrack::establish(&self.ns, &self.tuples)) {
             log::warn!("{}: connections may be reset on their way: {}", self.ns, chain(&error));
         }
         self.lock.take().map_or(Ok(()), |lock| lock.unlock().map(drop))

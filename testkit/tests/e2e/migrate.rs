@@ -3,7 +3,7 @@
 use anyhow::{Result, ensure};
 use soccr_testkit::stage::{V4, V6};
 use soccr_testkit::task::wait_until;
-use soccr_testkit::{Capture, Client, Fleet, Lan, Server, Way};
+use soccr_testkit::{Capture, Client, Fleet, Lan, NetNs, Server, Way};
 use tempfile::TempDir;
 
 use crate::world::{BUSY, PATIENCE, PLUGIN, criu};
@@ -29,10 +29,50 @@ fn scene(address: &str) -> Result<Option<Scene>> {
     Ok(Some(Scene { lan, server, busy: Fleet::echoes(clients, BUSY)?, capture, dir }))
 }
 
-/// There and back.
+/// There and back, twice.
 fn moves_held(address: &str) -> Result<()> {
-    let Some(Scene { mut lan, mut server, busy, capture, dir }) = scene(address)? else { return Ok(()) };
-    for _ in 0..2 {
+    let Some(scene) = scene(address)? else { return Ok(()) };
+    to_and_fro(scene, is_clean)
+}
+
+/// Both hosts accept of TCP what begins a connection, and what conntrack takes for one's.
+fn moves_held_through_firewalls(address: &str) -> Result<()> {
+    let Some(scene) = scene(address)? else { return Ok(()) };
+    for host in [scene.lan.here(), scene.lan.there()] {
+        run(host.host(), &["nft", STATEFUL])?;
+        run(host.host(), &["sysctl", "-qw", "net.netfilter.nf_conntrack_tcp_loose=0"])?;
+    }
+    to_and_fro(scene, |lan| {
+        for host in [lan.here(), lan.there()] {
+            let status = host.status()?;
+            ensure!(status.is_empty(), "{}: {status}", host.dir().display());
+        }
+        Ok(())
+    })
+}
+
+const STATEFUL: &str = "table inet stateful {
+    chain input {
+        type filter hook input priority filter
+        ct state established accept
+        tcp flags & (fin | syn | rst | ack) == syn accept
+        meta l4proto tcp drop
+    }
+    chain output {
+        type filter hook output priority filter
+        meta l4proto tcp ct state invalid drop
+    }
+}";
+
+fn run(host: &NetNs, command: &[&str]) -> Result<()> {
+    let status = host.command(command[0]).args(&command[1..]).status()?;
+    ensure!(status.success(), "{}: {status}", command.join(" "));
+    Ok(())
+}
+
+fn to_and_fro(scene: Scene, is_clean: impl Fn(&Lan) -> Result<()>) -> Result<()> {
+    let Scene { mut lan, mut server, busy, capture, dir } = scene;
+    for _ in 0..4 {
         let at_target = Capture::start(lan.there().host())?;
         let way = Way { side: PLUGIN, hold: true };
         let task = lan.migrate(server.task, way, || {
@@ -41,6 +81,7 @@ fn moves_held(address: &str) -> Result<()> {
         server = Server::restored(server.address, task, dir.path());
         at_target.stop()?;
         is_clean(&lan)?;
+        all_flow(&busy)?;
     }
     let clients = busy.stop(PATIENCE).whole()?;
     let seen = capture.stop()?;
@@ -62,6 +103,15 @@ fn moves_unheld(address: &str) -> Result<()> {
     is_clean(&lan)
 }
 
+/// Else the peers' patience would double with each move.
+fn all_flow(busy: &Fleet<Client>) -> Result<()> {
+    let received = || busy.members().iter().map(|member| member.client.received()).collect::<Vec<_>>();
+    let before = received();
+    wait_until("every client has an answer", PATIENCE, || {
+        Ok(received().iter().zip(&before).all(|(now, before)| now > before))
+    })
+}
+
 /// Neither host has kept anything.
 fn is_clean(lan: &Lan) -> Result<()> {
     for host in [lan.here(), lan.there()] {
@@ -80,6 +130,16 @@ fn connections_held_at_the_target_live_over_ipv4() -> Result<()> {
 #[test]
 fn connections_held_at_the_target_live_over_ipv6() -> Result<()> {
     moves_held(&format!("[{V6}]:0"))
+}
+
+#[test]
+fn connections_pass_stateful_firewalls_over_ipv4() -> Result<()> {
+    moves_held_through_firewalls(&format!("{V4}:0"))
+}
+
+#[test]
+fn connections_pass_stateful_firewalls_over_ipv6() -> Result<()> {
+    moves_held_through_firewalls(&format!("[{V6}]:0"))
 }
 
 #[test]

@@ -10,6 +10,7 @@ use soccr::criu::stock;
 use soccr::criu::tasks::Task;
 use soccr::kernel::diag;
 use soccr::kernel::netns::NetNs;
+use soccr::lock::conntrack;
 use soccr::lock::{self, LockError, LockName, LockOptions, Method, NetworkLock};
 
 use super::plan::Plan;
@@ -173,6 +174,10 @@ impl Locks {
     pub fn unlock(&mut self) -> Result<(), LockError> {
         self.unlock_path()?;
         for (ns, Locked { lock, tuples }) in self.held.drain() {
+            let tuples: Vec<FourTuple> = tuples.into_iter().collect();
+            if let Err(error) = conntrack::establish(&ns, &tuples) {
+                log::warn!("{ns}: a stateful firewall may drop the connections' packets: {}", chain(&error));
+            }
             // Our lock (which stock CRIU removes in its own namespace only), maybe made by another method, or the rules of
             // a stock dump, which CRIU leaves alone with --tcp-close.
             for name in &self.left.tables {
@@ -184,7 +189,7 @@ impl Locks {
                 lock::remove(&ns, left.method, &left.name)?;
             }
             if self.left.method == ImageLock::Iptables && ns == self.criu_ns {
-                stock::remove_rules(&ns, &tuples.into_iter().collect::<Vec<_>>())?;
+                stock::remove_rules(&ns, &tuples)?;
             }
             lock.unlock()?;
             self.recorder.forget_locks_in(&ns);
