@@ -116,23 +116,25 @@ fn give_up_addresses(host: &NetNs) -> Result<()> {
 fn take_addresses(host: &NetNs) -> Result<()> {
     host.ip(&format!("addr add {V4}/32 dev {DEVICE}"))?;
     host.ip(&format!("addr add {V6}/128 dev {DEVICE} nodad"))?;
-    host.run(|| [V4, V6].into_iter().try_for_each(|address| announce(address.parse()?)))
+    host.run(|| [V4, V6].into_iter().try_for_each(|address| announce(DEVICE, address.parse()?)))
 }
 
-/// Tells all neighbours, from the calling thread's namespace, that an address is here: by a gratuitous ARP, or an
-/// unsolicited neighbour advertisement.
-fn announce(address: IpAddr) -> Result<()> {
-    let link = getifaddrs()?.filter(|it| it.interface_name == DEVICE);
+/// Tells all neighbours on a device of the calling thread's namespace that an address is here: by a gratuitous ARP, or
+/// an unsolicited neighbour advertisement.
+pub fn announce(device: &str, address: IpAddr) -> Result<()> {
+    let link = getifaddrs()?.filter(|it| it.interface_name == device);
     let mac = link.filter_map(|it| it.address?.as_link_addr()?.addr()).next();
-    let mac = mac.with_context(|| format!("{DEVICE} has no hardware address"))?;
+    let mac = mac.with_context(|| format!("{device} has no hardware address"))?;
     match address {
         IpAddr::V4(address) => {
             let ip = address.octets();
             // Ethernet, IPv4, the lengths of both, a request; sender and target are the same.
             let head = [0, 1, 8, 0, 6, 4, 0, 1];
-            send(libc::ETH_P_ARP, [0xff; 6], &[&head[..], &mac, &ip, &[0; 6], &ip].concat())
+            send(device, libc::ETH_P_ARP, [0xff; 6], &[&head[..], &mac, &ip, &[0; 6], &ip].concat())
         }
-        IpAddr::V6(address) => send(libc::ETH_P_IPV6, [0x33, 0x33, 0, 0, 0, 1], &advertisement(address, mac)),
+        IpAddr::V6(address) => {
+            send(device, libc::ETH_P_IPV6, [0x33, 0x33, 0, 0, 0, 1], &advertisement(address, mac))
+        }
     }
 }
 
@@ -158,14 +160,14 @@ fn checksum(bytes: &[u8]) -> u16 {
     !u16::try_from((folded & 0xffff) + (folded >> 16)).expect("folded twice")
 }
 
-/// Sends a packet, from the network header on, out of the calling thread's device.
-fn send(protocol: libc::c_int, to: [u8; 6], packet: &[u8]) -> Result<()> {
+/// Sends a packet, from the network header on, out of a device of the calling thread's namespace.
+fn send(device: &str, protocol: libc::c_int, to: [u8; 6], packet: &[u8]) -> Result<()> {
     let socket = packet_socket(0)?; // receives nothing
     // SAFETY: all zeroes are a value of this C struct of integers and an array.
     let mut address: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
     address.sll_family = u16::try_from(libc::AF_PACKET)?;
     address.sll_protocol = u16::try_from(protocol)?.to_be();
-    address.sll_ifindex = i32::try_from(if_nametoindex(DEVICE)?)?;
+    address.sll_ifindex = i32::try_from(if_nametoindex(device)?)?;
     address.sll_halen = 6;
     address.sll_addr[..6].copy_from_slice(&to);
     let len = libc::socklen_t::try_from(size_of_val(&address))?;
@@ -174,7 +176,7 @@ fn send(protocol: libc::c_int, to: [u8; 6], packet: &[u8]) -> Result<()> {
         let address = (&raw const address).cast();
         libc::sendto(socket.as_raw_fd(), packet.as_ptr().cast(), packet.len(), 0, address, len)
     };
-    Errno::result(sent).with_context(|| format!("sendto({DEVICE})"))?;
+    Errno::result(sent).with_context(|| format!("sendto({device})"))?;
     Ok(())
 }
 

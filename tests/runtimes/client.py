@@ -1,11 +1,12 @@
 #!/usr/bin/python3
-"""client.py ADDRESS PORT STREAMS: keeps streams to an echo server going and looks at every byte that comes back.
+"""client.py STREAMS ADDRESS PORT [ADDRESS PORT]…: keeps streams to an echo server going, in turn to each of its
+addresses, and looks at every byte that comes back.
 
 Packets shall be on the way at every moment of a freeze. So every other stream has a window wide open and sends new
 segments, whether or not the old ones are answered; the others retransmit, each at its own pace.
 
-Prints `ready` once all streams run. A line on stdin asks for the verdict: a stream is alive when all that it had sent
-by then and PROOF bytes more have come back within PATIENCE. The verdict is one line of JSON.
+Prints `ready` once all streams run. Each line on stdin asks for a verdict: a stream is alive when all that it had sent
+by then and PROOF bytes more have come back within PATIENCE. A verdict is one line of JSON.
 """
 
 import contextlib
@@ -115,29 +116,29 @@ def set_pace(sock, number):
 
 
 def main():
-    address = (sys.argv[1], int(sys.argv[2]))
-    streams = [Stream(number, address) for number in range(int(sys.argv[3]))]
+    count, *words = sys.argv[1:]
+    addresses = [(ip, int(port)) for ip, port in zip(words[::2], words[1::2], strict=True)]
+    streams = [Stream(number, addresses[number % len(addresses)]) for number in range(int(count))]
     selector = selectors.DefaultSelector()
     for stream in streams:
         selector.register(stream.socket, selectors.EVENT_READ, stream)
     run(selector, streams, lambda: all(stream.received >= OPENING or stream.end for stream in streams))
     print("ready", flush=True)
-
-    selector.register(sys.stdin, selectors.EVENT_READ)
-    asked = False
-
-    def hear():
-        nonlocal asked
-        asked = True
-        os.read(0, 100)
-        selector.unregister(sys.stdin)
+    while asked(selector, streams):
         for stream in streams:
             stream.goal = stream.sent + PROOF
+        deadline = time.monotonic() + PATIENCE
+        run(selector, streams, lambda: all(s.done() for s in streams) or time.monotonic() > deadline)  # noqa: B023
+        print(json.dumps(verdict(streams)), flush=True)
 
-    run(selector, streams, lambda: asked, hear)
-    deadline = time.monotonic() + PATIENCE
-    run(selector, streams, lambda: all(s.done() for s in streams) or time.monotonic() > deadline)
-    print(json.dumps(verdict(streams)), flush=True)
+
+def asked(selector, streams):
+    """Waits for a line on stdin; whether there is one."""
+    heard = []
+    selector.register(sys.stdin, selectors.EVENT_READ)
+    run(selector, streams, lambda: heard, lambda: heard.append(os.read(0, 100)))
+    selector.unregister(sys.stdin)
+    return heard[0]
 
 
 def run(selector, streams, done, hear=None):
@@ -167,11 +168,14 @@ def verdict(streams):
         if stream.end:
             ends.setdefault(stream.end, []).append(stream.port)
     alive = [stream for stream in streams if not stream.end]
+    silence = max((stream.silence for stream in alive), default=0)
+    for stream in streams:
+        stream.silence = 0.0
     return {
         "alive": len(alive),
         "ends": {end: len(ports) for end, ports in ends.items()},
         "ports": ends,
-        "silence": round(max((stream.silence for stream in alive), default=0), 2),
+        "silence": round(silence, 2),
         "bytes": sum(stream.received for stream in streams),
     }
 

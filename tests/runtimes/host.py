@@ -4,7 +4,7 @@
 scripts/runtimes starts it in new network, mount, PID, IPC, UTS and cgroup namespaces, in cgroups of its own. It covers
 /etc, /usr and /var with overlays that hold the runtimes, /run and /tmp with file systems in memory, and wires up
 
-    LAN peer 10.77.0.2 ── 10.77.0.1 host ── the container
+    LAN peer 10.77.0.2, fd77::2 ── 10.77.0.1, fd77::1 host ── the container
 
 where nothing of it reaches the machine, and all of it goes with this process.
 """
@@ -43,6 +43,7 @@ def main():
     case = CASES[case_name]
     configure_criu(who, runtime.conf, runtime.criu.get(case.network, []))
     try:
+        runtime.set_up()
         result = one_round(runtime, case, logs)
     except Exception as error:  # whatever it was: this round failed by it
         result = {"alive": 0, "error": f"{type(error).__name__}: {error}"}
@@ -54,17 +55,16 @@ def main():
 
 
 def make_host(kind):
-    mounts = [line.split()[1:4] for line in Path("/proc/self/mounts").read_text().splitlines()]
+    groups = cgroup_mounts()
     for path in ("/run", "/tmp"):
         if not ROOT.is_relative_to(path):
             mount("-t", "tmpfs", "tmpfs", path)
     for path in ("/run/netns", "/run/lock", "/run/work", "/run/own"):
         os.makedirs(path)
     mount("-t", "sysfs", "sysfs", "/sys")  # shows the links of this network namespace
-    versions = {"cgroup", "cgroup2"} & {version for _, version, _ in mounts}
-    if len(versions) > 1 and not kind.hybrid:
-        versions = {"cgroup"}
-    own_cgroups([each for each in mounts if each[1] in versions])
+    if len({version for _, version, _ in groups}) > 1 and not kind.hybrid:
+        groups = [each for each in groups if each[1] == "cgroup"]
+    own_cgroups(groups)
     for path in ("usr", "etc", "var"):
         cover(f"/{path}", [HERE / tree / path for tree in kind.userland])
     for path in ("/var/lib/containers", "/var/lib/containerd", "/var/lib/lxc"):
@@ -74,9 +74,23 @@ def make_host(kind):
     os.environ["HOME"] = "/run/work"
     subprocess.run(["ldconfig"], check=True)
     sh("ip link set lo up")
-    sh("sysctl -qw net.ipv4.ip_forward=1")
+    for setting in ("ipv4.ip_forward=1", "ipv6.conf.all.forwarding=1", "ipv6.conf.default.accept_dad=0"):
+        sh(f"sysctl -qw net.{setting}")
     sh("sysctl -qw net.ipv4.tcp_slow_start_after_idle=0")  # the client's windows stay open
-    plug("lan", "10.77.0")
+
+
+def cgroup_mounts():
+    """Where each hierarchy is, its version and its options."""
+    mounts = (line.split()[1:4] for line in Path("/proc/self/mounts").read_text().splitlines())
+    return list({where: (where, kind, options) for where, kind, options in mounts if kind in ("cgroup", "cgroup2")}.values())
+
+
+def make_group(group):
+    """In a hierarchy of version 1 a group may have no processor until it is told."""
+    group.mkdir(exist_ok=True)
+    for name in ("cpuset.cpus", "cpuset.mems"):
+        if (group / name).exists() and (group.parent / name).exists():
+            (group / name).write_text((group.parent / name).read_text())
 
 
 def own_cgroups(mounts):
@@ -102,17 +116,26 @@ def cover(path, unpacked):
 
 
 def plug(name, net):
-    """A network namespace on a wire to the host: NET.2 there, NET.1 here."""
+    """A network namespace on a wire to the host: 10.NET.0.2 and fdNET::2 there, .1 and ::1 here."""
     sh(f"ip netns add {name}")
     sh(f"ip link add {name}0 type veth peer name eth0 netns {name}")
-    sh(f"ip addr add {net}.1/24 dev {name}0")
+    for address in (f"10.{net}.0.1/24", f"fd{net}::1/64 nodad"):
+        sh(f"ip addr add {address} dev {name}0")
     sh(f"ip link set {name}0 up")
+    wire_up(name, [f"10.{net}.0.2/24", f"fd{net}::2/64"])
+    for gateway in (f"10.{net}.0.1", f"fd{net}::1"):
+        sh(f"ip -n {name} route add default via {gateway}")
+
+
+def wire_up(name, addresses):
+    """The end of its wire inside a network namespace."""
     inside = f"nsenter --net=/run/netns/{name}"
-    sh(f"{inside} ip link set lo up")
-    sh(f"{inside} ip addr add {net}.2/24 dev eth0")
-    sh(f"{inside} ip link set eth0 up")
-    sh(f"{inside} ip route add default via {net}.1")
+    sh(f"{inside} sysctl -qw net.ipv6.conf.eth0.accept_dad=0")
     sh(f"{inside} sysctl -qw net.ipv4.tcp_slow_start_after_idle=0")
+    sh(f"ip -n {name} link set lo up")
+    for address in addresses:
+        sh(f"ip -n {name} addr add {address} dev eth0")
+    sh(f"ip -n {name} link set eth0 up")
 
 
 def configure_criu(who, file, lines):
@@ -129,18 +152,19 @@ def configure_criu(who, file, lines):
 
 
 def one_round(runtime, case, logs):
-    plug("srv", "10.78.0")
+    plug("lan", 77)
+    plug("srv", 78)
     # What a runtime sets up once and keeps, it has set up before the round begins.
     runtime.start(case)
     runtime.remove()
     before = settled()
-    address = runtime.start(case)
-    with client(case, address, logs) as streams, watched(logs):
+    addresses = runtime.start(case)
+    with client(case.targets(addresses), case.client, logs) as streams, watched(logs):
         seconds = runtime.dump_and_restore(case)
         result = streams.verdict() | {"seconds": seconds}
-        if (after := runtime.address(case)) != address:
-            result["error"] = f"the container's address was {address} and is {after}"
-        left = [f"while it runs: {line}" for line in locks(runtime)]
+        if (after := runtime.addresses(case)) != addresses:
+            result["error"] = f"the container's addresses were {addresses} and are {after}"
+        left = [f"while it runs: {line}" for line in locks(runtime.pid())]
     runtime.remove()
     result["left"] = left + still_new(before)
     return result
@@ -157,15 +181,15 @@ class Client:
 
 
 @contextlib.contextmanager
-def client(case, address, logs):
-    where = ["nsenter", "--net=/run/netns/lan"] if case.client == "lan" else []
-    ip, port = case.address(address)
-    command = [*where, "/usr/bin/python3", Path(__file__).with_name("client.py"), ip, str(port), str(STREAMS)]
+def client(targets, where, logs):
+    enter = ["nsenter", "--net=/run/netns/lan"] if where == "lan" else []
+    words = [str(word) for target in targets for word in target]
+    command = [*enter, "/usr/bin/python3", Path(__file__).with_name("client.py"), str(STREAMS), *words]
     with open(logs / "client.log", "w") as log:
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True)
     try:
         if process.stdout.readline() != "ready\n":
-            raise RuntimeError(f"the streams to {ip}:{port} do not run")
+            raise RuntimeError(f"the streams to {' '.join(words)} do not run")
         yield Client(process)
     finally:
         process.kill()
@@ -225,10 +249,11 @@ def watch_criu(log, ended):
 # --- what is left ---
 
 
-def locks(runtime):
-    """Tables and chains of a lock, in the host and in the container, and records: there must be none while it runs."""
+def locks(container=None):
+    """Tables and chains of a lock, in the host and in the running container, and records: there must be none."""
     found = []
-    for where, enter in [("host", []), ("container", ["nsenter", f"--net=/proc/{runtime.pid()}/ns/net"])]:
+    places = {"host": []} | ({"container": ["nsenter", f"--net=/proc/{container}/ns/net"]} if container else {})
+    for where, enter in places.items():
         rules = subprocess.run([*enter, "nft", "list", "ruleset"], capture_output=True, text=True, check=False).stdout
         found += [f"{where}: {line.strip()}" for line in rules.splitlines() if "CRIU" in line or "soccr" in line]
     found += [f"soccr status: {line}" for line in records()]
@@ -283,4 +308,5 @@ def still_new(before):
     return sorted(new)
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -13,27 +13,38 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 ROOTFS = ROOT / "target/runtimes/rootfs"
 PORT = 7000
 PUBLISHED = 7100
+IMAGE = "localhost/server:1"
 LIMIT = 30  # seconds for one command
-# The server makes itself a session, which the first process of a container cannot: the shell is that one.
-SERVER = ["/bin/sh", "-c", f"/bin/soccr-test server --listen 0.0.0.0:{PORT} & wait"]
+HOST = {4: "10.77.0.1", 6: "fd77::1"}
 
 
 @dataclass(frozen=True)
 class Case:
-    """Where the container's network comes from, who talks to it, and how it is dumped."""
+    """Where the container's network comes from, who talks to it over which protocols, and how it is dumped."""
 
     network: str
     client: str = "lan"
     to: str = "container"
     dump: str = "plain"
+    families: tuple = (4,)
+    hosts: int = 1
 
-    def address(self, container):
-        """Where the client connects to."""
-        return {
-            "container": (container, PORT),
-            "host": ("10.77.0.1", PORT if self.network == "host" else PUBLISHED),
-            "loopback": ("127.0.0.1", PUBLISHED),
-        }[self.to]
+    @property
+    def server(self):
+        """It makes itself a session, which the first process of a container cannot: the shell is that one."""
+        anyone = "0.0.0.0" if self.families == (4,) else "[::]"
+        return ["/bin/sh", "-c", f"/bin/soccr-test server --listen {anyone}:{PORT} & wait"]
+
+    def targets(self, container):
+        """Where the client connects to; the container's addresses are given by family."""
+        return [
+            {
+                "container": (container[family], PORT),
+                "host": (HOST[family], PORT if self.network == "host" else PUBLISHED),
+                "loopback": ("127.0.0.1", PUBLISHED),
+            }[self.to]
+            for family in self.families
+        ]
 
 
 CASES = {
@@ -45,12 +56,16 @@ CASES = {
     "published": Case("published", to="host"),
     "published, client on the host": Case("published", client="host", to="host"),
     "published, client on 127.0.0.1": Case("published", client="host", to="loopback"),
+    "bridge, IPv6": Case("bridge", families=(6,)),
+    "published, IPv6": Case("published", to="host", families=(6,)),
     "export, rm, import": Case("bridge", dump="export"),
     "keep": Case("bridge", dump="keep"),
     "leave running": Case("bridge", dump="leave"),
     "leave running, host": Case("host", to="host", dump="leave"),
     "leave running, own": Case("own", dump="leave"),
     "leave running, path": Case("path", dump="leave"),
+    "two hosts, bridge": Case("bridge", families=(4, 6), hosts=2),
+    "two hosts, published": Case("published", to="host", families=(4, 6), hosts=2),
 }
 
 
@@ -114,6 +129,9 @@ class Runtime:
     conf = "runc.conf"  # what it has criu read, in /etc/criu
     criu = {}  # lines in there, by the kind of network
 
+    def set_up(self):
+        """What is there before any container."""
+
 
 class Podman(Runtime):
     backend = "netavark"
@@ -122,7 +140,10 @@ class Podman(Runtime):
     def __init__(self, work, logs):
         self.work = work
         self.logs = logs
-        self.image = None
+
+    def set_up(self):
+        self.configure()
+        self.make_image()
 
     def configure(self):
         Path("/etc/containers/containers.conf").write_text(
@@ -138,50 +159,59 @@ class Podman(Runtime):
         Path("/etc/containers/storage.conf").write_text(
             '[storage]\ndriver = "overlay"\nrunroot = "/run/containers"\ngraphroot = "/var/lib/containers/storage"\n'
         )
+        run("podman", "network", "create", "--ipv6", "--subnet", "10.79.0.0/24", "--subnet", "fd79::/64", "dual")
+
+    def make_image(self):
         tar = self.work / "server.tar"
         run("tar", "-cf", tar, "-C", ROOTFS, ".")
-        run("podman", "import", tar, "localhost/server:1")
-        self.image = "localhost/server:1"
+        run("podman", "import", tar, IMAGE)
 
     def start(self, case):
-        if not self.image:
-            self.configure()
+        bridge = "podman" if case.families == (4,) else "dual"
         network = {
             "host": ["--network", "host"],
             "path": ["--network", "ns:/run/netns/srv"],
-            "bridge": ["--network", "podman"],
-            "published": ["--network", "podman", "-p", f"{PUBLISHED}:{PORT}"],
+            "bridge": ["--network", bridge],
+            "published": ["--network", bridge, "-p", f"{PUBLISHED}:{PORT}"],
         }[case.network]
-        run("podman", "run", "-d", "--name", "c", *network, self.image, *SERVER)
-        return self.address(case)
+        run("podman", "run", "-d", "--name", "c", *network, IMAGE, *case.server)
+        return self.addresses(case)
 
-    def address(self, case):
+    def addresses(self, case):
         if case.network in ("host", "path"):
-            return "10.78.0.2"
-        return run("podman", "inspect", "-f", "{{.NetworkSettings.IPAddress}}", "c")
+            return {4: "10.78.0.2"}
+        networks = json.loads(run("podman", "inspect", "-f", "{{json .NetworkSettings.Networks}}", "c"))
+        [network] = networks.values()
+        return {4: network["IPAddress"], 6: network["GlobalIPv6Address"]}
+
+    def export(self, archive):
+        """All of the container into a file, and off this host."""
+        run("podman", "container", "checkpoint", "--tcp-established", "--export", archive, "c")
+        self.keep_logs()
+        run("podman", "rm", "c")
+
+    def bring_in(self, archive):
+        """It is here from now on."""
+        run("podman", "container", "restore", "--tcp-established", "--import", archive)
+        self.keep_logs()
 
     def dump_and_restore(self, case):
         clock = Clock()
-        archive = self.work / "c.tar.gz"
-        more = {
-            "plain": [],
-            "keep": ["--keep"],
-            "leave": ["--leave-running"],
-            "export": ["--export", archive],
-        }[case.dump]
+        if case.dump == "export":
+            archive = self.work / "c.tar.gz"
+            self.export(archive)
+            clock.mark("export, rm")
+            self.bring_in(archive)
+            clock.mark("import")
+            return clock.marks
+        more = {"plain": [], "keep": ["--keep"], "leave": ["--leave-running"]}[case.dump]
         run("podman", "container", "checkpoint", "--tcp-established", *more, "c")
         clock.mark("dump")
-        if case.dump == "leave":
-            return clock.marks
-        self.keep_logs()
-        if case.dump == "export":
-            run("podman", "rm", "c")
-            clock.mark("rm")
-            run("podman", "container", "restore", "--tcp-established", "--import", archive)
-        else:
-            keep = ["--keep"] if case.dump == "keep" else []
+        if case.dump != "leave":
+            self.keep_logs()
+            keep = more if case.dump == "keep" else []
             run("podman", "container", "restore", "--tcp-established", *keep, "c")
-        clock.mark("restore")
+            clock.mark("restore")
         return clock.marks
 
     def pid(self):
@@ -199,6 +229,7 @@ class Podman(Runtime):
 
 class PodmanCni(Podman):
     backend = "cni"
+    cases = [name for name in Podman.cases if CASES[name].families == (4,)]
 
 
 class Oci(Runtime):
@@ -221,7 +252,7 @@ class Oci(Runtime):
         run(self.name, "spec", cwd=self.bundle)
         path = self.bundle / "config.json"
         config = json.loads(path.read_text())
-        config["process"] |= {"args": SERVER, "terminal": False, "rlimits": []}
+        config["process"] |= {"args": case.server, "terminal": False, "rlimits": []}
         config["root"]["readonly"] = False
         spaces = [space for space in config["linux"]["namespaces"] if space["type"] != "network"]
         if case.network != "host":
@@ -240,10 +271,10 @@ class Oci(Runtime):
         self.call("run", "-d", "--bundle", self.bundle, "c")
         if case.network == "own" and not self.wired_by_hook:
             run(self.wire, input=run(self.name, "state", "c"))
-        return self.address(case)
+        return self.addresses(case)
 
-    def address(self, case):
-        return "10.79.0.2" if case.network == "own" else "10.78.0.2"
+    def addresses(self, case):
+        return {4: "10.79.0.2" if case.network == "own" else "10.78.0.2"}
 
     def dump_and_restore(self, case):
         clock = Clock()
@@ -310,7 +341,7 @@ class Lxc(Runtime):
         shutil.rmtree(self.path, ignore_errors=True)
         rootfs = self.path / "c/rootfs"
         shutil.copytree(ROOTFS, rootfs, symlinks=True)
-        (rootfs / "serve").write_text(SERVER[2] + "\n")
+        (rootfs / "serve").write_text(case.server[2] + "\n")
         lines = [
             "uts.name = c",
             f"rootfs.path = dir:{rootfs}",
@@ -334,10 +365,10 @@ class Lxc(Runtime):
             sh("ip link set br0 up")
         self.configure(case)
         self.call("lxc-start", "-d")
-        return self.address(case)
+        return self.addresses(case)
 
-    def address(self, case):
-        return "10.79.0.2"
+    def addresses(self, case):
+        return {4: "10.79.0.2"}
 
     def dump_and_restore(self, case):
         clock = Clock()
@@ -375,26 +406,23 @@ class Ctr(Runtime):
     def __init__(self, work, logs):
         self.work = work
         self.logs = logs
-        self.daemon = None
 
-    def start_daemon(self):
+    def set_up(self):
         config = self.work / "containerd.toml"
         config.write_text('version = 2\ndisabled_plugins = ["io.containerd.grpc.v1.cri"]\n')
         with open(self.logs / "containerd.log", "w") as log:
-            self.daemon = subprocess.Popen(["containerd", "-c", config], stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+            subprocess.Popen(["containerd", "-c", config], stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         run("ctr", "--connect-timeout", f"{LIMIT}s", "version")
 
     def start(self, case):
-        if not self.daemon:
-            self.start_daemon()
         rootfs = self.work / "rootfs"
         shutil.copytree(ROOTFS, rootfs, symlinks=True, dirs_exist_ok=True)
         network = ["--net-host"] if case.network == "host" else ["--with-ns", "network:/run/netns/srv"]
-        run("ctr", "run", "-d", "--null-io", "--cgroup", "/c", *network, "--rootfs", rootfs, "c", *SERVER)
-        return self.address(case)
+        run("ctr", "run", "-d", "--null-io", "--cgroup", "/c", *network, "--rootfs", rootfs, "c", *case.server)
+        return self.addresses(case)
 
-    def address(self, _case):
-        return "10.78.0.2"
+    def addresses(self, _case):
+        return {4: "10.78.0.2"}
 
     def dump_and_restore(self, _case):
         clock = Clock()

@@ -1,5 +1,6 @@
 //! `soccr-test`: everything that is dumped, restored, measured and broken here, and what it talks to.
 
+mod announce;
 mod bench;
 mod demo;
 mod faults;
@@ -31,6 +32,7 @@ enum Command {
     Soak(soak::Options),
     Faults(faults::Options),
     Server(server::Options),
+    Announce(announce::Options),
     PluginHost(pluginhost::Options),
 }
 
@@ -71,6 +73,7 @@ fn main() -> ExitCode {
         Command::Bench(options) => ("bench", with_root(|| bench::run(&options))),
         Command::Soak(options) => ("soak", with_root(|| soak::run(&options))),
         Command::Faults(options) => ("faults", with_root(|| faults::run(&options))),
+        Command::Announce(options) => ("announce", announce::run(&options)),
         Command::Server(options) => ("server", server::run(options)),
         Command::PluginHost(options) => ("plugin-host", pluginhost::run(&options)),
     };
