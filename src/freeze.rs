@@ -12,7 +12,8 @@ use crate::chain;
 use crate::connection::{FourTuple, Queues};
 use crate::encoding::Head;
 use crate::kernel::netns::{NetNs, NetNsError};
-use crate::kernel::{SysError, diag, options, sockopt};
+use crate::kernel::options::{self, Beside, Reader};
+use crate::kernel::{SysError, diag, sockopt};
 use crate::lock::{LockName, LockOptions, Method, NetworkLock};
 use crate::repair::{self, Paused, Probe, four_tuple};
 
@@ -227,10 +228,11 @@ impl<F: AsFd> Freezing<F> {
     ) {
         let asked = sockets.len();
         let tuples: Vec<FourTuple> = sockets.iter().map(|(_, tuple)| *tuple).collect();
-        let lock = match NetworkLock::lock(ns, name, &tuples, options) {
-            Ok(lock) => lock,
-            Err(error) => {
-                let source: Cause = Arc::new(error);
+        let locked = NetworkLock::lock(ns, name, &tuples, options).map_err(|error| Arc::new(error) as Cause);
+        let reader = || Reader::new(ns, Beside::Nobody).map_err(|error| Arc::new(error) as Cause);
+        let (lock, mut options_of) = match locked.and_then(|lock| Ok((lock, reader()?))) {
+            Ok(both) => both,
+            Err(source) => {
                 let error = |connection| FreezeError::Lock { connection, source: Arc::clone(&source) };
                 let refused =
                     sockets.into_iter().map(|(socket, tuple)| Refused { socket, error: error(tuple) });
@@ -240,7 +242,7 @@ impl<F: AsFd> Freezing<F> {
         let first = self.frozen.connections.len();
         for ((socket, tuple), keys) in sockets.into_iter().zip(md5_keys(ns, &tuples)) {
             let frozen = match keys {
-                Ok(()) => read(socket, tuple, |connection| {
+                Ok(()) => read(socket, tuple, &mut options_of, |connection| {
                     if options.method != Method::Skip {
                         connection.lock_behind(name, asked);
                     }
@@ -318,10 +320,19 @@ fn md5_keys(ns: &NetNs, tuples: &[FourTuple]) -> Vec<Result<(), Cause>> {
 fn read<F: AsFd>(
     socket: F,
     tuple: FourTuple,
+    options_of: &mut Reader,
     take: impl FnOnce(&mut Connection) -> Result<(), Cause>,
 ) -> Result<(Paused<F>, Connection), Refused<F>> {
     let error = |source: Cause| FreezeError::Read { connection: tuple, source };
-    let options = options::read(socket.as_fd()); // in repair mode SO_REUSEADDR is not the program's
+    // In repair mode SO_REUSEADDR is not the program's.
+    let options = match options_of.read(socket.as_fd(), true) {
+        Ok(options) => options,
+        Err(cause) => {
+            let why = options::refused(socket.as_fd()).ok().flatten();
+            let cause = why.map_or_else(|| Arc::new(cause) as Cause, |why| Cause::from(Box::from(why)));
+            return Err(Refused { socket, error: error(cause) });
+        }
+    };
     let paused = match Paused::try_pause(socket) {
         Ok(paused) => paused,
         Err((socket, cause)) => return Err(Refused { socket, error: error(Arc::new(cause)) }),

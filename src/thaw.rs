@@ -13,7 +13,8 @@ use crate::encoding::Head;
 use crate::forge::Forge;
 use crate::freeze::{Cause, lock_name, wake};
 use crate::kernel::netns::NetNs;
-use crate::kernel::{options, sockopt};
+use crate::kernel::options::{self, When};
+use crate::kernel::sockopt;
 use crate::lock::{LockError, LockName, LockOptions, NetworkLock};
 use crate::repair::{Paused, Probe};
 use crate::restore::{RestoreError, RoomForQueues};
@@ -225,12 +226,14 @@ fn build_all<'a>(
 pub fn build(head: &Head, queues: &Queues, forge: &Forge) -> Result<Paused<OwnedFd>, RestoreError> {
     let sys = |source| RestoreError::Sys { tuple: head.tuple, source };
     let socket = sockopt::tcp_socket(head.tuple.local.is_ipv6()).map_err(sys)?;
-    options::write(socket.as_fd(), &head.options).map_err(sys)?;
+    let lost = |error| log::warn!("{}: {error}: it goes on with the default", head.tuple);
+    options::write(socket.as_fd(), &head.options, When::Early, lost).map_err(sys)?;
     let paused = Paused::pause(socket).map_err(|error| sys(error.source))?;
     let restored = (|| {
         let room = RoomForQueues::make(paused.socket(), &head.tcp).map_err(sys)?;
         paused.restore(&head.tuple, &head.tcp, &queues.recv, &queues.send, forge)?;
-        room.map_or(Ok(()), RoomForQueues::give_back).map_err(sys)
+        room.map_or(Ok(()), RoomForQueues::give_back).map_err(sys)?;
+        options::write(paused.socket(), &head.options, When::Late, lost).map_err(sys)
     })();
     match restored {
         Ok(()) => Ok(paused),

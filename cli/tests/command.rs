@@ -122,7 +122,7 @@ impl Echo {
         recorder.add_lock(lock);
         recorder.add_task(pid);
         let found = Finder::default().of_task(&Task::open(pid).expect("the task")).expect("its sockets");
-        recorder.add_connections(found.iter().map(ConnectionRecord::from));
+        recorder.add_connections(found.connections.iter().map(ConnectionRecord::from));
         recorder.save(phase).expect("written");
         name
     }

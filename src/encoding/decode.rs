@@ -10,7 +10,7 @@ use super::proto::pstree::Pstree_entry;
 use super::proto::sk_inet::Inet_sk_entry;
 use super::proto::sk_packet::Sk_packet_entry;
 use super::proto::sk_unix::Unix_sk_entry;
-use super::proto::soccr::{Soccr_connection_entry, Soccr_dump_entry, Soccr_item};
+use super::proto::soccr::{Soccr_connection_entry, Soccr_dump_entry, Soccr_item, Soccr_socket};
 use super::proto::tcp_stream::Tcp_stream_entry;
 use super::wire::{self, NotAField, Value};
 
@@ -108,7 +108,11 @@ impl ImageMessage for Soccr_dump_entry {
 }
 
 impl ImageMessage for Soccr_item {
-    const NESTED: Nested = Nested(&[(1, TRANSLATION)]);
+    const NESTED: Nested = Nested(&[(1, TRANSLATION), (2, Soccr_socket::NESTED)]);
+}
+
+impl ImageMessage for Soccr_socket {
+    const NESTED: Nested = Nested(&[(4, FLAT)]);
 }
 
 const TRANSLATION: Nested = Nested(&[(1, DIRECTION), (2, DIRECTION)]);

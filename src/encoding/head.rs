@@ -31,19 +31,13 @@ pub struct Head {
 
 impl Head {
     pub(crate) fn to_entry(&self) -> Soccr_connection_entry {
-        let option = |o: &SocketOption| Soccr_socket_option {
-            level: Some(o.level),
-            name: Some(o.name),
-            value: Some(o.value.clone()),
-            ..Default::default()
-        };
         Soccr_connection_entry {
             version: Some(VERSION),
             local: MessageField::some(to_endpoint(self.tuple.local)),
             remote: MessageField::some(to_endpoint(self.tuple.remote)),
             state: Some(u32::from(self.tcp.state as u8)),
             stream: MessageField::some(stream::to_entry(&self.tcp)),
-            options: self.options.iter().map(option).collect(),
+            options: self.options.iter().map(SocketOption::to_entry).collect(),
             shut_rd: Some(self.shut_rd),
             usec_ts_known: Some(self.usec_ts_known),
             lock_id: self.lock_id.clone(),
@@ -63,19 +57,25 @@ impl Head {
             return Err(Fault::value("local, remote", why));
         }
         let state = state_of(entry.state())?;
-        let option = |o: Soccr_socket_option| SocketOption {
-            level: o.level(),
-            name: o.name(),
-            value: o.value.unwrap_or_default(),
-        };
         Ok(Self {
             tuple,
             tcp: stream::from_entry(&entry.stream, state)?,
             shut_rd: entry.shut_rd(),
             usec_ts_known: entry.usec_ts_known(),
             lock_id: entry.lock_id,
-            options: entry.options.into_iter().map(option).collect(),
+            options: entry.options.into_iter().map(SocketOption::from_entry).collect(),
         })
+    }
+}
+
+impl SocketOption {
+    pub(crate) fn to_entry(&self) -> Soccr_socket_option {
+        let Self { level, name, value } = self.clone();
+        Soccr_socket_option { level: Some(level), name: Some(name), value: Some(value), ..Default::default() }
+    }
+
+    pub(crate) fn from_entry(entry: Soccr_socket_option) -> Self {
+        Self { level: entry.level(), name: entry.name(), value: entry.value.unwrap_or_default() }
     }
 }
 

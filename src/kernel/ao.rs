@@ -12,7 +12,7 @@ use super::{SysError, SysResult, sockopt};
 /// The kernel's answer.
 pub fn has_keys(fd: BorrowedFd<'_>) -> SysResult<Option<bool>> {
     const TCP_AO_INFO: i32 = 40;
-    match sockopt::get_bytes(fd, libc::SOL_TCP, TCP_AO_INFO) {
+    match sockopt::get_into(fd, libc::SOL_TCP, TCP_AO_INFO, &mut [0; 64]) {
         Ok(_) => Ok(Some(true)),
         Err(SysError { errno: Errno::ENOENT, .. }) => Ok(Some(false)),
         Err(SysError { errno: Errno::ENOPROTOOPT, .. }) => Ok(None),

@@ -177,9 +177,9 @@ pub fn cookie(fd: BorrowedFd<'_>) -> SysResult<u64> {
 /// # Errors
 /// The kernel's answer.
 pub fn bound_device(fd: BorrowedFd<'_>) -> SysResult<Vec<u8>> {
-    let mut name = get_bytes(fd, libc::SOL_SOCKET, libc::SO_BINDTODEVICE)?;
-    name.truncate(name.iter().position(|byte| *byte == 0).unwrap_or(name.len()));
-    Ok(name)
+    let mut name = [0; libc::IFNAMSIZ];
+    let len = get_into(fd, libc::SOL_SOCKET, libc::SO_BINDTODEVICE, &mut name)?;
+    Ok(name[..len].split(|byte| *byte == 0).next().unwrap_or_default().to_vec())
 }
 
 /// Binds the socket to the device of this name.
@@ -318,24 +318,87 @@ pub fn netns_cookie(fd: BorrowedFd<'_>) -> SysResult<u64> {
     get(fd, libc::SOL_SOCKET, SO_NETNS_COOKIE, "get SO_NETNS_COOKIE")
 }
 
-/// An option's value as the kernel gives it, at most 64 bytes.
+/// Puts an option's value into `value`, as the kernel gives it, and tells how long it is.
 ///
 /// # Errors
 /// ENOPROTOOPT for an option that the kernel or the socket does not have.
-pub fn get_bytes(fd: BorrowedFd<'_>, level: i32, name: i32) -> SysResult<Vec<u8>> {
-    let mut value = [0_u8; 64];
-    let mut len: libc::socklen_t = 64;
+pub fn get_into(fd: BorrowedFd<'_>, level: i32, name: i32, value: &mut [u8]) -> SysResult<usize> {
+    let mut len = socklen(value.len())?;
     // SAFETY: the kernel writes at most `len` bytes, the size of `value`.
     let ret =
         unsafe { libc::getsockopt(fd.as_raw_fd(), level, name, value.as_mut_ptr().cast(), &raw mut len) };
     check("get a socket option", ret)?;
-    Ok(value[..value.len().min(len as usize)].to_vec())
+    Ok(value.len().min(len as usize))
 }
 
-/// Sets what [`get_bytes`] reads.
+/// Sets what [`get_into`] reads.
 ///
 /// # Errors
 /// The kernel's answer.
 pub fn set_bytes(fd: BorrowedFd<'_>, level: i32, name: i32, value: &[u8]) -> SysResult<()> {
     set_slice(fd, level, name, value, "set a socket option")
+}
+
+/// Puts the instructions of the socket's classic BPF filter (SO_GET_FILTER) into `value`, which is empty or has room for all,
+/// and tells how many bytes they take.
+///
+/// # Errors
+/// EACCES for an eBPF program.
+pub fn filter(fd: BorrowedFd<'_>, value: &mut [u8]) -> SysResult<usize> {
+    const INSTRUCTION: usize = size_of::<libc::sock_filter>();
+    // This option counts in instructions.
+    let mut count = socklen(value.len() / INSTRUCTION)?;
+    let into = if value.is_empty() { std::ptr::null_mut() } else { value.as_mut_ptr() };
+    // SAFETY: the kernel writes at most `count` instructions, which fit into `value`, and none where there is no room.
+    let ret = unsafe {
+        libc::getsockopt(fd.as_raw_fd(), libc::SOL_SOCKET, libc::SO_GET_FILTER, into.cast(), &raw mut count)
+    };
+    check("get SO_GET_FILTER", ret)?;
+    Ok(count as usize * INSTRUCTION)
+}
+
+/// Attaches a classic BPF filter with these instructions.
+///
+/// # Errors
+/// EINVAL for what is no filter, EPERM where the filter there is locked.
+pub fn attach_filter(fd: BorrowedFd<'_>, instructions: &[u8]) -> SysResult<()> {
+    const CALL: &str = "set SO_ATTACH_FILTER";
+    let einval = SysError { call: CALL, errno: Errno::EINVAL };
+    // Copied to where instructions may lie in memory.
+    let (whole, rest) = instructions.as_chunks::<8>();
+    const { assert!(size_of::<libc::sock_filter>() == 8) };
+    let mut filter: Vec<u64> = whole.iter().map(|bytes| u64::from_ne_bytes(*bytes)).collect();
+    let len = u16::try_from(filter.len()).ok().filter(|_| rest.is_empty()).ok_or(einval)?;
+    let program = libc::sock_fprog { len, filter: filter.as_mut_ptr().cast() };
+    // SAFETY: the kernel reads the live structure, and `len` instructions of 8 bytes behind it.
+    let ret = unsafe {
+        libc::setsockopt(
+            fd.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_ATTACH_FILTER,
+            (&raw const program).cast(),
+            length::<libc::sock_fprog>(),
+        )
+    };
+    check(CALL, ret).map(drop)
+}
+
+fn socklen(len: usize) -> SysResult<libc::socklen_t> {
+    libc::socklen_t::try_from(len).map_err(|_| SysError { call: "get a socket option", errno: Errno::E2BIG })
+}
+
+/// The priority of the socket's packets in queues (SO_PRIORITY).
+///
+/// # Errors
+/// The kernel's answer.
+pub fn priority(fd: BorrowedFd<'_>) -> SysResult<i32> {
+    get(fd, libc::SOL_SOCKET, libc::SO_PRIORITY, "get SO_PRIORITY")
+}
+
+/// Sets what [`priority`] reads.
+///
+/// # Errors
+/// EPERM for a priority above 6 without CAP_NET_ADMIN.
+pub fn set_priority(fd: BorrowedFd<'_>, priority: i32) -> SysResult<()> {
+    set(fd, libc::SOL_SOCKET, libc::SO_PRIORITY, &priority, "set SO_PRIORITY")
 }

@@ -4,6 +4,7 @@ use std::fmt;
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 
+use super::owner::Owner;
 use crate::four_tuple::FourTuple;
 use crate::kernel::SysError;
 use crate::kernel::netns::{NetNs, NetNsError};
@@ -16,6 +17,8 @@ pub struct FoundConnection {
     pub socket: OwnedFd,
     /// Its inode, which names its image.
     pub inode: u32,
+    /// Who owns it, by our numbers.
+    pub owner: Owner,
     /// The kernel's number for it (`SO_COOKIE`), which no other socket gets until the next boot.
     pub cookie: u64,
     /// Both ends.
@@ -24,6 +27,34 @@ pub struct FoundConnection {
     pub ns: NetNs,
     /// Where it was found.
     pub place: Place,
+}
+
+/// A socket that has no peer: a listener, or one that was never connected. CRIU makes it anew.
+#[derive(Debug)]
+pub struct Unconnected {
+    /// Our duplicate of the socket.
+    pub socket: OwnedFd,
+    /// Its inode, by which CRIU's images know it.
+    pub inode: u32,
+    /// Who owns it, by our numbers.
+    pub owner: Owner,
+    /// As [`FoundConnection::cookie`].
+    pub cookie: u64,
+    /// Its own end.
+    pub local: SocketAddr,
+    /// The socket's own network namespace.
+    pub ns: NetNs,
+    /// Where it was found.
+    pub place: Place,
+}
+
+/// The TCP sockets of tasks.
+#[derive(Debug, Default)]
+pub struct Found {
+    /// Those with a peer.
+    pub connections: Vec<FoundConnection>,
+    /// Those without.
+    pub unconnected: Vec<Unconnected>,
 }
 
 /// Where a socket was found, for messages.
@@ -91,13 +122,4 @@ pub enum FindError {
     /// A network namespace could not be entered.
     #[error(transparent)]
     Enter(#[from] NetNsError),
-}
-
-/// A socket that never had a peer: a listener or a fresh one. It is CRIU's matter, but for its keys.
-#[derive(Debug)]
-pub(super) struct Unconnected {
-    pub cookie: u64,
-    pub local: SocketAddr,
-    pub ns: NetNs,
-    pub place: Place,
 }

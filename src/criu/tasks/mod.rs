@@ -4,6 +4,7 @@ mod found;
 mod identity;
 pub mod in_flight;
 mod keys;
+mod owner;
 mod sockets;
 mod stop;
 
@@ -19,8 +20,9 @@ use crate::kernel::SysError;
 use crate::kernel::netns::NetNs;
 use crate::kernel::process::{self, RemoteFd};
 
-pub use found::{FindError, FoundConnection, Place};
+pub use found::{FindError, Found, FoundConnection, Place, Unconnected};
 pub use identity::ProcessId;
+pub use owner::{Owner, OwnerMap};
 pub use sockets::{Finder, SocketNamespaces, Walker};
 
 /// A task of the dump or the restore.
@@ -250,16 +252,6 @@ pub fn foreign_root(pid: i32) -> std::io::Result<Option<(u32, u32)>> {
     if fs::read_link(format!("/proc/{pid}/ns/user"))? == fs::read_link("/proc/self/ns/user")? {
         return Ok(None);
     }
-    let ids = (outer_root(pid, "uid_map")?, outer_root(pid, "gid_map")?);
-    Ok(ids.0.zip(ids.1))
-}
-
-/// What 0 inside is outside, from lines of "inside outside count".
-fn outer_root(pid: i32, map: &str) -> std::io::Result<Option<u32>> {
-    let text = fs::read_to_string(format!("/proc/{pid}/{map}"))?;
-    let root = text
-        .lines()
-        .map(|line| line.split_ascii_whitespace())
-        .find_map(|mut words| (words.next() == Some("0")).then(|| words.next()?.parse().ok()).flatten());
-    Ok(root)
+    let root = OwnerMap::of(pid)?.outside(Owner::default());
+    Ok(root.map(|Owner { uid, gid }| (uid, gid)))
 }

@@ -9,6 +9,7 @@
 //! 4. What the dump [held](held::Held) on this host is given up one way or the other. That is the end.
 
 mod arrangement;
+mod extras;
 mod held;
 mod saving;
 mod watching;
@@ -115,6 +116,9 @@ impl<'a> Dump<'a> {
             fds.push(PollFd::new(self.criu.pidfd(), PollFlags::POLLIN));
             fds.push(PollFd::new(self.server.as_fd(), PollFlags::POLLIN));
         }
+        if matches!(progress, Progress::Saving(saving) if saving.is_behind()) {
+            timeout = PollTimeout::ZERO;
+        }
         if let Progress::Watching(watching) = progress {
             timeout = PollTimeout::from(watching.patience_ms());
             let alive = watching.tasks().iter().find(|task| !task.gone());
@@ -206,7 +210,10 @@ impl<'a> Dump<'a> {
         (Progress::Watching(watching), result.and(fault::point("dump.arranged").map_err(AgentError::from)))
     }
 
-    fn look<'d>(&mut self, progress: Progress<'d>) -> Progress<'d> {
+    fn look<'d>(&mut self, mut progress: Progress<'d>) -> Progress<'d> {
+        if let Progress::Saving(saving) = &mut progress {
+            saving.read_ahead();
+        }
         let Progress::Watching(watching) = progress else { return progress };
         match watching.look() {
             Looked::Open(watching) => Progress::Watching(watching),

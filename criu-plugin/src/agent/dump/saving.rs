@@ -6,14 +6,17 @@ use std::os::fd::{AsFd, OwnedFd};
 use soccr::connection::{ControlBlock, FourTuple, Queues};
 use soccr::criu::image::ImageDir;
 use soccr::criu::image::external::ExternalImage;
-use soccr::criu::image::side::SideImage;
+use soccr::criu::image::inventory::{self, Inventory};
+use soccr::criu::image::side::{SideImage, Sockets};
 use soccr::criu::image::tcp_stream::TcpStreamImage;
 use soccr::criu::record::{ConnectionRecord, LockRecord, NsId, Phase, Recorder, Store};
-use soccr::criu::tasks::{self, FindError, Finder, FoundConnection, Place, Task};
+use soccr::criu::tasks::{self, FindError, Finder, Found, FoundConnection, OwnerMap, Place, Task};
 use soccr::kernel::netns::NetNs;
+use soccr::kernel::options::{Beside, Reader};
 use soccr::lock::{LockName, LockOptions, Method, NetworkLock};
 use soccr::repair::{Paused, Probe};
 
+use super::extras::Extras;
 use super::held::Held;
 use crate::agent::error::AgentError;
 use crate::agent::path::Path;
@@ -30,6 +33,7 @@ pub struct Saving<'a> {
     finder: Finder,
     /// The memory of one connection's queues, used again and again.
     queues: Queues,
+    extras: Extras,
     held: Held,
 }
 
@@ -42,6 +46,8 @@ pub struct Saved {
     pub lock_name: LockName,
     /// What is held until the outcome.
     pub held: Held,
+    /// What CRIU's images do not tell of sockets.
+    sockets: Sockets,
 }
 
 impl<'a> Saving<'a> {
@@ -53,18 +59,30 @@ impl<'a> Saving<'a> {
         let options = LockOptions::from_env()?;
         let (finder, queues) = (Finder::default(), Queues::default());
         let held = Held::nothing(recorder, criu, &lock_name)?;
-        Ok(Self { criu, images, lock_name, options, finder, queues, held })
+        let extras = Extras::default();
+        Ok(Self { criu, images, lock_name, options, finder, queues, extras, held })
     }
 
     /// No further hook comes.
     pub fn into_saved(self) -> Saved {
-        let Self { images, lock_name, held, .. } = self;
-        Saved { images, lock_name, held }
+        let Self { images, lock_name, held, extras, .. } = self;
+        let sockets = extras.finish(&held.sockets);
+        Saved { images, lock_name, held, sockets }
     }
 
     /// No further hook comes, and nobody needs the images.
     pub fn into_held(self) -> Held {
         self.held
+    }
+
+    /// Whether there is something to do while nobody asks.
+    pub fn is_behind(&self) -> bool {
+        self.extras.is_behind()
+    }
+
+    /// Does some of it.
+    pub fn read_ahead(&mut self) {
+        self.extras.read_some(&self.held.sockets);
     }
 
     /// CHECKPOINT_DEVICES: saves the connections of this task and its descendants.
@@ -84,7 +102,9 @@ impl<'a> Saving<'a> {
         self.add_tree(pid)?;
         fault::point("dump.tree")?;
         let tasks = self.held.tasks.get(first..).unwrap_or_default();
-        let found = self.finder.of_tasks(tasks)?;
+        let Found { connections: found, unconnected } = self.finder.of_tasks(tasks)?;
+        self.extras.add_unconnected(unconnected);
+        self.extras.set_owners(OwnerMap::of(pid).map_err(|error| FindError::Proc(pid, error))?);
         fault::point("dump.found")?;
         let elsewhere = found.iter().filter(|connection| connection.ns != self.held.criu_ns);
         self.held.path.add(elsewhere.map(|connection| connection.tuple));
@@ -167,7 +187,9 @@ impl<'a> Saving<'a> {
             tcp.recv_len,
             tcp.send_len
         );
-        self.held.sockets.push((found.socket, found.tuple));
+        let FoundConnection { socket, inode, owner, tuple, ns, .. } = found;
+        self.extras.add_connection(inode, owner, ns, self.held.sockets.len());
+        self.held.sockets.push((socket, tuple));
         Ok(())
     }
 
@@ -199,11 +221,14 @@ impl<'a> Saving<'a> {
             self.record(std::slice::from_ref(&found))?;
             self.lock(std::slice::from_ref(&found))?;
         }
+        let failed = |source| AgentError::Socket { tuple: found.tuple, pid: 0, source };
+        let mut options = Reader::new(&found.ns, Beside::Nobody)?;
+        let options = options.read(found.socket.as_fd(), true).map_err(failed)?;
         let tcp = self.read(&found)?;
         let image = ExternalImage {
             tuple: found.tuple,
             tcp,
-            options: soccr::kernel::options::read(found.socket.as_fd()),
+            options,
             shut_rd: false,
             usec_ts_known: false,
             lock_id: Some(self.lock_name.id().to_owned()),
@@ -222,7 +247,11 @@ impl Saved {
     /// Writes what CRIU's images have no field for.
     pub fn write_side_image(&self) -> Result<(), AgentError> {
         let translations = self.held.path.translations().to_vec();
-        Ok(SideImage { id: self.lock_name.id().to_owned(), translations }.write(&self.images)?)
+        let id = self.lock_name.id().to_owned();
+        let inventory = self.images.contains(inventory::NAME).then(|| Inventory::read(&self.images));
+        let run_id = inventory.transpose()?.and_then(|inventory| inventory.dump_run_id);
+        let sockets = self.sockets.clone();
+        Ok(SideImage { id, run_id, translations, sockets }.write(&self.images)?)
     }
 
     /// What an agent that died has left: the record tells what is locked and which the tasks are, and they have the
@@ -241,7 +270,14 @@ impl Saved {
         for task in record.tasks.iter().filter(|task| task.lives()) {
             held.add_task(task.pid)?;
         }
-        for FoundConnection { socket, tuple, ns, .. } in Finder::default().of_tasks(&held.tasks)? {
+        let Found { connections, unconnected } = Finder::default().of_tasks(&held.tasks)?;
+        let mut extras = Extras::default();
+        extras.add_unconnected(unconnected);
+        if let Some(root) = held.tasks.first() {
+            extras.set_owners(OwnerMap::of(root.pid).map_err(|error| FindError::Proc(root.pid, error))?);
+        }
+        for FoundConnection { socket, inode, owner, tuple, ns, .. } in connections {
+            extras.add_connection(inode, owner, ns.clone(), held.sockets.len());
             let lock = || NetworkLock::adopt(&ns, &lock_name, &options);
             held.locks.entry(ns.clone()).or_insert_with(lock);
             if ns != held.criu_ns {
@@ -250,7 +286,8 @@ impl Saved {
             held.sockets.push((socket, tuple));
         }
         log::warn!("took over from an agent that died: {} connections", held.sockets.len());
-        Ok(Self { images, lock_name, held })
+        let sockets = extras.finish(&held.sockets);
+        Ok(Self { images, lock_name, held, sockets })
     }
 }
 

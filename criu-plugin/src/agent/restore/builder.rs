@@ -1,25 +1,36 @@
 //! Builds connections in the sockets that CRIU made for them.
 
 use std::net::SocketAddr;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use soccr::connection::{FourTuple, Queues, State};
-use soccr::criu::image::ImageDir;
-use soccr::criu::image::index::{Index, InetConnection};
+use soccr::criu::image::index::InetConnection;
+use soccr::criu::image::side::SocketExtra;
 use soccr::criu::image::tcp_stream::TcpStreamImage;
-use soccr::criu::tasks::Task;
+use soccr::criu::tasks::{Owner, OwnerMap, Task};
 use soccr::forge::Forge;
 use soccr::kernel::netns::NetNs;
+use soccr::kernel::options::{self, When};
 use soccr::kernel::tcp::Direction;
 use soccr::kernel::{SysError, addr, sockopt, tcp};
 use soccr::repair::Paused;
 use soccr::restore::RoomForQueues;
 
+use super::plan::Plan;
 use crate::agent::error::AgentError;
 use crate::fault;
 
-/// The file id of a connection, and the socket of a restored task in which it is to be built.
-pub type Wanted = (u32, OwnedFd);
+/// What CRIU has made a socket for.
+#[derive(Clone, Copy, Debug)]
+pub enum Made {
+    /// A connection that is to be built in it, by its file id.
+    Connection(u32),
+    /// A listener, or a socket never connected, by its inode at the dump.
+    Unconnected(u32),
+}
+
+/// A socket of a restored task, and what it is for.
+pub type Wanted = (Made, OwnedFd);
 
 /// A connection that is built, still in repair mode, and waits for the others. Dropping it closes the agent's
 /// descriptor without a word to the peer.
@@ -54,17 +65,62 @@ impl Drop for Built {
 /// What all connections of one task are built from. Many threads may use it.
 #[derive(Debug)]
 pub struct Builder<'a> {
-    pub images: &'a ImageDir,
-    pub index: &'a Index,
+    pub plan: &'a Plan,
     pub forge: &'a Forge,
     pub criu: &'a Task,
     pub pid: i32,
+    pub owners: OwnerMap,
 }
 
 impl Builder<'_> {
-    /// Builds one connection; `None` where CRIU has restored it itself. The queues' memory is used again and again.
-    pub fn build(&self, (file_id, socket): Wanted, queues: &mut Queues) -> Result<Option<Built>, AgentError> {
-        let Some(connection) = self.index.connections.get(&file_id) else { return Ok(None) };
+    /// Builds one connection; `None` where CRIU has restored it itself, and for a socket without a peer, which gets what
+    /// CRIU has not given it. The queues' memory is used again and again.
+    pub fn build(&self, (made, socket): Wanted, queues: &mut Queues) -> Result<Option<Built>, AgentError> {
+        match made {
+            Made::Connection(file_id) => self
+                .plan
+                .index
+                .connections
+                .get(&file_id)
+                .map_or(Ok(None), |connection| self.build_connection(connection, socket, queues)),
+            Made::Unconnected(inode) => self.complete(inode, &socket).map(|()| None),
+        }
+    }
+
+    fn complete(&self, inode: u32, socket: &OwnedFd) -> Result<(), AgentError> {
+        let Some(extra) = self.plan.sockets.get(inode)? else { return Ok(()) };
+        let failed = |source| AgentError::Task { pid: self.pid, source };
+        let who =
+            || addr::local(socket.as_fd()).map_or_else(|_| "a socket".into(), |local| local.to_string());
+        for when in [When::Early, When::Late] {
+            self.write(socket.as_fd(), &extra, when, &who).map_err(failed)?;
+        }
+        Ok(())
+    }
+
+    /// Gives a socket those extras that it gets at this time.
+    fn write(
+        &self,
+        socket: BorrowedFd<'_>,
+        extra: &SocketExtra,
+        when: When,
+        who: &dyn Fn() -> String,
+    ) -> Result<(), SysError> {
+        let lost = |error| log::warn!("{} (pid {}): {error}: it goes on with the default", who(), self.pid);
+        options::write(socket, &extra.options, when, lost)?;
+        if let Some(owner) = self.owners.outside(extra.owner).filter(|_| when == When::Early) {
+            let changed = if extra.owner == Owner::default() { Ok(()) } else { give(socket, owner) };
+            changed.unwrap_or_else(lost);
+        }
+        Ok(())
+    }
+
+    fn build_connection(
+        &self,
+        connection: &InetConnection,
+        socket: OwnedFd,
+        queues: &mut Queues,
+    ) -> Result<Option<Built>, AgentError> {
         let pid = self.pid;
         let tuple = scoped(connection, &socket, pid)?;
         let failed = |source| AgentError::Socket { tuple, pid, source };
@@ -72,12 +128,17 @@ impl Builder<'_> {
             log::debug!("{tuple}: restored by CRIU itself");
             return Ok(None);
         }
-        let image = TcpStreamImage::read(self.images, connection.ino, connection.state, queues)?;
+        let image = TcpStreamImage::read(&self.plan.images, connection.ino, connection.state, queues)?;
+        let extra = self.plan.sockets.get(connection.ino)?.unwrap_or_default();
         // CRIU has shut the socket down, which this forgets.
         fault::point("restore.copied")?;
         must_live(self.criu)?;
         tcp::disconnect(socket.as_fd()).map_err(failed)?;
         fault::point("restore.disconnected")?;
+        let write = |socket: BorrowedFd<'_>, when| {
+            self.write(socket, &extra, when, &|| tuple.to_string()).map_err(failed)
+        };
+        write(socket.as_fd(), When::Early)?;
         let mut paused = Paused::pause(socket)?;
         paused.set_reuse_addr(connection.reuseaddr);
         let built = Built::new(paused, tuple, connection.reuseport.or(Some(false)));
@@ -90,6 +151,7 @@ impl Builder<'_> {
         if let Some(room) = room {
             room.give_back().map_err(failed)?;
         }
+        write(socket, When::Late)?;
         if connection.shutdown_read && !image.tcp.state.fin_received() {
             tcp::shutdown(socket, Direction::Receive).map_err(failed)?;
         }
@@ -103,6 +165,12 @@ impl Builder<'_> {
         fault::point("restore.built")?;
         Ok(Some(built))
     }
+}
+
+/// Makes a socket somebody's.
+fn give(socket: BorrowedFd<'_>, Owner { uid, gid }: Owner) -> Result<(), SysError> {
+    nix::unistd::fchown(socket, Some(uid.into()), Some(gid.into()))
+        .map_err(|errno| SysError { call: "give a socket to its owner", errno })
 }
 
 /// The kernel lets the tasks run as soon as criu is dead, whole or not.

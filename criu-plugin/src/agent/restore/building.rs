@@ -8,14 +8,14 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use soccr::connection::{FourTuple, Queues};
 use soccr::criu::image::index::Packet;
-use soccr::criu::tasks::{self, Fate, SocketNamespaces, Task, in_flight};
+use soccr::criu::tasks::{self, Fate, FindError, OwnerMap, SocketNamespaces, Task, in_flight};
 use soccr::forge::Forge;
 use soccr::kernel::netns::NetNs;
 use soccr::kernel::process::RemoteFd;
 use soccr::kernel::{sockopt, tcp};
 use soccr::repair::{Paused, four_tuple};
 
-use super::builder::{Builder, Built, Wanted};
+use super::builder::{Builder, Built, Made, Wanted};
 use super::locks::Locks;
 use super::parallel;
 use super::plan::Plan;
@@ -52,6 +52,8 @@ pub struct Tree {
 pub struct Missing {
     /// File ids of connections.
     pub connections: HashSet<u32>,
+    /// File ids and inodes of other sockets of which CRIU's images do not tell all.
+    unconnected: HashMap<u32, u32>,
     /// What was in flight in unix sockets, by their file ids.
     in_flight: HashMap<u32, Vec<Packet>>,
     /// Connections that RESTORE_EXT_FILE makes, with their SO_REUSEADDR.
@@ -63,7 +65,9 @@ impl<'a> Building<'a> {
     pub fn begin(mut plan: Plan, locks: Locks, criu: &'a Task) -> Self {
         let alive = plan.index.tasks.iter().filter(|(_, task)| task.alive);
         let tree = Tree { awaited: alive.map(|(pid, _)| *pid).collect(), ..Tree::default() };
+        let unconnected = plan.index.unconnected.iter().copied();
         let missing = Missing {
+            unconnected: unconnected.filter(|(_, inode)| plan.sockets.contains(*inode)).collect(),
             connections: plan.index.carried().map(|connection| connection.file_id).collect(),
             in_flight: std::mem::take(&mut plan.index.in_flight),
             external: plan.external.clone(),
@@ -135,7 +139,8 @@ impl<'a> Building<'a> {
         let wanted = self.find(&task, inner)?;
         self.lock_sockets(&wanted, pid)?;
         let Self { criu, plan, forge, .. } = self;
-        let builder = Builder { images: &plan.images, index: &plan.index, forge, criu, pid };
+        let owners = OwnerMap::of(pid).map_err(|error| FindError::Proc(pid, error))?;
+        let builder = Builder { plan, forge, criu, pid, owners };
         let (built, result) =
             parallel::for_each(wanted, Queues::default, |queues, wanted| builder.build(wanted, queues));
         self.built.extend(built.into_iter().flatten());
@@ -163,8 +168,8 @@ impl<'a> Building<'a> {
             let Ok(number) = u32::try_from(fd.fd) else { continue };
             let copy =
                 || task.copy(RemoteFd(number)).map_err(|source| AgentError::Task { pid: task.pid, source });
-            if self.missing.connections.remove(&fd.file_id) {
-                wanted.push((fd.file_id, copy()?));
+            if let Some(kind) = self.missing.take(fd.file_id) {
+                wanted.push((kind, copy()?));
             } else if self.missing.in_flight.contains_key(&fd.file_id) {
                 self.missing.find_in_flight(fd.file_id, &copy()?, task.pid, &mut wanted)?;
             }
@@ -175,7 +180,8 @@ impl<'a> Building<'a> {
     /// Nothing is built where it is not locked: each socket's own namespace counts, whatever the images say.
     fn lock_sockets(&mut self, sockets: &[Wanted], pid: i32) -> Result<(), AgentError> {
         let mut wanted: HashMap<NetNs, Vec<FourTuple>> = HashMap::new();
-        for (file_id, socket) in sockets {
+        for (made, socket) in sockets {
+            let Made::Connection(file_id) = made else { continue };
             let Some(connection) = self.plan.index.connections.get(file_id) else { continue };
             if connection.tuple.local.port() != 0 {
                 let ns = self.namespaces.of(socket.as_fd()).map_err(|source| AgentError::SocketNs {
@@ -248,6 +254,13 @@ impl<'a> Building<'a> {
 }
 
 impl Missing {
+    fn take(&mut self, file_id: u32) -> Option<Made> {
+        if self.connections.remove(&file_id) {
+            return Some(Made::Connection(file_id));
+        }
+        self.unconnected.remove(&file_id).map(Made::Unconnected)
+    }
+
     /// Connections inside a unix socket's queue, which holds the same packets as at the dump.
     fn find_in_flight(
         &mut self,
@@ -263,8 +276,8 @@ impl Missing {
                 return Err(AgentError::Protocol("a unix socket's queue is not as in the images"));
             }
             for (file_id, socket) in expected.files.iter().zip(message.files) {
-                if self.connections.remove(file_id) {
-                    wanted.push((*file_id, socket));
+                if let Some(kind) = self.take(*file_id) {
+                    wanted.push((kind, socket));
                 } else if self.in_flight.contains_key(file_id) {
                     self.find_in_flight(*file_id, &socket, pid, wanted)?;
                 }

@@ -10,7 +10,7 @@ use soccr::criu::image::ImageDir;
 use soccr::criu::image::external::ExternalImage;
 use soccr::criu::image::index::{Index, InetConnection};
 use soccr::criu::image::inventory;
-use soccr::criu::image::side::SideImage;
+use soccr::criu::image::side::{SideImage, Sockets};
 use soccr::criu::record::{ConnectionRecord, Phase, RecordError, RecordId, Recorder};
 use soccr::lock::LockName;
 use soccr::lock::conntrack::Translation;
@@ -30,6 +30,8 @@ pub struct Plan {
     pub dump_locks: Vec<LockName>,
     /// The dump's lock, where it was ours.
     our_lock: Option<LockName>,
+    /// What CRIU's images do not tell of sockets.
+    pub sockets: Sockets,
     /// The connections that were translated on their way.
     pub translations: Vec<Translation>,
 }
@@ -48,8 +50,9 @@ impl Plan {
             external.insert(image.tuple, soccr::kernel::options::reuse_addr(&image.options));
         })?;
         let images = ImageDir::duplicate(images.as_fd())?;
-        let translations = side.map(|side| side.translations_of(&index)).unwrap_or_default();
-        Ok(Self { images, index, external, dump_locks, our_lock, translations })
+        let translations = side.as_ref().map(|side| side.translations_of(&index)).unwrap_or_default();
+        let sockets = side.map(|side| side.sockets_of(&index)).unwrap_or_default();
+        Ok(Self { images, index, external, dump_locks, our_lock, sockets, translations })
     }
 
     /// The addresses of the connections that packets can reach, but for the external ones.
@@ -144,6 +147,7 @@ mod tests {
             external: HashMap::new(),
             dump_locks: Vec::new(),
             our_lock: None,
+            sockets: Sockets::default(),
             translations: Vec::new(),
         };
         plan.lock_name().unwrap().to_string()

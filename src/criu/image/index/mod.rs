@@ -41,6 +41,8 @@ pub struct Index {
     pub root: Option<u32>,
     /// The connections by file id.
     pub connections: Connections,
+    /// Other TCP sockets, listeners among them: their file ids and inodes.
+    pub unconnected: Vec<(u32, u32)>,
     /// For each unix socket, by file id, the unread packets that carry descriptors, first come first.
     pub in_flight: HashMap<u32, Vec<Packet>>,
 }
@@ -57,6 +59,7 @@ impl Index {
             tasks: BTreeMap::new(),
             root: None,
             connections: Connections::default(),
+            unconnected: Vec::new(),
             in_flight: HashMap::new(),
         }
     }
@@ -80,6 +83,7 @@ impl Index {
         let Inventory { tcp_close, network_lock, dump_run_id, root_net_ns_id } = Inventory::read(dir)?;
         let mut allowance = Allowance::new();
         let (tasks, root) = tasks::read(dir, &mut allowance)?;
+        let (connections, unconnected) = sockets::read(dir, &mut allowance)?;
         Ok(Self {
             dump_run_id,
             network_lock,
@@ -87,7 +91,8 @@ impl Index {
             root_net_ns_id,
             tasks,
             root,
-            connections: sockets::read(dir, &mut allowance)?,
+            connections,
+            unconnected,
             in_flight: in_flight::read(dir, &mut allowance)?,
         })
     }

@@ -1,18 +1,24 @@
 //! `soccr.img`: what this project knows of a dump and CRIU's messages have no field for (`proto/soccr.proto`).
 
+mod sockets;
+
 use std::collections::HashSet;
 
 use protobuf::MessageField;
 
+use super::allowance::Allowance;
 use super::container::{Magic, Reader, head};
 use super::index::Index;
 use super::{Fault, ImageDir, ImageError};
 use crate::encoding::container::push_message;
+use crate::encoding::decode::decode;
 use crate::encoding::proto::soccr::{Soccr_direction, Soccr_dump_entry, Soccr_item, Soccr_translation};
+use crate::encoding::wire::{self, Value};
 use crate::encoding::{from_endpoint, to_endpoint};
 use crate::four_tuple::FourTuple;
 use crate::lock::LockName;
 use crate::lock::conntrack::{Direction, Translation};
+pub use sockets::{SocketExtra, Sockets};
 
 /// The file's name.
 pub const NAME: &str = "soccr.img";
@@ -23,8 +29,12 @@ const VERSION: u32 = 2;
 pub struct SideImage {
     /// Names the dump, and its record on the host where it was made.
     pub id: String,
+    /// The dump's id in CRIU's inventory, if it has one.
+    pub run_id: Option<String>,
     /// The connections that are translated on their way.
     pub translations: Vec<Translation>,
+    /// What CRIU's images do not tell of sockets.
+    pub sockets: Sockets,
 }
 
 impl SideImage {
@@ -33,12 +43,17 @@ impl SideImage {
     /// # Errors
     /// As [`ImageDir::create`].
     pub fn write(&self, dir: &ImageDir) -> Result<(), ImageError> {
-        let entry =
-            Soccr_dump_entry { version: Some(VERSION), id: Some(self.id.clone()), ..Default::default() };
+        let entry = Soccr_dump_entry {
+            version: Some(VERSION),
+            id: Some(self.id.clone()),
+            run_id: self.run_id.clone(),
+            ..Default::default()
+        };
         let mut image = head(NAME, Magic::SoccrDump, &entry)?;
         for item in self.items() {
             push_message(&mut image, &item).map_err(|reason| ImageError::unwritable(NAME, reason))?;
         }
+        self.sockets.messages().for_each(|message| push_socket(&mut image, message));
         dir.create(NAME, &[&image])
     }
 
@@ -59,6 +74,12 @@ impl SideImage {
         self.translations.iter().filter(of_these).copied().collect()
     }
 
+    /// What it tells of the sockets in `index`: nothing, if other images were in this folder when it was written.
+    #[must_use]
+    pub fn sockets_of(self, index: &Index) -> Sockets {
+        if self.run_id == index.dump_run_id { self.sockets } else { Sockets::default() }
+    }
+
     /// Reads the image; `None` if it is not there, as in images that stock CRIU made.
     ///
     /// # Errors
@@ -70,9 +91,16 @@ impl SideImage {
             let fault = Fault::value("version", format!("{} is not known", entry.version()));
             return Err(reader.bad_message(fault));
         }
-        let mut image = Self { id: entry.id().to_owned(), translations: Vec::new() };
-        while let Some(item) = reader.next_message()? {
-            image.take(&item).map_err(|fault| reader.bad_message(fault))?;
+        let mut image = Self {
+            id: entry.id().to_owned(),
+            run_id: entry.run_id,
+            translations: Vec::new(),
+            sockets: Sockets::default(),
+        };
+        let mut allowance = Allowance::new();
+        while let Some(item) = reader.next_bytes()? {
+            let taken = image.take(item, &mut allowance);
+            taken.map_err(|(at, fault)| reader.bad_byte(at, fault))?;
         }
         Ok(Some(image))
     }
@@ -85,12 +113,38 @@ impl SideImage {
     }
 
     /// What a later version has written is passed over.
-    fn take(&mut self, item: &Soccr_item) -> Result<(), Fault> {
+    fn take(&mut self, item: &[u8], allowance: &mut Allowance) -> Result<(), (usize, Fault)> {
+        if let Some((at, socket)) = socket(item)? {
+            return self.sockets.take(socket, 4 + item.len(), allowance).map_err(|fault| (at, fault));
+        }
+        let item: Soccr_item = decode(item)?;
         if let Some(entry) = item.translation.as_ref() {
-            self.translations.push(from_translation(entry)?);
+            self.translations.push(from_translation(entry).map_err(|fault| (0, fault))?);
         }
         Ok(())
     }
+}
+
+const SOCKET: u32 = 2;
+
+/// The socket in an item, and where it ends: there is one for each connection, so the item is not decoded for it.
+fn socket(item: &[u8]) -> Result<Option<(usize, &[u8])>, (usize, Fault)> {
+    let mut found = None;
+    for field in wire::fields(item) {
+        let field = field.map_err(|e| (e.0, Fault::Wire))?;
+        if let (SOCKET, Value::Bytes(bytes)) = (field.number, field.value) {
+            found = Some((field.span.start, bytes));
+        }
+    }
+    Ok(found)
+}
+
+fn push_socket(image: &mut Vec<u8>, message: &[u8]) {
+    let mut item = Vec::with_capacity(message.len() + 8);
+    wire::put_bytes(&mut item, SOCKET, message);
+    let length = u32::try_from(item.len()).expect("a message that was decoded, or made here");
+    image.extend_from_slice(&length.to_le_bytes());
+    image.extend_from_slice(&item);
 }
 
 fn to_translation(translation: &Translation) -> Soccr_translation {
@@ -129,6 +183,8 @@ fn from_direction(entry: &Soccr_direction) -> Result<Direction, Fault> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::criu::tasks::Owner;
+    use crate::kernel::options::SocketOption;
 
     fn direction(source: &str, destination: &str) -> Direction {
         Direction { source: source.parse().unwrap(), destination: destination.parse().unwrap() }
@@ -147,9 +203,33 @@ mod tests {
             original: direction("[fd00::1]:1", "[fd00::2]:2"),
             reply: direction("[fd01::2]:3", "[fd00::1]:1"),
         };
-        let image = SideImage { id: "soccr-0123456789ab".into(), translations: vec![v4, v6] };
+        let mut sockets = Sockets::default();
+        let option = SocketOption { level: libc::SOL_TCP, name: libc::TCP_LINGER2, value: vec![7, 0, 0, 0] };
+        let extra = SocketExtra { owner: Owner { uid: 1000, gid: 0 }, options: vec![option] };
+        sockets.add(8, &SocketExtra::default());
+        sockets.add(7, &extra);
+        let image =
+            SideImage { id: "soccr-0123456789ab".into(), run_id: None, translations: vec![v4, v6], sockets };
         image.write(&dir).unwrap();
-        assert_eq!(SideImage::read(&dir).unwrap(), Some(image));
+        let read = SideImage::read(&dir).unwrap().unwrap();
+        assert_eq!(read.translations, image.translations);
+        assert_eq!(read.sockets.get(7).unwrap(), Some(extra));
+        assert_eq!(read.sockets.get(8).unwrap(), Some(SocketExtra::default()));
+        assert_eq!(read.sockets.get(9).unwrap(), None);
+    }
+
+    /// An option that no socket is given, an inode that stands twice, none at all.
+    #[test]
+    fn a_socket_is_one_and_has_options_of_sockets() {
+        let mut sockets = Sockets::default();
+        let option = SocketOption { level: libc::SOL_TCP, name: libc::TCP_REPAIR, value: vec![1, 0, 0, 0] };
+        sockets.add(7, &SocketExtra { options: vec![option], ..SocketExtra::default() });
+        assert!(sockets.get(7).is_err());
+        let mut allowance = Allowance::new();
+        let mut take = |message: &[u8]| sockets.take(message, 100, &mut allowance);
+        assert!(take(&[0x08, 0x08]).is_ok());
+        assert!(take(&[0x08, 0x08]).is_err());
+        assert!(take(&[0x10, 0x08]).is_err());
     }
 
     #[test]

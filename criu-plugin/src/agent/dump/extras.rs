@@ -1,0 +1,106 @@
+//! What CRIU's images do not tell of sockets: read while criu is busy with other things, since that takes some ten
+//! microseconds a socket, in which the tasks would stand still.
+
+use std::collections::HashMap;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use soccr::chain;
+use soccr::connection::FourTuple;
+use soccr::criu::image::side::{SocketExtra, Sockets};
+use soccr::criu::tasks::{Owner, OwnerMap, Unconnected};
+use soccr::kernel::netns::{NetNs, NetNsError};
+use soccr::kernel::options::{Beside, Reader};
+
+/// So many are read before somebody who asks meanwhile gets an answer.
+const AT_ONCE: usize = 16;
+
+/// The extras that are read, and the sockets whose are not.
+#[derive(Debug, Default)]
+pub struct Extras {
+    read: Sockets,
+    unread: Vec<Unread>,
+    readers: HashMap<NetNs, Reader>,
+    owners: Option<OwnerMap>,
+}
+
+#[derive(Debug)]
+struct Unread {
+    inode: u32,
+    owner: Owner,
+    ns: NetNs,
+    socket: Socket,
+}
+
+#[derive(Debug)]
+enum Socket {
+    /// At this place among those that the dump holds.
+    Connection(usize),
+    Unconnected(OwnedFd),
+}
+
+/// The connections that the dump holds.
+type Connections = [(OwnedFd, FourTuple)];
+
+impl Extras {
+    /// Numbers of owners are written as this task sees them.
+    pub fn set_owners(&mut self, owners: OwnerMap) {
+        self.owners.get_or_insert(owners);
+    }
+
+    /// One more connection, at this place among those that the dump holds.
+    pub fn add_connection(&mut self, inode: u32, owner: Owner, ns: NetNs, place: usize) {
+        self.unread.push(Unread { inode, owner, ns, socket: Socket::Connection(place) });
+    }
+
+    /// Sockets without a peer.
+    pub fn add_unconnected(&mut self, sockets: Vec<Unconnected>) {
+        let unread = |Unconnected { socket, inode, owner, ns, .. }| Unread {
+            inode,
+            owner,
+            ns,
+            socket: Socket::Unconnected(socket),
+        };
+        self.unread.extend(sockets.into_iter().map(unread));
+    }
+
+    /// Whether there is something left to read.
+    pub fn is_behind(&self) -> bool {
+        !self.unread.is_empty()
+    }
+
+    /// Reads some of them.
+    pub fn read_some(&mut self, held: &Connections) {
+        let rest = self.unread.len().saturating_sub(AT_ONCE);
+        for unread in self.unread.split_off(rest) {
+            let inode = unread.inode;
+            match self.extra(unread, held) {
+                Ok(extra) if extra.is_plain() => {}
+                Ok(extra) => self.read.add(inode, &extra),
+                Err(error) => log::warn!("socket {inode}: its options are not saved: {}", chain(&error)),
+            }
+        }
+    }
+
+    /// Reads all that is left.
+    pub fn finish(mut self, held: &Connections) -> Sockets {
+        while self.is_behind() {
+            self.read_some(held);
+        }
+        self.read
+    }
+
+    fn extra(&mut self, unread: Unread, held: &Connections) -> Result<SocketExtra, NetNsError> {
+        let Unread { owner, ns, socket, .. } = unread;
+        let (socket, connected): (BorrowedFd<'_>, bool) = match &socket {
+            Socket::Connection(place) => (held[*place].0.as_fd(), true),
+            Socket::Unconnected(socket) => (socket.as_fd(), false),
+        };
+        if !self.readers.contains_key(&ns) {
+            self.readers.insert(ns.clone(), Reader::new(&ns, Beside::Criu)?);
+        }
+        let reader = self.readers.get_mut(&ns).expect("inserted");
+        let options = reader.read(socket, connected).unwrap_or_default();
+        let owner = self.owners.as_ref().and_then(|owners| owners.inside(owner)).unwrap_or_default();
+        Ok(SocketExtra { owner, options })
+    }
+}
