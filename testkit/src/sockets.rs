@@ -4,7 +4,7 @@ use std::fs;
 use std::io;
 use std::mem::MaybeUninit;
 use std::net::SocketAddr;
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 use anyhow::{Context, Result};
 use nix::errno::Errno;
@@ -167,6 +167,12 @@ impl TaskSocket {
     /// `struct tcp_info`'s first 20 bytes: `tcpi_state` is the first, `tcpi_snd_mss` the last four.
     fn info(&self) -> Result<[u8; 20]> {
         get(&self.socket, libc::IPPROTO_TCP, libc::TCP_INFO).context("TCP_INFO")
+    }
+}
+
+impl AsFd for TaskSocket {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
     }
 }
 

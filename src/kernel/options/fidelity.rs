@@ -28,7 +28,7 @@ pub fn fidelity() -> String {
 const HEAD: &str = "\
 # What comes back
 
-Printed from the table in `src/kernel/options/table.rs` by `SOCCR_PRINT=1 cargo test --test fidelity`; do not edit.
+Printed from the table in `src/kernel/options/table.rs` by `SOCCR_PRINT=1 cargo test --test options fidelity`; do not edit.
 
 All socket options of Linux 6.18 at the levels that a TCP socket has. What a program has never set is the default of the
 kernel that it runs on, before and after: options that have the value of a fresh socket in the same network namespace are not carried.

@@ -10,6 +10,7 @@ mod crossing;
 mod elsewhere;
 mod images;
 mod migrate;
+mod options;
 mod outcomes;
 mod pluginhost;
 mod promises;

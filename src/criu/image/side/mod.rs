@@ -13,7 +13,7 @@ use super::{Fault, ImageDir, ImageError};
 use crate::encoding::container::push_message;
 use crate::encoding::decode::decode;
 use crate::encoding::proto::soccr::{Soccr_direction, Soccr_dump_entry, Soccr_item, Soccr_translation};
-use crate::encoding::wire::{self, Value};
+use crate::encoding::wire::{self, NotAField, Value};
 use crate::encoding::{from_endpoint, to_endpoint};
 use crate::four_tuple::FourTuple;
 use crate::lock::LockName;
@@ -114,8 +114,8 @@ impl SideImage {
 
     /// What a later version has written is passed over.
     fn take(&mut self, item: &[u8], allowance: &mut Allowance) -> Result<(), (usize, Fault)> {
-        if let Some((at, socket)) = socket(item)? {
-            return self.sockets.take(socket, 4 + item.len(), allowance).map_err(|fault| (at, fault));
+        if let Some(socket) = socket(item).map_err(|e| (e.0, Fault::Wire))? {
+            return self.sockets.take(socket, 4 + item.len(), allowance).map_err(|fault| (0, fault));
         }
         let item: Soccr_item = decode(item)?;
         if let Some(entry) = item.translation.as_ref() {
@@ -127,13 +127,13 @@ impl SideImage {
 
 const SOCKET: u32 = 2;
 
-/// The socket in an item, and where it ends: there is one for each connection, so the item is not decoded for it.
-fn socket(item: &[u8]) -> Result<Option<(usize, &[u8])>, (usize, Fault)> {
+/// The socket in an item: there is one for each connection, so the item is not decoded for it.
+fn socket(item: &[u8]) -> Result<Option<&[u8]>, NotAField> {
     let mut found = None;
     for field in wire::fields(item) {
-        let field = field.map_err(|e| (e.0, Fault::Wire))?;
+        let field = field?;
         if let (SOCKET, Value::Bytes(bytes)) = (field.number, field.value) {
-            found = Some((field.span.start, bytes));
+            found = Some(bytes);
         }
     }
     Ok(found)

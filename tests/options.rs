@@ -1,0 +1,221 @@
+//! The table of socket options against the kernel: its headers, and its sockets.
+
+#[path = "support/options.rs"]
+mod every;
+mod support;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::TcpListener;
+use std::os::fd::{AsFd, BorrowedFd};
+
+use soccr::kernel::netns::NetNs;
+use soccr::kernel::options::{self, Beside, Known, Level, Reader, TABLE, When};
+use soccr::kernel::sockopt;
+use support::{connected, in_own_network};
+
+/// Numbers in the headers that are no option of a socket.
+fn is_option(name: &str) -> bool {
+    const OTHERS: [&str; 25] = [
+        "TCP_MSS_",
+        "TCP_REPAIR_ON",
+        "TCP_REPAIR_OFF",
+        "TCP_MD5SIG_MAX",
+        "TCP_MD5SIG_FLAG_",
+        "TCP_AO_MAX",
+        "TCP_AO_KEYF_",
+        "TCP_RECEIVE_ZEROCOPY_",
+        "TCP_CM_INQ",
+        "IP_PMTUDISC_",
+        "IP_DEFAULT_",
+        "IPV6_FL_",
+        "IPV6_FLOWINFO_",
+        "IPV6_PRIORITY_",
+        "IPV6_TLV_",
+        "IPV6_PMTUDISC_",
+        "IPV6_PREFER_SRC_",
+        "IPV6_MIN_MTU",
+        "IPV6_SRCRT_",
+        "IPV6_OPT_ROUTERALERT_",
+        "SO_ORIGINAL_DST",
+        "IP_MSFILTER_SIZE",
+        "SO_EE_",
+        "TCP_BPF_",
+        "IPV6_USE_MIN_MTU",
+    ];
+    name == "IPV6_FLOWINFO_SEND" || !OTHERS.iter().any(|other| name.starts_with(other))
+}
+
+/// Names of `text` lines such as `#define NAME 7`, or of a list `NAME 7`.
+fn numbers(text: &str) -> BTreeMap<String, i32> {
+    let define = |line: &str| {
+        let mut words = line.trim_start_matches("#define").split_ascii_whitespace();
+        Some((words.next()?.to_owned(), words.next()?.parse().ok()?))
+    };
+    text.lines().filter_map(define).filter(|(name, _)| level_of(name).is_some() && is_option(name)).collect()
+}
+
+fn level_of(name: &str) -> Option<Level> {
+    let (prefix, _) = name.split_once('_')?;
+    Some(match prefix {
+        "SO" => Level::Socket,
+        "TCP" => Level::Tcp,
+        "IP" => Level::Ip,
+        "IPV6" => Level::Ipv6,
+        _ => return None,
+    })
+}
+
+fn compare(numbers: &BTreeMap<String, i32>, whose: &str) {
+    let known = |name: &str, number: i32| {
+        TABLE.iter().any(|known| Some(known.level) == level_of(name) && known.name == number)
+    };
+    let unknown: Vec<_> = numbers.iter().filter(|(name, number)| !known(name, **number)).collect();
+    assert!(unknown.is_empty(), "{whose} knows options that the table does not: {unknown:?}");
+}
+
+/// All that Linux 6.18 has (tests/data/options-6.18.txt), by the same numbers.
+#[test]
+fn the_table_has_all_of_linux_6_18() {
+    let numbers = numbers(include_str!("data/options-6.18.txt"));
+    compare(&numbers, "Linux 6.18");
+    for Known { text, name, .. } in TABLE {
+        assert_eq!(numbers.get(*text), Some(name), "{text}");
+    }
+    let once: BTreeSet<_> = TABLE.iter().map(|known| (known.level.number(), known.name)).collect();
+    assert_eq!(once.len(), TABLE.len(), "an option stands twice");
+}
+
+/// Whatever version this machine's headers are of: a later one brings options that somebody must look at.
+#[test]
+fn the_table_has_all_of_this_machines_headers() {
+    for file in ["asm-generic/socket.h", "linux/tcp.h", "linux/in.h", "linux/in6.h"] {
+        match std::fs::read_to_string(format!("/usr/include/{file}")) {
+            Ok(text) => compare(&numbers(&text), file),
+            Err(error) => soccr_testkit::skip::skip(&format!("no {file}: {error}")).expect("headers"),
+        }
+    }
+}
+
+/// What this kernel has beyond the table would be lost without a word: it is asked for numbers that nobody knows.
+#[test]
+fn this_kernel_has_no_option_that_the_table_has_not() {
+    let socket = sockopt::tcp_socket(true).expect("a socket");
+    let mut value = [0; 256];
+    for level in [Level::Socket, Level::Tcp, Level::Ip, Level::Ipv6] {
+        for name in 0..256 {
+            let netfilters =
+                level == Level::Ipv6 && (64..=80).contains(&name) || level == Level::Ip && name >= 64;
+            let answer = sockopt::get_into(socket.as_fd(), level.number(), name, &mut value);
+            let known = netfilters || options::find(level.number(), name).is_some();
+            assert!(known || answer.is_err(), "{level:?} {name} is unknown to the table");
+        }
+    }
+}
+
+fn carry(from: BorrowedFd<'_>, to: BorrowedFd<'_>, connected: bool) -> Vec<String> {
+    let ns = NetNs::current().expect("namespace");
+    let saved = Reader::new(&ns, Beside::Nobody).expect("defaults").read(from, connected).expect("options");
+    let mut lost = Vec::new();
+    for when in [When::Early, When::Late] {
+        options::write(to, &saved, when, |error| lost.push(error.to_string())).expect("set");
+    }
+    lost
+}
+
+/// Every option of a socket never connected and of a listener goes over to a fresh socket; FACTS of one kernel, so what it
+/// cannot change is named.
+#[test]
+fn every_option_goes_over() {
+    in_own_network(|| {
+        for (ipv6, address) in [(false, "127.0.0.1:0"), (true, "[::1]:0")] {
+            let fresh = sockopt::tcp_socket(ipv6).expect("a socket");
+            goes_over(fresh.as_fd(), ipv6, &[]);
+            let listener = TcpListener::bind(address).expect("bind");
+            goes_over(listener.as_fd(), ipv6, &["IPV6_V6ONLY", "TCP_FASTOPEN_CONNECT"]);
+        }
+    });
+}
+
+/// What takes more than a network of one's own: privileges on the host; a cgroup that accounts for memory; segment routing.
+const NEEDS_MORE: [&str; 4] = ["SO_DEBUG", "SO_PREFER_BUSY_POLL", "SO_RESERVE_MEM", "IPV6_RTHDR"];
+
+fn goes_over(from: BorrowedFd<'_>, ipv6: bool, but: &[&str]) {
+    let unchanged = every::change(from, "lo");
+    let has = |name: &&str| ipv6 || level_of(name) != Some(Level::Ipv6);
+    let missing: Vec<_> = unchanged
+        .into_iter()
+        .filter(|name| has(name) && !but.contains(name) && !NEEDS_MORE.contains(name))
+        .filter(|name| since(name) <= running())
+        .collect();
+    assert!(missing.is_empty(), "not changed: {missing:?}");
+    let to = sockopt::tcp_socket(ipv6).expect("a socket");
+    let lost = carry(from, to.as_fd(), false);
+    assert!(lost.is_empty(), "{lost:?}");
+    let (before, after) = (every::all(from), every::all(to.as_fd()));
+    for (name, value) in before {
+        assert_eq!(after.get(name), Some(&value), "{name}");
+    }
+}
+
+fn version(text: &str) -> (u32, u32) {
+    let mut parts = text.split(['.', '-']).map(|part| part.parse().unwrap_or(0));
+    (parts.next().unwrap_or(0), parts.next().unwrap_or(0))
+}
+
+fn since(name: &str) -> (u32, u32) {
+    version(TABLE.iter().find(|known| known.text == name).expect("in the table").since)
+}
+
+fn running() -> (u32, u32) {
+    version(&std::fs::read_to_string("/proc/sys/kernel/osrelease").expect("the kernel's version"))
+}
+
+/// A program that has set nothing costs nothing but what the kernel changes by itself.
+#[test]
+fn a_plain_connection_has_hardly_any() {
+    in_own_network(|| {
+        for address in ["127.0.0.1:0", "[::1]:0", "[::ffff:127.0.0.1]:0"] {
+            let (ours, theirs) = connected(address);
+            let mut reader =
+                Reader::new(&NetNs::current().expect("namespace"), Beside::Criu).expect("defaults");
+            for socket in [ours.as_fd(), theirs.as_fd()] {
+                let options = reader.read(socket, true).expect("options");
+                let names: Vec<_> = options
+                    .iter()
+                    .filter_map(|option| options::find(option.level, option.name))
+                    .map(|known| known.text)
+                    .filter(|name| !["TCP_WINDOW_CLAMP", "TCP_QUICKACK"].contains(name))
+                    .collect();
+                assert!(names.is_empty(), "{address}: {names:?}");
+            }
+        }
+    });
+}
+
+/// What an image says is not believed.
+#[test]
+fn options_of_images_are_checked() {
+    let socket = sockopt::tcp_socket(false).expect("a socket");
+    let option = |level, name| options::SocketOption { level, name, value: vec![1, 0, 0, 0] };
+    for bad in [
+        option(libc::SOL_TCP, libc::TCP_REPAIR),
+        option(libc::SOL_SOCKET, libc::SO_ATTACH_BPF),
+        option(libc::SOL_IP, libc::IP_HDRINCL),
+        option(999, 1),
+    ] {
+        let written = options::write(socket.as_fd(), &[bad], When::Early, |_| {});
+        assert!(written.is_err());
+    }
+}
+
+/// docs/FIDELITY.md is the table.
+#[test]
+fn fidelity_is_documented() {
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/docs/FIDELITY.md");
+    let text = options::fidelity();
+    if std::env::var_os("SOCCR_PRINT").is_some() {
+        std::fs::write(path, &text).expect("written");
+    }
+    let there = std::fs::read_to_string(path).unwrap_or_default();
+    assert!(there == text, "docs/FIDELITY.md is old: SOCCR_PRINT=1 cargo test --test options fidelity");
+}
