@@ -28,14 +28,15 @@ pub fn get(socket: BorrowedFd<'_>, known: &Known) -> Option<Vec<u8>> {
     Some(value)
 }
 
-/// Gives every option that comes back another value than it has. Gives those that could not be changed.
-pub fn change(socket: BorrowedFd<'_>, device: &str) -> Vec<&'static str> {
+/// Gives every option that comes back, but these, another value than it has. Returns those that could not be changed.
+pub fn change(socket: BorrowedFd<'_>, device: &str, but: &[&str]) -> Vec<&'static str> {
     let changed = |known: &Known| {
         let Some(before) = get(socket, known) else { return false };
         let tried = others(known, device).into_iter().filter(|value| set(socket, known, value));
         tried.into_iter().any(|_| get(socket, known).is_some_and(|now| now != before))
     };
-    returning().filter(|known| !changed(known)).map(|known| known.text).collect()
+    let wanted = returning().filter(|known| !but.contains(&known.text));
+    wanted.filter(|known| !changed(known)).map(|known| known.text).collect()
 }
 
 fn set(socket: BorrowedFd<'_>, known: &Known, value: &[u8]) -> bool {

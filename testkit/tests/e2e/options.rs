@@ -70,32 +70,36 @@ fn served(stage: &Stage, listen: &str, reach: &str) -> Result<(Server, Client)> 
 }
 
 /// Changes all of both sockets, and gives them to somebody.
-fn change(server: &Server) -> Result<[Shown; 2]> {
-    let (listener, connection) = sockets(server)?;
-    // Routing headers need a kernel with segment routing, reserved memory a cgroup that accounts for it.
-    let but = ["IPV6_V6ONLY", "TCP_FASTOPEN_CONNECT", "SO_RESERVE_MEM", "IPV6_RTHDR"];
+fn change(server: &Server) -> Result<()> {
+    // Bound sockets keep the first two. Reserved memory needs a cgroup that accounts for it, a routing header a kernel with
+    // segment routing; and without such a header no packet goes out whose options shall stand before it.
+    let fixed = ["IPV6_V6ONLY", "TCP_FASTOPEN_CONNECT", "SO_RESERVE_MEM", "IPV6_RTHDR"];
     let ipv4 = server.address.is_ipv4();
-    for socket in [&listener, &connection] {
+    let (listener, connection) = sockets(server)?;
+    for (socket, but) in [(&listener, &[][..]), (&connection, &["IPV6_RTHDRDSTOPTS"][..])] {
         let is_connection = socket.state()? != state::LISTEN;
-        let mut unchanged = every::change(socket.as_fd(), "eth0");
-        unchanged.retain(|name| {
-            let alien =
-                ipv4 && name.starts_with("IPV6_") || is_connection && of_no_effect_on_a_connection(name);
-            !(alien || but.contains(name))
-        });
+        let mut unchanged = every::change(socket.as_fd(), "eth0", &[&fixed, but].concat());
+        unchanged.retain(|name| !(is_connection && of_no_effect_on_a_connection(name)));
+        unchanged.retain(|name| !(ipv4 && name.starts_with("IPV6_")));
         ensure!(unchanged.is_empty(), "not changed: {unchanged:?}");
         fchown(socket, Some(1234.into()), Some(567.into()))?;
     }
+    Ok(())
+}
+
+fn shown(server: &Server) -> Result<[Shown; 2]> {
+    let (listener, connection) = sockets(server)?;
     Ok([Shown::of(&listener)?, Shown::of(&connection)?])
 }
 
 fn come_back(listen: &str, reach: &str, place: Place) -> Result<()> {
     let Some(mut stage) = stage(place, &[PLUGIN])? else { return Ok(()) };
     let (server, mut client) = served(&stage, listen, reach)?;
-    let before = change(&server)?;
+    change(&server)?;
+    client.ping(1000).context("with other options than the defaults")?;
+    let before = shown(&server)?;
     let server = stage.freeze_and_thaw(server, PLUGIN, PLUGIN)?;
-    let (listener, connection) = sockets(&server)?;
-    let after = [Shown::of(&listener)?, Shown::of(&connection)?];
+    let after = shown(&server)?;
     let names = ["listener", "connection"];
     for ((before, after), name) in before.iter().zip(&after).zip(names) {
         let lost = before.differences(after);
