@@ -29,6 +29,8 @@ use server::Server;
 pub enum Job {
     /// A dump into this folder.
     Dump(ImageDir),
+    /// A dump into this folder, of which CRIU does the larger part.
+    Beside(ImageDir),
     /// The end of a dump whose agent died when all was saved.
     TakeOver(ImageDir),
     /// A restore from this folder.
@@ -54,7 +56,9 @@ pub struct Assignment {
 pub fn run(assignment: Assignment, control: OwnedFd) {
     let Assignment { job, criu, log_level, tasks_stay_alive } = assignment;
     let folder = match &job {
-        Job::Dump(images) | Job::TakeOver(images) | Job::Restore(images) => Some(images.as_fd().as_raw_fd()),
+        Job::Dump(images) | Job::Beside(images) | Job::TakeOver(images) | Job::Restore(images) => {
+            Some(images.as_fd().as_raw_fd())
+        }
         Job::Clean => None,
     };
     process::detach(folder.into_iter().chain([control.as_raw_fd()]));
@@ -68,6 +72,7 @@ pub fn run(assignment: Assignment, control: OwnedFd) {
     let server = Server::new(control);
     match job {
         Job::Dump(images) => dump::serve(images, criu, tasks_stay_alive, &server),
+        Job::Beside(images) => dump::beside::serve(&images, criu, &server),
         Job::TakeOver(images) => dump::take_over(images, criu, tasks_stay_alive, &server),
         Job::Restore(images) => restore::serve(images, criu, &server),
         Job::Clean => clean::serve(criu, &server),

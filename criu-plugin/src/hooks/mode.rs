@@ -4,19 +4,28 @@ use std::path::PathBuf;
 
 use super::host::{self, Stage};
 
-/// Why CRIU is left alone with TCP; `None` when the plugin does the work.
-///
-/// `SOCCR_TCP=close` says that connections are to be closed, as `--tcp-close` means without a plugin. A dump with
-/// `--tcp-established` and without `--tcp-close` is CRIU's own: it would do all of it again.
-#[must_use]
-pub fn stand_aside(stage: Stage) -> Option<String> {
-    match std::env::var("SOCCR_TCP").as_deref() {
-        Ok("close") => return Some("SOCCR_TCP=close".into()),
-        Ok("" | "carry") | Err(_) => {}
-        Ok(other) => log_unknown(other),
+/// How much of TCP is the plugin's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    /// Nothing: `SOCCR_TCP=close` says that connections are to be closed, as `--tcp-close` means without a plugin.
+    Aside,
+    /// What CRIU's images have no field for: a dump with `--tcp-established` and without `--tcp-close` is CRIU's own.
+    Beside,
+    /// All.
+    Carry,
+}
+
+impl Mode {
+    /// What the environment and CRIU's arguments say.
+    #[must_use]
+    pub fn of(stage: Stage) -> Self {
+        match std::env::var("SOCCR_TCP").as_deref() {
+            Ok("close") => return Self::Aside,
+            Ok("" | "carry") | Err(_) => {}
+            Ok(other) => log_unknown(other),
+        }
+        if stage == Stage::Dump && established_only() { Self::Beside } else { Self::Carry }
     }
-    (stage == Stage::Dump && established_only())
-        .then(|| "CRIU carries the connections itself (--tcp-established without --tcp-close)".into())
 }
 
 fn log_unknown(value: &str) {

@@ -8,13 +8,15 @@ use nix::unistd::{Pid, getpid};
 
 use super::client::{AskError, Client};
 use super::host::{ENOTSUP, Stage};
-use super::{host, mode, solo, start};
+use super::mode::Mode;
+use super::{host, solo, start};
 use crate::agent::Job;
 use crate::fault;
 use crate::protocol::Request;
 
 struct Session {
     stage: Stage,
+    mode: Mode,
     criu: Pid,
     client: Client,
 }
@@ -26,8 +28,30 @@ static SESSION: Mutex<Option<Session>> = Mutex::new(None);
 fn with(work: impl FnOnce(&Session) -> Result<(), AskError>) -> Result<(), HookError> {
     let session = SESSION.lock().map_err(|_| HookError::Poisoned)?;
     match session.as_ref().filter(|session| session.criu == getpid()) {
-        Some(session) => Ok(work(session)?),
+        Some(session) => Ok(session.forgiving(work(session))?),
         None => Ok(()),
+    }
+}
+
+impl Session {
+    /// Beside CRIU's own TCP nothing fails for our sake, and an agent that died has left nothing to undo.
+    fn forgiving(&self, result: Result<(), AskError>) -> Result<(), AskError> {
+        match result {
+            Err(error) if self.mode == Mode::Beside => {
+                host::print(log::Level::Warn, &format!("what CRIU does not carry is lost: {error}"));
+                Ok(())
+            }
+            other => other,
+        }
+    }
+
+    /// As [`Client::ask`]; a fresh agent undoes what a dead one has left, while the tasks are still frozen.
+    fn ask_or_undo(&self, request: Request, file: Option<BorrowedFd<'_>>) -> Result<(), AskError> {
+        let result = self.client.ask(request, file);
+        if matches!(result, Err(AskError::Gone { .. })) && self.mode != Mode::Beside {
+            clean_up();
+        }
+        result
     }
 }
 
@@ -53,19 +77,30 @@ fn answered(result: Result<(), HookError>) -> i32 {
 
 /// init(): starts the agent, unless the user wants CRIU alone to deal with TCP. `at_exit` is for the end of criu's process.
 pub fn begin(stage: Stage, at_exit: extern "C" fn()) -> i32 {
-    if let Some(reason) = mode::stand_aside(stage) {
-        host::print(log::Level::Info, &format!("stands aside: {reason}"));
+    let mode = Mode::of(stage);
+    if mode == Mode::Aside {
+        host::print(log::Level::Info, "stands aside: SOCCR_TCP=close");
         return 0;
     }
-    let result = started(stage, at_exit);
-    if let Err(error) = &result {
-        host::print(log::Level::Error, error);
+    match started(stage, mode, at_exit) {
+        Ok(()) => 0,
+        Err(error) if mode == Mode::Beside => {
+            host::print(log::Level::Warn, &error);
+            0
+        }
+        Err(error) => {
+            host::print(log::Level::Error, &error);
+            -1
+        }
     }
-    if result.is_ok() { 0 } else { -1 }
 }
 
-fn started(stage: Stage, at_exit: extern "C" fn()) -> Result<(), String> {
-    let job = if stage == Stage::Dump { Job::Dump } else { Job::Restore };
+fn started(stage: Stage, mode: Mode, at_exit: extern "C" fn()) -> Result<(), String> {
+    let job = match (stage, mode) {
+        (Stage::Dump, Mode::Beside) => Job::Beside,
+        (Stage::Dump, _) => Job::Dump,
+        (Stage::Restore, _) => Job::Restore,
+    };
     let client = start::with_images(job).map_err(|error| error.to_string())?;
     if stage == Stage::Dump {
         host::pin(at_exit)?;
@@ -73,21 +108,13 @@ fn started(stage: Stage, at_exit: extern "C" fn()) -> Result<(), String> {
         client.ask(Request::Prepare, None).map_err(|error| error.to_string())?;
     }
     let mut session = SESSION.lock().map_err(|_| HookError::Poisoned.to_string())?;
-    *session = Some(Session { stage, criu: getpid(), client });
+    *session = Some(Session { stage, mode, criu: getpid(), client });
     Ok(())
 }
 
 /// CHECKPOINT_DEVICES.
 pub fn checkpoint(pid: i32) -> i32 {
-    answered(with(|session| cleaned(session.client.ask(Request::Checkpoint(pid), None))))
-}
-
-/// Has a fresh agent undo what a dead one has left, while the tasks are still frozen.
-fn cleaned(result: Result<(), AskError>) -> Result<(), AskError> {
-    if let Err(AskError::Gone { .. }) = result {
-        clean_up();
-    }
-    result
+    answered(with(|session| session.ask_or_undo(Request::Checkpoint(pid), None)))
 }
 
 fn clean_up() {
@@ -143,9 +170,12 @@ fn completed() -> bool {
 pub fn dump_file(fd: i32, id: i32) -> i32 {
     let Some(file) = solo::tcp_socket(fd) else { return ENOTSUP };
     let mut mine = false;
-    let result = with(|session| {
-        mine = true;
-        cleaned(session.client.ask(Request::DumpFile(id), Some(file)))
+    let result = with(|session| match session.mode {
+        Mode::Beside | Mode::Aside => Ok(()),
+        Mode::Carry => {
+            mine = true;
+            session.ask_or_undo(Request::DumpFile(id), Some(file))
+        }
     });
     if result.is_ok() && mine { 0 } else { answered(result) }
 }
@@ -173,7 +203,8 @@ pub fn end(ret: i32) {
         Stage::Dump => Request::DumpEnd(ret),
         Stage::Restore => Request::RestoreEnd(ret),
     };
-    match (session.client.ask(request, None), session.stage) {
+    let result = session.client.ask(request, None);
+    match (session.forgiving(result), session.stage) {
         (Ok(()), _) => {}
         // The tasks are still frozen, but nobody watches what becomes of them.
         (Err(AskError::Gone { .. }), Stage::Dump) if ret == 0 => {
@@ -199,5 +230,5 @@ pub fn end(ret: i32) {
 /// The end of a criu process that dumped: it waits until the connections are closed silently or unlocked, so
 /// that whoever waits for criu finds them so.
 pub fn settle() {
-    let _ = with(|session| cleaned(session.client.ask(Request::Settle, None)));
+    let _ = with(|session| session.ask_or_undo(Request::Settle, None));
 }

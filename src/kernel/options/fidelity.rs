@@ -30,28 +30,40 @@ const HEAD: &str = "\
 
 Printed from the table in `src/kernel/options/table.rs` by `SOCCR_PRINT=1 cargo test --test options fidelity`; do not edit.
 
-All socket options of Linux 6.18 at the levels that a TCP socket has. What a program has never set is the default of the
-kernel that it runs on, before and after: options that have the value of a fresh socket in the same network namespace are not carried.
+All socket options of Linux 6.18 at the levels that a TCP socket has, on connections and on listeners. What a program has never
+set is the default of the kernel that it runs on, before and after: options with the value of a fresh socket in the same
+network namespace are not carried. What CRIU's images have no field for is in `soccr.img`, by the socket's inode, with the socket's
+owner (`options::owners_share_their_port_again`). With `--tcp-established` alone CRIU carries the connections, and the plugin adds the same
+(`options::come_back_beside_tcp_established`); `options::stock_loses_some` shows what is missing without it.
+
+An option that decides by which addresses and routes a connection goes must be set again, or the restore fails. Any other that the
+target does not take is named in the log, and the connection goes on with the default: a congestion control algorithm that is not there, say.
 ";
 const COLUMNS: &str = "\
 | option | Linux | stock CRIU 4.2 | with the plugin | set | test |
 |---|---|---|---|---|---|
 ";
-const SAME: &str = "`options::come_back`";
+/// Where this machine's kernel cannot show it.
+const UNTRIED: [&str; 2] = ["SO_RESERVE_MEM", "IPV6_RTHDR"];
 
 /// The row of an option that a socket keeps.
 fn line(known: &Known) -> Option<String> {
     let Known { text, since, stock, .. } = known;
+    let tried = match known.level {
+        _ if UNTRIED.contains(text) => "",
+        _ if *text == "TCP_FASTOPEN_CONNECT" => "`every_option_goes_over`",
+        Level::Ipv6 => "`options::come_back_ipv6`",
+        _ => "`options::come_back_ipv4`",
+    };
     let (ours, test) = match known.care {
-        Care::Carried(_, On::Any) => ("carried".into(), SAME),
         Care::Carried(_, On::Unconnected) => {
-            ("carried on listeners; of no effect on a connection".into(), SAME)
+            ("carried on listeners; of no effect on a connection".into(), tried)
         }
-        Care::Carried(_, On::AnyButIpv4) => ("carried".into(), SAME),
-        Care::ByCriu(_) => ("carried by CRIU".into(), SAME),
+        Care::Carried(..) => ("carried".into(), tried),
+        Care::ByCriu(_) => ("carried by CRIU".into(), tried),
         Care::Buffer => ("carried by CRIU".into(), "`options::buffers_come_back`"),
         Care::OfConnection(what) => (what.into(), "`engine`"),
-        Care::Refused(why) => (format!("refused by name: {why}"), "`options::refused_by_name`"),
+        Care::Refused(why) => (format!("refused by name: {why}"), refusal(text)),
         Care::Lost(why) => (format!("lost: {why}"), ""),
         Care::NoState(_) | Care::NotTcp(_) => return None,
     };
@@ -61,6 +73,14 @@ fn line(known: &Known) -> Option<String> {
         None => "",
     };
     Some(format!("| `{text}` | {since} | {stock} | {ours} | {when} | {test} |\n"))
+}
+
+fn refusal(option: &str) -> &'static str {
+    match option {
+        "SO_ATTACH_BPF" => "`options::refused_by_name`",
+        "TCP_MD5SIG" | "TCP_MD5SIG_EXT" => "`promises::connections_and_listeners_with_md5_keys_are_refused`",
+        _ => "",
+    }
 }
 
 /// One that it does not keep.

@@ -4,17 +4,20 @@
 mod every;
 
 use std::collections::BTreeMap;
+use std::fs;
 use std::net::SocketAddr;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 
 use anyhow::{Context, Result, ensure};
+use nix::errno::Errno;
 use nix::sys::stat::fstat;
 use nix::unistd::fchown;
 use soccr::kernel::options::{Care, Known, On, TABLE};
+use soccr::kernel::sockopt;
 use soccr_testkit::sockets::{TaskSocket, state, tcp_sockets};
 use soccr_testkit::{Client, Place, Server, Stage};
 
-use crate::world::{PLUGIN, SERVER_V4, stage};
+use crate::world::{PLUGIN, SERVER_V4, STOCK, stage};
 
 /// What a socket was, and is to be again.
 #[derive(Debug, PartialEq)]
@@ -92,33 +95,186 @@ fn shown(server: &Server) -> Result<[Shown; 2]> {
     Ok([Shown::of(&listener)?, Shown::of(&connection)?])
 }
 
-fn come_back(listen: &str, reach: &str, place: Place) -> Result<()> {
+/// The server through a dump and a restore, with all options changed; and how it comes through them.
+fn come_back(
+    listen: &str,
+    reach: &str,
+    place: Place,
+    through: impl FnOnce(&mut Stage, Server) -> Result<Server>,
+) -> Result<()> {
     let Some(mut stage) = stage(place, &[PLUGIN])? else { return Ok(()) };
     let (server, mut client) = served(&stage, listen, reach)?;
     change(&server)?;
     client.ping(1000).context("with other options than the defaults")?;
     let before = shown(&server)?;
-    let server = stage.freeze_and_thaw(server, PLUGIN, PLUGIN)?;
+    let server = through(&mut stage, server)?;
     let after = shown(&server)?;
-    let names = ["listener", "connection"];
-    for ((before, after), name) in before.iter().zip(&after).zip(names) {
+    for ((before, after), name) in before.iter().zip(&after).zip(["listener", "connection"]) {
         let lost = before.differences(after);
         ensure!(lost.is_empty(), "{place:?}, {name}: {}", lost.join("\n"));
     }
     client.ping(1000)
 }
 
+fn plugin(stage: &mut Stage, server: Server) -> Result<Server> {
+    stage.freeze_and_thaw(server, PLUGIN, PLUGIN)
+}
+
 #[test]
 fn come_back_ipv4() -> Result<()> {
-    come_back(SERVER_V4, "10.9.0.1", Place::Host)
+    come_back(SERVER_V4, "10.9.0.1", Place::Host, plugin)
 }
 
 #[test]
 fn come_back_ipv6() -> Result<()> {
-    come_back("[fd09::1]:0", "fd09::1", Place::Host)
+    come_back("[fd09::1]:0", "fd09::1", Place::Host, plugin)
 }
 
 #[test]
 fn come_back_on_both_families_at_once() -> Result<()> {
-    come_back("[::]:0", "10.9.0.1", Place::External)
+    come_back("[::]:0", "10.9.0.1", Place::External, plugin)
+}
+
+/// With `--tcp-established` and the plugin loaded CRIU carries the connections, and the plugin what CRIU does not.
+fn beside_criu(stage: &mut Stage, server: Server) -> Result<Server> {
+    let (images, address, pid) = (stage.images()?, server.address, server.pid());
+    let plugins = stage.criu.plugin().with_file_name("");
+    let (_, connection) = sockets(&server)?;
+    let segment = connection.snd_mss()?;
+    drop(connection);
+    let dumped = stage.dump(STOCK, pid, &images).arg("--lib").arg(&plugins).dump_and_wait(server.task)?;
+    let log = fs::read_to_string(dumped.log)?;
+    ensure!(
+        log.contains("soccr: CRIU carries the connections itself"),
+        "the log does not say how to get the rest"
+    );
+    let (task, _) = stage.restore(STOCK, &images)?.arg("--lib").arg(&plugins).restore()?;
+    let server = Server::restored(address, task, stage.dir());
+    let (_, connection) = sockets(&server)?;
+    let now = connection.snd_mss()?;
+    ensure!(now == segment, "segments had {segment} bytes, and now {now}");
+    stage.wait_until_clean(Some(&server))?;
+    Ok(server)
+}
+
+#[test]
+fn come_back_beside_tcp_established() -> Result<()> {
+    come_back(SERVER_V4, "10.9.0.1", Place::Host, beside_criu)
+}
+
+/// What is checked for can be seen: stock CRIU alone loses most.
+#[test]
+fn stock_loses_some() -> Result<()> {
+    let stock = |stage: &mut Stage, server| stage.freeze_and_thaw(server, STOCK, STOCK);
+    if stage(Place::Host, &[PLUGIN])?.is_none() {
+        return Ok(());
+    }
+    let lost = come_back(SERVER_V4, "10.9.0.1", Place::Host, stock).err().context("stock lost nothing")?;
+    let lost = format!("{lost:#}");
+    ensure!(lost.contains("TCP_USER_TIMEOUT") && lost.contains("owner"), "{lost}");
+    Ok(())
+}
+
+/// Buffers that the kernel has tuned are as large as they were, and are tuned further.
+#[test]
+fn buffers_come_back() -> Result<()> {
+    let Some(mut stage) = stage(Place::Host, &[PLUGIN])? else { return Ok(()) };
+    let (server, mut client) = served(&stage, SERVER_V4, "10.9.0.1")?;
+    let buffers = |server: &Server| -> Result<[i32; 3]> {
+        let (_, connection) = sockets(server)?;
+        let one = |name| connection.option(libc::SOL_SOCKET, name);
+        const SO_BUF_LOCK: i32 = 72;
+        Ok([one(libc::SO_SNDBUF)?, one(libc::SO_RCVBUF)?, one(SO_BUF_LOCK)?])
+    };
+    let fresh = buffers(&server)?;
+    client.ping(8 << 20)?;
+    let tuned = buffers(&server)?;
+    ensure!(tuned[..2] != fresh[..2], "nothing was tuned");
+    let server = stage.freeze_and_thaw(server, PLUGIN, PLUGIN)?;
+    let now = buffers(&server)?;
+    ensure!(now == tuned, "buffers {tuned:?}, and now {now:?}");
+    client.ping(8 << 20)
+}
+
+/// A program's eBPF filter cannot be read back: the dump is refused, on a connection and on a listener, and names it.
+#[test]
+fn refused_by_name() -> Result<()> {
+    let Some(stage) = stage(Place::Host, &[PLUGIN])? else { return Ok(()) };
+    let (server, mut client) = served(&stage, SERVER_V4, "10.9.0.1")?;
+    let (listener, connection) = sockets(&server)?;
+    let images = stage.images()?;
+    for (socket, named) in [(listener, server.address.to_string()), (connection, "10.9.0.2".into())] {
+        attach_ebpf(&socket)?;
+        let refused = stage.dump(PLUGIN, server.pid(), &images).run().err().context("the dump succeeded")?;
+        let refused = format!("{refused:#}");
+        ensure!(refused.contains("SO_ATTACH_BPF") && refused.contains(&named), "{refused}");
+        client.ping(1000)?;
+        detach_filter(&socket)?;
+    }
+    stage.wait_until_clean(Some(&server))
+}
+
+/// A program that takes each packet whole.
+#[allow(unsafe_code)]
+fn attach_ebpf(socket: &TaskSocket) -> Result<()> {
+    const BPF_PROG_LOAD: libc::c_int = 5;
+    const BPF_PROG_TYPE_SOCKET_FILTER: u32 = 1;
+    #[repr(C)]
+    #[derive(Default)]
+    struct Load {
+        kind: u32,
+        count: u32,
+        instructions: u64,
+        licence: u64,
+        rest: [u64; 12],
+    }
+    // r0 = -1; exit
+    let instructions: [u64; 2] = [0xffff_ffff_0000_00b7, 0x95];
+    let load = Load {
+        kind: BPF_PROG_TYPE_SOCKET_FILTER,
+        count: 2,
+        instructions: instructions.as_ptr() as u64,
+        licence: c"GPL".as_ptr() as u64,
+        ..Load::default()
+    };
+    // SAFETY: the kernel reads the live structure, and what it points to, which lives as long.
+    let program = unsafe { libc::syscall(libc::SYS_bpf, BPF_PROG_LOAD, &raw const load, size_of::<Load>()) };
+    let program = i32::try_from(Errno::result(program).context("cannot load a program")?)?;
+    // SAFETY: a descriptor that the kernel has just given.
+    let program = unsafe { OwnedFd::from_raw_fd(program) };
+    let number = program.as_raw_fd().to_ne_bytes();
+    Ok(sockopt::set_bytes(socket.as_fd(), libc::SOL_SOCKET, libc::SO_ATTACH_BPF, &number)?)
+}
+
+fn detach_filter(socket: &TaskSocket) -> Result<()> {
+    Ok(sockopt::set_bytes(socket.as_fd(), libc::SOL_SOCKET, libc::SO_DETACH_FILTER, &[0; 4])?)
+}
+
+/// The port of a listener and its connections is still their owner's to share, and nobody else's (SO_REUSEPORT).
+#[test]
+fn owners_share_their_port_again() -> Result<()> {
+    let Some(mut stage) = stage(Place::Host, &[PLUGIN])? else { return Ok(()) };
+    let (server, mut client) = served(&stage, SERVER_V4, "10.9.0.1")?;
+    for socket in tcp_sockets(server.pid())? {
+        sockopt::set_reuse_port(socket.as_fd(), true)?;
+        fchown(&socket, Some(1234.into()), None)?;
+    }
+    let shares = |stage: &Stage, server: &Server, uid: u32| {
+        let address = server.address;
+        stage.host().run(move || -> Result<bool> {
+            let socket = sockopt::tcp_socket(false)?;
+            sockopt::set_reuse_port(socket.as_fd(), true)?;
+            fchown(&socket, Some(uid.into()), None)?;
+            Ok(soccr::kernel::tcp::bind(socket.as_fd(), address).is_ok())
+        })
+    };
+    let expected = |stage: &Stage, server: &Server| -> Result<()> {
+        ensure!(shares(stage, server, 1234)?, "its owner cannot share the port");
+        ensure!(!shares(stage, server, 4321)?, "somebody else can share the port");
+        Ok(())
+    };
+    expected(&stage, &server)?;
+    let server = stage.freeze_and_thaw(server, PLUGIN, PLUGIN)?;
+    expected(&stage, &server)?;
+    client.ping(1000)
 }

@@ -21,6 +21,7 @@ pub struct Extras {
     unread: Vec<Unread>,
     readers: HashMap<NetNs, Reader>,
     owners: Option<OwnerMap>,
+    failed: Vec<(u32, NetNsError)>,
 }
 
 #[derive(Debug)]
@@ -76,15 +77,22 @@ impl Extras {
             match self.extra(unread, held) {
                 Ok(extra) if extra.is_plain() => {}
                 Ok(extra) => self.read.add(inode, &extra),
-                Err(error) => log::warn!("socket {inode}: its options are not saved: {}", chain(&error)),
+                Err(error) => self.failed.push((inode, error)),
             }
         }
     }
 
     /// Reads all that is left.
-    pub fn finish(mut self, held: &Connections) -> Sockets {
+    pub fn read_all(&mut self, held: &Connections) {
         while self.is_behind() {
             self.read_some(held);
+        }
+    }
+
+    /// What was read; says of which sockets that failed.
+    pub fn into_sockets(self) -> Sockets {
+        for (inode, error) in self.failed {
+            log::warn!("socket {inode}: its options are not saved: {}", chain(&error));
         }
         self.read
     }

@@ -9,6 +9,7 @@
 //! 4. What the dump [held](held::Held) on this host is given up one way or the other. That is the end.
 
 mod arrangement;
+pub mod beside;
 mod extras;
 mod held;
 mod saving;

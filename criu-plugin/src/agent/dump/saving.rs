@@ -65,8 +65,9 @@ impl<'a> Saving<'a> {
 
     /// No further hook comes.
     pub fn into_saved(self) -> Saved {
-        let Self { images, lock_name, held, extras, .. } = self;
-        let sockets = extras.finish(&held.sockets);
+        let Self { images, lock_name, held, mut extras, .. } = self;
+        extras.read_all(&held.sockets);
+        let sockets = extras.into_sockets();
         Saved { images, lock_name, held, sockets }
     }
 
@@ -286,7 +287,8 @@ impl Saved {
             held.sockets.push((socket, tuple));
         }
         log::warn!("took over from an agent that died: {} connections", held.sockets.len());
-        let sockets = extras.finish(&held.sockets);
+        extras.read_all(&held.sockets);
+        let sockets = extras.into_sockets();
         Ok(Self { images, lock_name, held, sockets })
     }
 }

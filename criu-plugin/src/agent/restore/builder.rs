@@ -3,6 +3,7 @@
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
+use soccr::chain;
 use soccr::connection::{FourTuple, Queues, State};
 use soccr::criu::image::index::InetConnection;
 use soccr::criu::image::side::SocketExtra;
@@ -115,6 +116,25 @@ impl Builder<'_> {
         Ok(())
     }
 
+    /// What CRIU makes of a connection is not all that was there: it does not know of the extras, computes the segment size
+    /// before it knows the peer's, and leaves SO_REUSEPORT on.
+    fn put_right(
+        &self,
+        connection: &InetConnection,
+        socket: &OwnedFd,
+        tuple: FourTuple,
+    ) -> Result<(), AgentError> {
+        let (socket, pid) = (socket.as_fd(), self.pid);
+        let failed = |source| AgentError::Socket { tuple, pid, source };
+        sockopt::set_reuse_port(socket, connection.reuseport.unwrap_or(false)).map_err(failed)?;
+        tcp::sync_segment_size(socket).map_err(failed)?;
+        let extra = self.plan.sockets.get(connection.ino)?.unwrap_or_default();
+        [When::Early, When::Late]
+            .into_iter()
+            .try_for_each(|when| self.write(socket, &extra, when, &|| tuple.to_string()))
+            .map_err(failed)
+    }
+
     fn build_connection(
         &self,
         connection: &InetConnection,
@@ -124,8 +144,14 @@ impl Builder<'_> {
         let pid = self.pid;
         let tuple = scoped(connection, &socket, pid)?;
         let failed = |source| AgentError::Socket { tuple, pid, source };
-        if !sockopt::is_tcp(socket.as_fd()) || !untouched(&socket).map_err(failed)? {
+        if !sockopt::is_tcp(socket.as_fd()) {
+            return Ok(None);
+        }
+        if !untouched(&socket).map_err(failed)? {
             log::debug!("{tuple}: restored by CRIU itself");
+            if let Err(error) = self.put_right(connection, &socket, tuple) {
+                log::warn!("what CRIU does not carry is lost: {}", chain(&error));
+            }
             return Ok(None);
         }
         let image = TcpStreamImage::read(&self.plan.images, connection.ino, connection.state, queues)?;
