@@ -205,6 +205,24 @@ fn options_of_images_are_checked() {
     }
 }
 
+/// A target may lack a congestion control algorithm, which is named; a device to be bound to it must not lack.
+#[test]
+fn what_the_target_lacks_is_named() {
+    let socket = sockopt::tcp_socket(false).expect("a socket");
+    let option = |level, name, value: &[u8]| [options::SocketOption { level, name, value: value.to_vec() }];
+    let mut lost = Vec::new();
+    let algorithm = option(libc::SOL_TCP, libc::TCP_CONGESTION, b"none-such");
+    options::write(socket.as_fd(), &algorithm, When::Late, |error| lost.push(error.to_string()))
+        .expect("the rest");
+    assert_eq!(lost, ["cannot set TCP_CONGESTION: ENOENT: No such file or directory"]);
+    let device = option(libc::SOL_SOCKET, libc::SO_BINDTODEVICE, b"none-such");
+    let written = options::write(socket.as_fd(), &device, When::Early, |_| panic!("no default will do"));
+    assert_eq!(
+        written.expect_err("no such device").to_string(),
+        "cannot set SO_BINDTODEVICE: ENODEV: No such device"
+    );
+}
+
 /// docs/FIDELITY.md is the table.
 #[test]
 fn fidelity_is_documented() {

@@ -11,6 +11,7 @@ use soccr::criu::image::external::ExternalImage;
 use soccr::criu::image::index::Index;
 use soccr::criu::image::inventory::{self, Inventory, NetworkLock, release_to_stock};
 use soccr::criu::image::nftables::strip_table;
+use soccr::criu::image::side::{self, SideImage};
 use soccr::criu::image::tcp_stream::TcpStreamImage;
 use soccr::criu::image::{ImageDir, ImageError};
 
@@ -18,13 +19,14 @@ use soccr::criu::image::{ImageDir, ImageError};
 pub type Target = fn(&[u8]);
 
 /// All targets, by the names of their corpora.
-pub const TARGETS: [(&str, Target); 6] = [
+pub const TARGETS: [(&str, Target); 7] = [
     ("tcp_stream", tcp_stream),
     ("external", external),
     ("inventory", inventory),
     ("nftables", nftables),
     ("index", index),
     ("netlink", netlink),
+    ("side", side),
 ];
 
 /// A tcp-stream image.
@@ -106,6 +108,19 @@ pub fn index(input: &[u8]) {
         for connection in index.connections.values().filter(|connection| connection.has_stream) {
             explained(TcpStreamImage::read(dir, connection.ino, connection.state, &mut queues), input.len());
         }
+    });
+}
+
+/// Our own image beside CRIU's.
+pub fn side(input: &[u8]) {
+    with_files(&[(side::NAME, input)], |dir| {
+        let Some(image) = explained(SideImage::read(dir), input.len()).flatten() else { return };
+        for inode in image.sockets.inodes() {
+            explained(image.sockets.get(inode), input.len());
+        }
+        // What can be read can be written, and says the same then.
+        image.write(dir).expect("it can be written");
+        assert_eq!(SideImage::read(dir).expect("it is good"), Some(image));
     });
 }
 

@@ -11,8 +11,11 @@ use nix::sys::socket::{
 use soccr::connection::{ControlBlock, FourTuple, Negotiated, State};
 use soccr::criu::image::ImageDir;
 use soccr::criu::image::external::ExternalImage;
+use soccr::criu::image::side::{self, SideImage, SocketExtra, Sockets};
+use soccr::criu::tasks::Owner;
 use soccr::kernel::netns::NetNs;
 use soccr::kernel::options::SocketOption;
+use soccr::lock::conntrack::{Direction, Translation};
 use soccr::lock::{LockName, LockOptions, Method, NetworkLock};
 
 use crate::support::in_own_network;
@@ -70,6 +73,27 @@ fn external_bytes(local: &str, remote: &str) -> Vec<u8> {
     std::fs::read(folder.path().join(ExternalImage::name(1))).unwrap()
 }
 
+/// The content of an image of our own beside CRIU's.
+fn side_bytes() -> Vec<u8> {
+    let folder = tempfile::tempdir().unwrap();
+    let direction = |source: &str, destination: &str| Direction {
+        source: source.parse().unwrap(),
+        destination: destination.parse().unwrap(),
+    };
+    let translations = vec![Translation {
+        original: direction("10.9.0.1:40000", "192.0.2.1:7100"),
+        reply: direction("10.88.0.2:7000", "10.9.0.1:40000"),
+    }];
+    let mut sockets = Sockets::default();
+    for inode in [7, 70_000] {
+        let options = vec![SocketOption { level: 6, name: 8, value: vec![7, 0, 0, 0] }];
+        sockets.add(inode, &SocketExtra { owner: Owner { uid: inode, gid: 0 }, options });
+    }
+    let side = SideImage { id: "soccr-1".into(), run_id: Some("1-2".into()), translations, sockets };
+    side.write(&ImageDir::open(folder.path()).unwrap()).unwrap();
+    std::fs::read(folder.path().join(side::NAME)).unwrap()
+}
+
 /// What the corpora of the image readers consist of: target, name, content.
 fn wanted() -> BTreeMap<(&'static str, String), Vec<u8>> {
     let mut wanted = BTreeMap::new();
@@ -95,6 +119,7 @@ fn wanted() -> BTreeMap<(&'static str, String), Vec<u8>> {
     }
     wanted.insert(("external", "v4".into()), external_bytes("10.0.0.1:1", "10.0.0.2:2"));
     wanted.insert(("external", "v6".into()), external_bytes("[fe80::1%2]:1", "[fe80::2]:2"));
+    wanted.insert(("side", "all".into()), side_bytes());
     let text = b"table inet quiet { # a comment\n\tset s { elements = { \"}\" } }\n}\ntable ip nat {\n}\n";
     wanted.insert(("nftables", "quiet".into()), text.to_vec());
     wanted

@@ -111,3 +111,8 @@ fn index() {
 fn netlink() {
     fuzz("netlink");
 }
+
+#[test]
+fn side() {
+    fuzz("side");
+}

@@ -212,7 +212,9 @@ impl<'a> Dump<'a> {
     }
 
     fn look<'d>(&mut self, mut progress: Progress<'d>) -> Progress<'d> {
-        if let Progress::Saving(saving) = &mut progress {
+        if let Progress::Saving(saving) = &mut progress
+            && saving.is_behind()
+        {
             saving.read_ahead();
         }
         let Progress::Watching(watching) = progress else { return progress };

@@ -70,6 +70,11 @@ impl Sockets {
         self.places.contains_key(&ino)
     }
 
+    /// The inodes of all.
+    pub fn inodes(&self) -> impl Iterator<Item = u32> {
+        self.places.keys().copied()
+    }
+
     /// Adds one more socket; of the first with its inode all stays as it is.
     pub fn add(&mut self, ino: u32, extra: &SocketExtra) {
         let message = extra.to_message(ino).write_to_bytes().expect("all required fields are there");
@@ -99,9 +104,11 @@ impl Sockets {
         Ok(())
     }
 
-    /// The messages, in the order of the inodes.
+    /// The messages, in the order in which they came.
     pub(super) fn messages(&self) -> impl Iterator<Item = &[u8]> {
-        self.places.values().map(|place| &self.messages[place.start as usize..place.end as usize])
+        let mut places: Vec<&Range<u32>> = self.places.values().collect();
+        places.sort_unstable_by_key(|place| place.start);
+        places.into_iter().map(|place| &self.messages[place.start as usize..place.end as usize])
     }
 }
 

@@ -21,7 +21,7 @@ use crate::faults::scene::{PLUGIN, Scene, Tools};
 
 const DUMP: &str = "\
     dump.init dump.asked dump.tree dump.found dump.recorded dump.locked dump.paused dump.read \
-    dump.resumed dump.written dump.saved dump.end dump.arranged dump.dead dump.closing dump.closed";
+    dump.resumed dump.written dump.saved dump.extras dump.end dump.arranged dump.dead dump.closing dump.closed";
 /// From here on the images are complete.
 const COMPLETE: &str = "dump.end";
 
@@ -91,7 +91,7 @@ impl Action {
                     | "restore.locked"
                     | "restore.forked"
             ),
-            Self::Error => !matches!(point, "dump.dead" | "dump.closing" | "dump.closed"),
+            Self::Error => !matches!(point, "dump.extras" | "dump.dead" | "dump.closing" | "dump.closed"),
             _ => true,
         }
     }
