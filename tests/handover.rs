@@ -233,3 +233,39 @@ fn an_unlocked_one_says_so_and_is_locked_while_it_is_built() {
         expect_bytes(ours, b"quiet till now");
     });
 }
+
+/// Whether a non-local address may be bound is an option of the socket, which is set before bind().
+#[test]
+fn a_non_local_source_comes_back() {
+    in_own_network(|| {
+        let ip = |args: &str| {
+            let ran = std::process::Command::new("ip").args(args.split(' ')).status();
+            assert!(ran.expect("package iproute2").success(), "ip {args}");
+        };
+        ip("addr add 10.77.0.1/32 dev lo");
+        ip("addr add 10.77.0.2/32 dev lo");
+        for transparent in [true, false] {
+            let listener = TcpListener::bind("10.77.0.1:0").expect("bind");
+            let theirs = sockopt::tcp_socket(false).expect("a socket");
+            tcp::bind(theirs.as_fd(), "10.77.0.2:0".parse().expect("an address")).expect("bind");
+            tcp::connect(theirs.as_fd(), listener.local_addr().expect("its address")).expect("connect");
+            let (ours, _) = listener.accept().expect("accept");
+            drop(listener);
+            let on = i32::from(transparent).to_ne_bytes();
+            sockopt::set_bytes(ours.as_fd(), libc::SOL_IP, libc::IP_TRANSPARENT, &on)
+                .expect("IP_TRANSPARENT");
+            let frozen = frozen(soccr::freeze([ours]));
+            let bytes = bytes(&frozen);
+            drop(frozen.release());
+            ip("addr del 10.77.0.1/32 dev lo");
+            if !transparent {
+                soccr::thaw(&connections(&bytes)).expect_err("nobody has the address");
+            }
+            let early = transparent.then(|| thawed(&bytes));
+            ip("addr add 10.77.0.1/32 dev lo");
+            let ours = &mut early.unwrap_or_else(|| thawed(&bytes))[0];
+            ours.write_all(b"on").expect("write");
+            expect_bytes(&mut TcpStream::from(theirs), b"on");
+        }
+    });
+}

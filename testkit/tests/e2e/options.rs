@@ -116,6 +116,23 @@ fn come_back(
     client.ping(1000)
 }
 
+/// Nothing is another thing where nobody has changed anything.
+#[test]
+fn defaults_come_back() -> Result<()> {
+    for (listen, reach) in [(SERVER_V4, "10.9.0.1"), ("[fd09::1]:0", "fd09::1"), ("[::]:0", "10.9.0.1")] {
+        let Some(mut stage) = stage(Place::Host, &[PLUGIN])? else { return Ok(()) };
+        let (server, mut client) = served(&stage, listen, reach)?;
+        let before = shown(&server)?;
+        let server = plugin(&mut stage, server)?;
+        for (before, after) in before.iter().zip(&shown(&server)?) {
+            let lost = before.differences(after);
+            ensure!(lost.is_empty(), "{listen}: {}", lost.join("\n"));
+        }
+        client.ping(1000)?;
+    }
+    Ok(())
+}
+
 fn plugin(stage: &mut Stage, server: Server) -> Result<Server> {
     stage.freeze_and_thaw(server, PLUGIN, PLUGIN)
 }
