@@ -34,7 +34,8 @@ pub enum When {
 pub enum On {
     /// All.
     Any,
-    /// Listeners and sockets never connected: on a connection it has no effect, or is not the program's.
+    /// Listeners and sockets never connected: on a connection it has no effect (any more), or is not the program's. A
+    /// connection is not asked for it, since each question costs time in which its task stands still.
     Unconnected,
     /// As [`On::Any`]; but the images of CRIU have it for IPv4 sockets.
     AnyButIpv4,
@@ -146,8 +147,8 @@ options! {
     Ip 1 IP_TOS "1.0": Carried(Early, NOT_IPV4), "IPv4 sockets only";
     Ip 15 IP_FREEBIND "2.4": ByCriu(Early), "yes, set after bind() on IPv4 listeners";
     Ip 19 IP_TRANSPARENT "2.6.28": Carried(Early, ANY), "no";
-    Ip 24 IP_BIND_ADDRESS_NO_PORT "4.2": Carried(Early, ANY), "no";
-    Ip 51 IP_LOCAL_PORT_RANGE "6.3": Carried(Early, ANY), "no";
+    Ip 24 IP_BIND_ADDRESS_NO_PORT "4.2": Carried(Early, UNCONNECTED), "no";
+    Ip 51 IP_LOCAL_PORT_RANGE "6.3": Carried(Early, UNCONNECTED), "no";
     Ip 10 IP_MTU_DISCOVER "2.2": Carried(Early, ANY), "no";
     Ipv6 26 IPV6_V6ONLY "2.4": ByCriu(Early), "yes";
     Ipv6 23 IPV6_MTU_DISCOVER "2.2": Carried(Early, ANY), "no";
@@ -164,7 +165,7 @@ options! {
     Socket 74 SO_TXREHASH "5.18": Carried(Early, ANY), "no";
     Tcp 7 TCP_SYNCNT "2.4": Carried(Early, ANY), "no";
     // SOL_SOCKET
-    Socket 1 SO_DEBUG "1.0": Carried(Late, ANY), "no";
+    Socket 1 SO_DEBUG "1.0": Carried(Late, UNCONNECTED), "no";
     Socket 6 SO_BROADCAST "1.0": ByCriu(Late), "yes";
     Socket 7 SO_SNDBUF "1.0": Buffer, "yes";
     Socket 8 SO_RCVBUF "1.0": Buffer, "yes";
@@ -186,10 +187,10 @@ options! {
     Socket 63 SO_TIMESTAMP_NEW "5.1": Carried(Late, ANY), "no";
     Socket 64 SO_TIMESTAMPNS_NEW "5.1": Carried(Late, ANY), "no";
     Socket 65 SO_TIMESTAMPING_NEW "5.1": Carried(Late, ANY), "no";
-    Socket 40 SO_RXQ_OVFL "2.6.33": Carried(Late, ANY), "no";
-    Socket 41 SO_WIFI_STATUS "3.3": Carried(Late, ANY), "no";
+    Socket 40 SO_RXQ_OVFL "2.6.33": Carried(Late, UNCONNECTED), "no";
+    Socket 41 SO_WIFI_STATUS "3.3": Carried(Late, UNCONNECTED), "no";
     Socket 42 SO_PEEK_OFF "6.9": Carried(Late, ANY), "no";
-    Socket 43 SO_NOFCS "3.4": Carried(Late, ANY), "no";
+    Socket 43 SO_NOFCS "3.4": Carried(Late, UNCONNECTED), "no";
     Socket 45 SO_SELECT_ERR_QUEUE "3.10": Carried(Late, ANY), "no";
     Socket 46 SO_BUSY_POLL "3.11": Carried(Late, ANY), "no";
     Socket 69 SO_PREFER_BUSY_POLL "5.11": Carried(Late, ANY), "no";
@@ -246,7 +247,7 @@ options! {
     Tcp 6 TCP_KEEPCNT "2.4": Carried(Late, ANY), "yes";
     Tcp 2 TCP_MAXSEG "1.0": Carried(Late, UNCONNECTED), "no";
     Tcp 8 TCP_LINGER2 "2.4": Carried(Late, ANY), "no";
-    Tcp 9 TCP_DEFER_ACCEPT "2.4": Carried(Late, ANY), "no";
+    Tcp 9 TCP_DEFER_ACCEPT "2.4": Carried(Late, UNCONNECTED), "no";
     Tcp 10 TCP_WINDOW_CLAMP "2.4": Carried(Late, ANY), "no";
     Tcp 12 TCP_QUICKACK "2.4.4": Carried(Late, ANY), "no";
     Tcp 13 TCP_CONGESTION "2.6.13": Carried(Late, ANY), "no";
@@ -258,7 +259,7 @@ options! {
     Tcp 34 TCP_FASTOPEN_NO_COOKIE "4.15": Carried(Late, UNCONNECTED), "no";
     Tcp 30 TCP_FASTOPEN_CONNECT "4.11": Carried(Late, UNCONNECTED), "no";
     Tcp 25 TCP_NOTSENT_LOWAT "3.12": Carried(Late, ANY), "no";
-    Tcp 27 TCP_SAVE_SYN "4.2": Carried(Late, ANY), "no";
+    Tcp 27 TCP_SAVE_SYN "4.2": Carried(Late, UNCONNECTED), "no";
     Tcp 28 TCP_SAVED_SYN "4.2": Lost("the kernel does not take it back"), "no";
     Tcp 36 TCP_INQ "4.18": Carried(Late, ANY), "no";
     Tcp 37 TCP_TX_DELAY "5.3": Carried(Late, ANY), "no";
@@ -286,19 +287,19 @@ options! {
     // SOL_IP
     Ip 2 IP_TTL "1.0": Carried(Late, NOT_IPV4), "IPv4 sockets only";
     Ip 4 IP_OPTIONS "1.2": Carried(Late, ANY), "no";
-    Ip 6 IP_RECVOPTS "2.2": Carried(Late, ANY), "no";
-    Ip 7 IP_RETOPTS "2.2": Carried(Late, ANY), "no";
+    Ip 6 IP_RECVOPTS "2.2": Carried(Late, UNCONNECTED), "no";
+    Ip 7 IP_RETOPTS "2.2": Carried(Late, UNCONNECTED), "no";
     Ip 8 IP_PKTINFO "2.2": Carried(Late, NOT_IPV4), "IPv4 sockets only";
     Ip 11 IP_RECVERR "2.2": Carried(Late, ANY), "no";
     Ip 12 IP_RECVTTL "2.2": Carried(Late, ANY), "no";
     Ip 13 IP_RECVTOS "2.2": Carried(Late, ANY), "no";
-    Ip 18 IP_PASSSEC "2.6.17": Carried(Late, ANY), "no";
-    Ip 20 IP_ORIGDSTADDR "2.6.29": Carried(Late, ANY), "no";
+    Ip 18 IP_PASSSEC "2.6.17": Carried(Late, UNCONNECTED), "no";
+    Ip 20 IP_ORIGDSTADDR "2.6.29": Carried(Late, UNCONNECTED), "no";
     Ip 21 IP_MINTTL "2.6.34": Carried(Late, ANY), "no";
-    Ip 23 IP_CHECKSUM "4.0": Carried(Late, ANY), "no";
-    Ip 26 IP_RECVERR_RFC4884 "5.9": Carried(Late, ANY), "no";
-    Ip 34 IP_MULTICAST_LOOP "1.2": Carried(Late, ANY), "no";
-    Ip 49 IP_MULTICAST_ALL "2.6.31": Carried(Late, ANY), "no";
+    Ip 23 IP_CHECKSUM "4.0": Carried(Late, UNCONNECTED), "no";
+    Ip 26 IP_RECVERR_RFC4884 "5.9": Carried(Late, UNCONNECTED), "no";
+    Ip 34 IP_MULTICAST_LOOP "1.2": Carried(Late, UNCONNECTED), "no";
+    Ip 49 IP_MULTICAST_ALL "2.6.31": Carried(Late, UNCONNECTED), "no";
     Ip 50 IP_UNICAST_IF "3.4": Lost("an interface's number; TCP does not look at it"), "no";
     Ip 9 IP_PKTOPTIONS "2.2": READ_ONLY, "";
     Ip 14 IP_MTU "2.2": READ_ONLY, "";
@@ -326,11 +327,11 @@ options! {
     Ipv6 8 IPV6_2292HOPLIMIT "2.6.14": Carried(Late, ANY), "no";
     Ipv6 11 IPV6_FLOWINFO "2.2": Carried(Late, ANY), "no";
     Ipv6 16 IPV6_UNICAST_HOPS "2.2": Carried(Late, ANY), "no";
-    Ipv6 19 IPV6_MULTICAST_LOOP "2.2": Carried(Late, ANY), "no";
+    Ipv6 19 IPV6_MULTICAST_LOOP "2.2": Carried(Late, UNCONNECTED), "no";
     Ipv6 25 IPV6_RECVERR "2.2": Carried(Late, ANY), "no";
-    Ipv6 29 IPV6_MULTICAST_ALL "4.20": Carried(Late, ANY), "no";
-    Ipv6 30 IPV6_ROUTER_ALERT_ISOLATE "5.0": Carried(Late, ANY), "no";
-    Ipv6 31 IPV6_RECVERR_RFC4884 "5.9": Carried(Late, ANY), "no";
+    Ipv6 29 IPV6_MULTICAST_ALL "4.20": Carried(Late, UNCONNECTED), "no";
+    Ipv6 30 IPV6_ROUTER_ALERT_ISOLATE "5.0": Carried(Late, UNCONNECTED), "no";
+    Ipv6 31 IPV6_RECVERR_RFC4884 "5.9": Carried(Late, UNCONNECTED), "no";
     Ipv6 49 IPV6_RECVPKTINFO "2.6.14": ByCriu(Late), "yes";
     Ipv6 51 IPV6_RECVHOPLIMIT "2.6.14": Carried(Late, ANY), "no";
     Ipv6 53 IPV6_RECVHOPOPTS "2.6.14": Carried(Late, ANY), "no";
@@ -344,8 +345,8 @@ options! {
     Ipv6 62 IPV6_DONTFRAG "2.6.35": Carried(Late, ANY), "no";
     Ipv6 66 IPV6_RECVTCLASS "2.6.14": Carried(Late, ANY), "no";
     Ipv6 73 IPV6_MINHOPCOUNT "2.6.35": Carried(Late, ANY), "no";
-    Ipv6 74 IPV6_ORIGDSTADDR "2.6.37": Carried(Late, ANY), "no";
-    Ipv6 77 IPV6_RECVFRAGSIZE "4.10": Carried(Late, ANY), "no";
+    Ipv6 74 IPV6_ORIGDSTADDR "2.6.37": Carried(Late, UNCONNECTED), "no";
+    Ipv6 77 IPV6_RECVFRAGSIZE "4.10": Carried(Late, UNCONNECTED), "no";
     Ipv6 75 IPV6_TRANSPARENT "2.6.37": NoState("IP_TRANSPARENT by another name"), "";
     Ipv6 78 IPV6_FREEBIND "4.15": NoState("IP_FREEBIND by another name"), "yes";
     Ipv6 76 IPV6_UNICAST_IF "3.4": Lost("an interface's number; TCP does not look at it"), "no";
