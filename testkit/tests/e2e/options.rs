@@ -17,6 +17,7 @@ use soccr::kernel::sockopt;
 use soccr_testkit::sockets::{TaskSocket, state, tcp_sockets};
 use soccr_testkit::{Client, Place, Server, Stage};
 
+use crate::promises::faulty;
 use crate::world::{PLUGIN, SERVER_V4, STOCK, stage};
 
 /// What a socket was, and is to be again.
@@ -177,6 +178,29 @@ fn beside_criu(stage: &mut Stage, server: Server) -> Result<Server> {
 #[test]
 fn come_back_beside_tcp_established() -> Result<()> {
     come_back(SERVER_V4, "10.9.0.1", Place::Host, beside_criu)
+}
+
+/// Beside CRIU's own TCP an agent that dies, or a step that fails, costs what CRIU does not carry, and no more.
+#[test]
+fn what_fails_beside_criu_fails_nothing() -> Result<()> {
+    let Some(stage) = stage(Place::Host, &[PLUGIN])? else { return Ok(()) };
+    let Some(faulty) = faulty(&stage)? else { return Ok(()) };
+    for fault in
+        ["beside.asked:kill-agent", "beside.asked:error", "beside.end:kill-agent", "beside.end:error"]
+    {
+        let (server, mut client) = served(&stage, SERVER_V4, "10.9.0.1")?;
+        let (images, address) = (stage.images()?, server.address);
+        let plugins = faulty.plugin().with_file_name("");
+        let call =
+            stage.dump(STOCK, server.pid(), &images).arg("--lib").arg(plugins).env("SOCCR_FAULT", fault);
+        let dumped = call.dump_and_wait(server.task).context(fault)?;
+        let log = fs::read_to_string(dumped.log)?;
+        ensure!(log.contains("what CRIU does not carry is lost"), "{fault}: the log does not say so");
+        let (task, _) = stage.restore(STOCK, &images)?.restore().context(fault)?;
+        client.ping(1000).context(fault)?;
+        stage.wait_until_clean(Some(&Server::restored(address, task, stage.dir())))?;
+    }
+    Ok(())
 }
 
 /// What is checked for can be seen: stock CRIU alone loses most.

@@ -28,7 +28,7 @@ fn clients(stage: &Stage, server: &Server) -> Result<Vec<Client>> {
 }
 
 /// The plugin in which a test can have somebody die; `None`, after saying so, where it was not built.
-fn faulty(stage: &Stage) -> Result<Option<Criu>> {
+pub fn faulty(stage: &Stage) -> Result<Option<Criu>> {
     let plugins = stage.criu.plugin().with_file_name("");
     let faulty = plugins.with_file_name("plugins-fault");
     if !faulty.join("soccr_plugin.so").exists() {
