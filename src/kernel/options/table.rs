@@ -240,8 +240,8 @@ options! {
     Socket 83 SO_PASSRIGHTS "6.16": UNIX, "";
     Socket 84 SO_INQ "6.18": UNIX, "";
     // SOL_TCP
-    Tcp 1 TCP_NODELAY "1.0": Carried(Late, ANY), "yes, listeners since 4.1";
-    Tcp 3 TCP_CORK "2.2": Carried(Late, ANY), "yes, listeners since 4.1";
+    Tcp 1 TCP_NODELAY "1.0": Carried(Late, ANY), "yes";
+    Tcp 3 TCP_CORK "2.2": Carried(Late, ANY), "yes";
     Tcp 4 TCP_KEEPIDLE "2.4": Carried(Late, ANY), "yes";
     Tcp 5 TCP_KEEPINTVL "2.4": Carried(Late, ANY), "yes";
     Tcp 6 TCP_KEEPCNT "2.4": Carried(Late, ANY), "yes";
