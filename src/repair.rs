@@ -159,7 +159,7 @@ pub fn end(socket: BorrowedFd<'_>) -> Result<(), PauseError> {
     let ended = tcp::disconnect(socket).and_then(|()| tcp::set_repair(socket, Repair::OffNoProbe));
     ended.map_err(|source| PauseError { who, source })?;
     // The disconnect left ECONNABORTED for the program. Reading it takes it away.
-    let _ = sockopt::get_bytes(socket, libc::SOL_SOCKET, libc::SO_ERROR);
+    let _ = sockopt::get_into(socket, libc::SOL_SOCKET, libc::SO_ERROR, &mut [0; 4]);
     // Says ENOTCONN, and yet marks both directions as shut.
     for direction in [tcp::Direction::Receive, tcp::Direction::Send] {
         let _ = tcp::shutdown(socket, direction);
