@@ -75,7 +75,7 @@ pub fn find_owned(tuples: &[FourTuple]) -> SysResult<Option<FourTuple>> {
 }
 
 /// An address family.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Family {
     /// `AF_INET`.
     Ipv4 = 2,
@@ -105,25 +105,38 @@ pub struct Seen {
     pub upper_layer: bool,
 }
 
-/// Shows `each` all TCP sockets of one family and kind in the current network namespace.
+/// Which sockets to show.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Filter {
+    /// Of one family.
+    pub family: Family,
+    /// Of one kind.
+    pub kind: Kind,
+    /// With this local port: a server's connections, without their other ends on the same host.
+    pub local_port: Option<u16>,
+}
+
+/// Shows `each` these TCP sockets in the current network namespace.
 ///
 /// # Errors
 /// ENOENT where the kernel has no `tcp_diag`, EPROTONOSUPPORT where it has no socket monitor.
-pub fn for_each(family: Family, kind: Kind, mut each: impl FnMut(Seen)) -> SysResult<()> {
+pub fn for_each(filter: Filter, mut each: impl FnMut(Seen)) -> SysResult<()> {
     const CALL: &str = "list sockets";
     const NLM_F_DUMP: u16 = 0x300;
     const NLMSG_DONE: u16 = 3;
     /// ESTABLISHED, SYN_SENT, FIN_WAIT1, FIN_WAIT2, CLOSE_WAIT, LAST_ACK, CLOSING.
     const CONNECTED: u32 = 1 << 1 | 1 << 2 | 1 << 4 | 1 << 5 | 1 << 8 | 1 << 9 | 1 << 11;
     const LISTEN: u32 = 1 << 10;
-    let states = if kind == Kind::Listening { LISTEN } else { CONNECTED };
+    let states = if filter.kind == Kind::Listening { LISTEN } else { CONNECTED };
+    let mut id = [0; SOCK_ID];
+    id[..2].copy_from_slice(&filter.local_port.unwrap_or(0).to_be_bytes());
     let socket = NetlinkSocket::sock_diag()?;
     socket.send(&request(
         SOCK_DIAG_BY_FAMILY,
         NLM_F_REQUEST | NLM_F_DUMP,
-        [family as u8, TCP, INFO, 0],
+        [filter.family as u8, TCP, INFO, 0],
         states,
-        &[0; SOCK_ID],
+        &id,
     ))?;
     let mut buffer = vec![0; 1 << 16];
     while let Some(len) = socket.receive(&mut buffer)? {
