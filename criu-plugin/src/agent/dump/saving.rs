@@ -17,6 +17,7 @@ use soccr::repair::{Paused, Probe};
 use super::held::Held;
 use crate::agent::error::AgentError;
 use crate::agent::path::Path;
+use crate::agent::profile::Profile;
 use crate::agent::{clean, privilege};
 use crate::fault;
 
@@ -80,6 +81,7 @@ impl<'a> Saving<'a> {
         }
         fault::actors(None, Some(pid));
         fault::point("dump.asked")?;
+        let mut profile = Profile::start("dump");
         let first = self.held.tasks.len();
         self.add_tree(pid)?;
         fault::point("dump.tree")?;
@@ -88,17 +90,20 @@ impl<'a> Saving<'a> {
         fault::point("dump.found")?;
         let elsewhere = found.iter().filter(|connection| connection.ns != self.held.criu_ns);
         self.held.path.add(elsewhere.map(|connection| connection.tuple));
+        profile.lap("find");
         self.record(&found)?;
+        profile.lap("record");
         fault::point("dump.recorded")?;
         self.lock(&found)?;
         fault::point("dump.locked")?;
+        profile.lap("lock");
         let count = found.len();
         for connection in found {
             // The kernel lets the tasks run as soon as criu is dead: their sockets are theirs then.
             if self.criu.gone() {
                 return Err(AgentError::Protocol("criu is gone"));
             }
-            self.save(connection)?;
+            self.save(connection, &mut profile)?;
         }
         fault::point("dump.saved")?;
         log::info!("{count} TCP connections saved, locked by the table inet {}", self.lock_name);
@@ -153,13 +158,15 @@ impl<'a> Saving<'a> {
         Ok(())
     }
 
-    fn save(&mut self, found: FoundConnection) -> Result<(), AgentError> {
+    fn save(&mut self, found: FoundConnection, profile: &mut Profile) -> Result<(), AgentError> {
         let tcp = self.read(&found)?;
         fault::point("dump.resumed")?;
+        profile.lap("read");
         TcpStreamImage::write(&self.images, found.inode, &tcp, &self.queues.recv, &self.queues.send)
             .map_err(|source| AgentError::Image { tuple: found.tuple, place: found.place, source })?;
         fault::point("dump.written")?;
-        log::debug!(
+        profile.lap("write");
+        log::trace!(
             "{} ({}): {}, {} bytes to read, {} to send",
             found.tuple,
             found.place,

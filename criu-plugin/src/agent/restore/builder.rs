@@ -69,7 +69,7 @@ impl Builder<'_> {
         let tuple = scoped(connection, &socket, pid)?;
         let failed = |source| AgentError::Socket { tuple, pid, source };
         if !sockopt::is_tcp(socket.as_fd()) || !untouched(&socket).map_err(failed)? {
-            log::debug!("{tuple}: restored by CRIU itself");
+            log::trace!("{tuple}: restored by CRIU itself");
             return Ok(None);
         }
         let image = TcpStreamImage::read(self.images, connection.ino, connection.state, queues)?;
@@ -99,7 +99,7 @@ impl Builder<'_> {
         if image.cork == Some(true) {
             sockopt::set_cork(socket, true).map_err(failed)?;
         }
-        log::debug!("{tuple} (pid {pid}): {} again", image.tcp.state);
+        log::trace!("{tuple} (pid {pid}): {} again", image.tcp.state);
         fault::point("restore.built")?;
         Ok(Some(built))
     }

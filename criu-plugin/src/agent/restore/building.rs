@@ -20,6 +20,7 @@ use super::locks::Locks;
 use super::parallel;
 use super::plan::Plan;
 use crate::agent::error::AgentError;
+use crate::agent::profile::Profile;
 use crate::fault;
 
 /// A restore whose connections are not all built yet.
@@ -123,6 +124,7 @@ impl<'a> Building<'a> {
     pub fn bring_back(&mut self, pid: i32) -> Result<(), AgentError> {
         fault::actors(None, Some(pid));
         fault::point("restore.asked")?;
+        let mut profile = Profile::start("restore");
         let inner = tasks::inner_pid(pid).map_err(AgentError::Tree)?;
         if self.plan.index.root == Some(inner) && self.tree.root.is_none() {
             self.found_root(pid)?;
@@ -133,7 +135,9 @@ impl<'a> Building<'a> {
         self.tree.awaited.remove(&inner);
         let task = Task::open(pid).map_err(|source| AgentError::Task { pid, source })?;
         let wanted = self.find(&task, inner)?;
+        profile.lap("find");
         self.lock_sockets(&wanted, pid)?;
+        profile.lap("lock");
         let Self { criu, plan, forge, .. } = self;
         let builder = Builder { images: &plan.images, index: &plan.index, forge, criu, pid };
         let (built, result) =
@@ -141,6 +145,7 @@ impl<'a> Building<'a> {
         self.built.extend(built.into_iter().flatten());
         result?;
         self.adopt_external(&task)?;
+        profile.lap("build");
         self.tree.restored.push(task);
         Ok(())
     }

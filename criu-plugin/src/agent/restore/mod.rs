@@ -30,6 +30,7 @@ use soccr::criu::tasks::Task;
 
 use crate::agent::error::AgentError;
 use crate::agent::log::answering;
+use crate::agent::profile::Profile;
 use crate::agent::server::{Asked, Server};
 use crate::fault;
 use crate::protocol::Request;
@@ -171,11 +172,15 @@ impl<'a> Progress<'a> {
 
 fn prepare<'a>(images: &ImageDir, criu: &'a Task) -> Result<Building<'a>, AgentError> {
     fault::point("restore.init")?;
+    let mut profile = Profile::start("restore");
     let plan = Plan::read(images)?;
+    profile.lap("load");
     let locks = Locks::new(&plan, criu)?;
     fault::point("restore.prepared")?;
     let mut building = Building::begin(plan, locks, criu);
+    profile.lap("record");
     building.lock_beside_criu()?;
+    profile.lap("lock");
     fault::point("restore.locked")?;
     Ok(building)
 }
