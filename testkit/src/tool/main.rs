@@ -32,6 +32,8 @@ enum Command {
     Faults(faults::Options),
     Server(server::Options),
     PluginHost(pluginhost::Options),
+    #[command(hide = true)]
+    Crowd(bench::crowd::Options),
 }
 
 /// CRIU and the plugin, where `make criu` and `make` put them unless told.
@@ -72,6 +74,7 @@ fn main() -> ExitCode {
         Command::Soak(options) => ("soak", with_root(|| soak::run(&options))),
         Command::Faults(options) => ("faults", with_root(|| faults::run(&options))),
         Command::Server(options) => ("server", server::run(options)),
+        Command::Crowd(options) => ("crowd", bench::crowd::run(&options)),
         Command::PluginHost(options) => ("plugin-host", pluginhost::run(&options)),
     };
     match done {

@@ -54,7 +54,7 @@ pub struct Options {
     /// stream: how much to send
     #[arg(long, value_name = "BYTES", default_value_t)]
     send: u64,
-    /// stream: read nothing before SIGUSR1
+    /// echo, stream: read nothing before SIGUSR1
     #[arg(long)]
     hold: bool,
     /// stream: end the own stream as soon as it is written, not after the client's
@@ -290,7 +290,7 @@ impl Loop {
                 setsockopt(&stream, sockopt::ReuseAddr, &reuses(peer))?;
             }
             let role = match self.options.mode {
-                Mode::Echo => Role::Echo,
+                Mode::Echo => Role::Echo { hold: self.options.hold },
                 Mode::Counter => Role::Counter { line: Vec::new(), counters: Rc::clone(&self.counters) },
                 Mode::Stream => Role::Stream(Stream::new(peer.port(), false, &self.options)),
                 Mode::Ordered => Role::Ordered(Session::new(peer.port())),
@@ -311,7 +311,7 @@ impl Loop {
         self.ended += self.kept.len();
         self.kept.clear();
         for parked in std::mem::take(&mut self.parked) {
-            self.add(Conn::new(parked.take()?, Role::Echo)?)?;
+            self.add(Conn::new(parked.take()?, Role::Echo { hold: false })?)?;
         }
         let waiting: Vec<_> = self.conns.keys().copied().collect();
         for fd in waiting {
