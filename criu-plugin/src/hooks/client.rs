@@ -1,5 +1,6 @@
 //! The hooks' end of the way to the agent.
 
+use std::cell::RefCell;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::time::Duration;
 
@@ -40,6 +41,8 @@ const PATIENCE: Duration = Duration::from_secs(if cfg!(feature = "fault-injectio
 pub struct Client {
     control: OwnedFd,
     agent: Pid,
+    /// The answer to a request that nobody has waited for yet.
+    earlier: RefCell<Option<OwnedFd>>,
 }
 
 impl Client {
@@ -51,7 +54,10 @@ impl Client {
         let mut pid = [0; 4];
         loop {
             return match nix::unistd::read(&control, &mut pid) {
-                Ok(4) => Ok(Self { control, agent: Pid::from_raw(i32::from_ne_bytes(pid)) }),
+                Ok(4) => {
+                    let agent = Pid::from_raw(i32::from_ne_bytes(pid));
+                    Ok(Self { control, agent, earlier: RefCell::default() })
+                }
                 Ok(_) => Err(Errno::ECONNRESET),
                 Err(Errno::EINTR) => continue,
                 Err(error) => Err(error),
@@ -62,8 +68,32 @@ impl Client {
     /// Asks, prints the agent's log lines to CRIU's log, and waits for the result.
     ///
     /// # Errors
-    /// [`AskError`].
+    /// [`AskError`], also of a request that was [begun](Self::begin) before.
     pub fn ask(&self, request: Request, file: Option<BorrowedFd<'_>>) -> Result<(), AskError> {
+        self.finish_earlier()?;
+        let replies = self.send(request, file)?;
+        self.read(&replies)
+    }
+
+    /// Asks, and leaves it to the next call to wait for the result.
+    ///
+    /// # Errors
+    /// [`AskError`].
+    pub fn begin(&self, request: Request) -> Result<(), AskError> {
+        self.finish_earlier()?;
+        self.earlier.replace(Some(self.send(request, None)?));
+        Ok(())
+    }
+
+    /// Waits for the result of what was [begun](Self::begin).
+    ///
+    /// # Errors
+    /// [`AskError`].
+    pub fn finish_earlier(&self) -> Result<(), AskError> {
+        self.earlier.take().map_or(Ok(()), |replies| self.read(&replies))
+    }
+
+    fn send(&self, request: Request, file: Option<BorrowedFd<'_>>) -> Result<OwnedFd, AskError> {
         let (replies, theirs) = socket_pair()?;
         let mut passed: Vec<RawFd> = vec![theirs.as_raw_fd()];
         passed.extend(file.map(|file| file.as_raw_fd()));
@@ -79,8 +109,7 @@ impl Client {
             Err(Errno::EPIPE | Errno::ECONNRESET) => return Err(AskError::Gone { committed: false }),
             other => other?,
         };
-        drop(theirs);
-        self.read(&replies)
+        Ok(replies)
     }
 
     fn read(&self, replies: &OwnedFd) -> Result<(), AskError> {

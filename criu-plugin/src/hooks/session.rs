@@ -8,7 +8,7 @@ use nix::unistd::{Pid, getpid};
 
 use super::client::{AskError, Client};
 use super::host::{ENOTSUP, Stage};
-use super::{host, mode, solo, start};
+use super::{abi, host, mode, solo, start};
 use crate::agent::Job;
 use crate::fault;
 use crate::protocol::Request;
@@ -70,7 +70,13 @@ fn started(stage: Stage, at_exit: extern "C" fn()) -> Result<(), String> {
     if stage == Stage::Dump {
         host::pin(at_exit)?;
     } else {
-        client.ask(Request::Prepare, None).map_err(|error| error.to_string())?;
+        // CRIU reads its images and forks meanwhile. It restores nothing before POST_FORKING, which waits for the result.
+        let prepared = if abi::has_post_forking() {
+            client.begin(Request::Prepare)
+        } else {
+            client.ask(Request::Prepare, None)
+        };
+        prepared.map_err(|error| error.to_string())?;
     }
     let mut session = SESSION.lock().map_err(|_| HookError::Poisoned.to_string())?;
     *session = Some(Session { stage, criu: getpid(), client });
@@ -169,6 +175,9 @@ pub fn end(ret: i32) {
         return;
     };
     let Some(session) = guard.as_mut().filter(|session| session.criu == getpid()) else { return };
+    if let Err(error) = session.client.finish_earlier() {
+        host::print(log::Level::Error, &error.to_string());
+    }
     let request = match session.stage {
         Stage::Dump => Request::DumpEnd(ret),
         Stage::Restore => Request::RestoreEnd(ret),

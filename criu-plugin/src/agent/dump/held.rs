@@ -170,7 +170,7 @@ impl Held {
         let mut profile = Profile::start("dump");
         for (socket, tuple) in self.sockets.drain(..) {
             let _ = fault::point("dump.closing");
-            match Paused::pause(socket.as_fd()) {
+            match Paused::pause_only(socket.as_fd()) {
                 Ok(paused) => drop(paused.release()),
                 Err(error) => log::error!("{tuple}: its peer hears that it is closed: {}", chain(&error)),
             }

@@ -12,6 +12,7 @@ mod arrangement;
 mod held;
 mod saving;
 mod watching;
+mod writer;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::unistd::getppid;

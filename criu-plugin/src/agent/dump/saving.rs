@@ -7,7 +7,6 @@ use soccr::connection::{ControlBlock, FourTuple, Queues};
 use soccr::criu::image::ImageDir;
 use soccr::criu::image::external::ExternalImage;
 use soccr::criu::image::side::SideImage;
-use soccr::criu::image::tcp_stream::TcpStreamImage;
 use soccr::criu::record::{ConnectionRecord, LockRecord, NsId, Phase, Recorder, Store};
 use soccr::criu::tasks::{self, FindError, Finder, FoundConnection, Place, Task};
 use soccr::kernel::netns::NetNs;
@@ -15,6 +14,7 @@ use soccr::lock::{LockName, LockOptions, Method, NetworkLock};
 use soccr::repair::{Paused, Probe};
 
 use super::held::Held;
+use super::writer::{self, Image};
 use crate::agent::error::AgentError;
 use crate::agent::path::Path;
 use crate::agent::profile::Profile;
@@ -29,8 +29,6 @@ pub struct Saving<'a> {
     lock_name: LockName,
     options: LockOptions,
     finder: Finder,
-    /// The memory of one connection's queues, used again and again.
-    queues: Queues,
     held: Held,
 }
 
@@ -52,9 +50,9 @@ impl<'a> Saving<'a> {
         let lock_name = LockName::criu(&format!("soccr-{}", random_id()?))?;
         let recorder = Recorder::new(lock_name.id(), Phase::Saving, images.as_fd(), criu.pid)?;
         let options = LockOptions::from_env()?;
-        let (finder, queues) = (Finder::default(), Queues::default());
+        let finder = Finder::default();
         let held = Held::nothing(recorder, criu, &lock_name)?;
-        Ok(Self { criu, images, lock_name, options, finder, queues, held })
+        Ok(Self { criu, images, lock_name, options, finder, held })
     }
 
     /// No further hook comes.
@@ -98,13 +96,8 @@ impl<'a> Saving<'a> {
         fault::point("dump.locked")?;
         profile.lap("lock");
         let count = found.len();
-        for connection in found {
-            // The kernel lets the tasks run as soon as criu is dead: their sockets are theirs then.
-            if self.criu.gone() {
-                return Err(AgentError::Protocol("criu is gone"));
-            }
-            self.save(connection, &mut profile)?;
-        }
+        self.save(found)?;
+        profile.lap("save");
         fault::point("dump.saved")?;
         log::info!("{count} TCP connections saved, locked by the table inet {}", self.lock_name);
         Ok(())
@@ -158,34 +151,28 @@ impl<'a> Saving<'a> {
         Ok(())
     }
 
-    fn save(&mut self, found: FoundConnection, profile: &mut Profile) -> Result<(), AgentError> {
-        let tcp = self.read(&found)?;
-        fault::point("dump.resumed")?;
-        profile.lap("read");
-        TcpStreamImage::write(&self.images, found.inode, &tcp, &self.queues.recv, &self.queues.send)
-            .map_err(|source| AgentError::Image { tuple: found.tuple, place: found.place, source })?;
-        fault::point("dump.written")?;
-        profile.lap("write");
-        log::trace!(
-            "{} ({}): {}, {} bytes to read, {} to send",
-            found.tuple,
-            found.place,
-            tcp.state,
-            tcp.recv_len,
-            tcp.send_len
-        );
-        self.held.sockets.push((found.socket, found.tuple));
-        Ok(())
-    }
-
-    /// Reads the connection into `queues` and leaves the socket as it was.
-    fn read(&mut self, found: &FoundConnection) -> Result<ControlBlock, AgentError> {
-        let paused = Paused::pause(found.socket.as_fd())?;
-        fault::point("dump.paused")?;
-        let tcp = paused.save(&mut self.queues);
-        fault::point("dump.read")?;
-        paused.resume(Probe::None)?;
-        tcp.map_err(|source| AgentError::Save { place: found.place, source })
+    fn save(&mut self, found: Vec<FoundConnection>) -> Result<(), AgentError> {
+        let Self { criu, images, held, .. } = self;
+        writer::writing(images, |writer| {
+            for FoundConnection { socket, inode, tuple, place, .. } in found {
+                // The kernel lets the tasks run as soon as criu is dead: their sockets are theirs then.
+                if criu.gone() {
+                    return Err(AgentError::Protocol("criu is gone"));
+                }
+                let mut queues = Queues::default();
+                let tcp = read(&socket, place, &mut queues)?;
+                fault::point("dump.resumed")?;
+                held.sockets.push((socket, tuple));
+                log::trace!(
+                    "{tuple} ({place}): {}, {} bytes to read, {} to send",
+                    tcp.state,
+                    tcp.recv_len,
+                    tcp.send_len
+                );
+                writer.add(Image { ino: inode, tuple, place, tcp, queues })?;
+            }
+            Ok(())
+        })
     }
 
     /// DUMP_EXT_FILE: a connection that criu hands over as an external file.
@@ -206,7 +193,8 @@ impl<'a> Saving<'a> {
             self.record(std::slice::from_ref(&found))?;
             self.lock(std::slice::from_ref(&found))?;
         }
-        let tcp = self.read(&found)?;
+        let mut queues = Queues::default();
+        let tcp = read(&found.socket, found.place, &mut queues)?;
         let image = ExternalImage {
             tuple: found.tuple,
             tcp,
@@ -216,7 +204,7 @@ impl<'a> Saving<'a> {
             lock_id: Some(self.lock_name.id().to_owned()),
         };
         image
-            .write(&self.images, id.cast_unsigned(), &self.queues.recv, &self.queues.send)
+            .write(&self.images, id.cast_unsigned(), &queues.recv, &queues.send)
             .map_err(|source| AgentError::Image { tuple: found.tuple, place: found.place, source })?;
         if !known {
             self.held.sockets.push((found.socket, found.tuple));
@@ -259,6 +247,16 @@ impl Saved {
         log::warn!("took over from an agent that died: {} connections", held.sockets.len());
         Ok(Self { images, lock_name, held })
     }
+}
+
+/// Reads the connection and leaves the socket as it was.
+fn read(socket: &OwnedFd, place: Place, queues: &mut Queues) -> Result<ControlBlock, AgentError> {
+    let paused = Paused::pause(socket.as_fd())?;
+    fault::point("dump.paused")?;
+    let tcp = paused.save(queues);
+    fault::point("dump.read")?;
+    paused.resume(Probe::None)?;
+    tcp.map_err(|source| AgentError::Save { place, source })
 }
 
 /// An id that no other dump has: 12 hexadecimal digits.

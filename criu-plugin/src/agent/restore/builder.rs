@@ -15,6 +15,7 @@ use soccr::kernel::{SysError, addr, sockopt, tcp};
 use soccr::repair::Paused;
 use soccr::restore::RoomForQueues;
 
+use super::preloaded::Preloaded;
 use crate::agent::error::AgentError;
 use crate::fault;
 
@@ -55,6 +56,7 @@ impl Drop for Built {
 #[derive(Debug)]
 pub struct Builder<'a> {
     pub images: &'a ImageDir,
+    pub preloaded: &'a Preloaded,
     pub index: &'a Index,
     pub forge: &'a Forge,
     pub criu: &'a Task,
@@ -68,17 +70,20 @@ impl Builder<'_> {
         let pid = self.pid;
         let tuple = scoped(connection, &socket, pid)?;
         let failed = |source| AgentError::Socket { tuple, pid, source };
-        if !sockopt::is_tcp(socket.as_fd()) || !untouched(&socket).map_err(failed)? {
+        if !untouched(&socket).map_err(failed)? {
             log::trace!("{tuple}: restored by CRIU itself");
             return Ok(None);
         }
-        let image = TcpStreamImage::read(self.images, connection.ino, connection.state, queues)?;
+        let (image, queues) = match self.preloaded.get(file_id) {
+            Some((image, queues)) => (*image, queues),
+            None => (TcpStreamImage::read(self.images, connection.ino, connection.state, queues)?, &*queues),
+        };
         // CRIU has shut the socket down, which this forgets.
         fault::point("restore.copied")?;
         must_live(self.criu)?;
         tcp::disconnect(socket.as_fd()).map_err(failed)?;
         fault::point("restore.disconnected")?;
-        let mut paused = Paused::pause(socket)?;
+        let mut paused = Paused::pause_only(socket)?;
         paused.set_reuse_addr(connection.reuseaddr);
         let built = Built::new(paused, tuple, connection.reuseport.or(Some(false)));
         let socket = built.paused().socket();
@@ -110,10 +115,10 @@ pub fn must_live(criu: &Task) -> Result<(), AgentError> {
     if criu.gone() { Err(AgentError::Protocol("criu is gone")) } else { Ok(()) }
 }
 
-/// Whether the socket is as CRIU makes it with `--tcp-close`: closed and never bound. (A connection that CRIU itself
+/// Whether it is a TCP socket as CRIU makes it with `--tcp-close`: closed and never bound. (A connection that CRIU itself
 /// restored in the state CLOSE has an address.)
 fn untouched(socket: &OwnedFd) -> Result<bool, SysError> {
-    let closed = tcp::info(socket.as_fd())?.state == State::Close as u8;
+    let closed = tcp::info(socket.as_fd()).is_ok_and(|info| info.state == State::Close as u8);
     Ok(closed && addr::local(socket.as_fd())?.port() == 0)
 }
 

@@ -19,6 +19,7 @@ use super::builder::{Builder, Built, Wanted};
 use super::locks::Locks;
 use super::parallel;
 use super::plan::Plan;
+use super::preloaded::Preloaded;
 use crate::agent::error::AgentError;
 use crate::agent::profile::Profile;
 use crate::fault;
@@ -28,6 +29,7 @@ use crate::fault;
 pub struct Building<'a> {
     pub criu: &'a Task,
     pub plan: Plan,
+    pub preloaded: Preloaded,
     pub locks: Locks,
     pub tree: Tree,
     /// What was not found in a task yet.
@@ -70,7 +72,8 @@ impl<'a> Building<'a> {
             external: plan.external.clone(),
         };
         let (namespaces, forge) = (SocketNamespaces::default(), Forge::new());
-        Self { criu, plan, locks, tree, missing, namespaces, forge, built: Vec::new() }
+        let preloaded = Preloaded::none_of(&plan.index);
+        Self { criu, plan, preloaded, locks, tree, missing, namespaces, forge, built: Vec::new() }
     }
 
     /// Whether hooks of tasks are still to come.
@@ -138,8 +141,8 @@ impl<'a> Building<'a> {
         profile.lap("find");
         self.lock_sockets(&wanted, pid)?;
         profile.lap("lock");
-        let Self { criu, plan, forge, .. } = self;
-        let builder = Builder { images: &plan.images, index: &plan.index, forge, criu, pid };
+        let Self { criu, plan, preloaded, forge, .. } = self;
+        let builder = Builder { images: &plan.images, preloaded, index: &plan.index, forge, criu, pid };
         let (built, result) =
             parallel::for_each(wanted, Queues::default, |queues, wanted| builder.build(wanted, queues));
         self.built.extend(built.into_iter().flatten());

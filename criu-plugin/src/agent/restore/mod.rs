@@ -6,6 +6,7 @@
 //!
 //! 1. init(): what the images hold is read ([`Plan`]), and locked in criu's own namespace ([`Locks`]).
 //! 2. POST_FORKING: the root task is there, and locked in its namespace where that is another one.
+//!    The images are read ahead while CRIU makes the sockets.
 //! 3. [`Building`]: each connection is built when the hook of its task comes, in its socket's namespace, which is locked
 //!    before that at the latest; it stays in repair mode.
 //! 4. [`waking`]: after the last task all leave repair mode, silently; then they are unlocked, from where there is no way
@@ -19,6 +20,7 @@ mod building;
 mod locks;
 mod parallel;
 mod plan;
+mod preloaded;
 mod waking;
 
 use std::os::fd::AsFd;
@@ -53,6 +55,7 @@ pub fn serve(images: ImageDir, criu: i32, server: &Server) {
                 }
             }
             Event::CriuGone => return progress.criu_gone(),
+            Event::Idle => progress.work_ahead(),
             Event::Look => {}
             Event::TasksGone => return,
         }
@@ -76,6 +79,8 @@ enum Event {
     Asked(Asked),
     CriuGone,
     TasksGone,
+    /// Nobody asks, and there is work that can be done before somebody does.
+    Idle,
     Look,
 }
 
@@ -90,8 +95,11 @@ fn wait(criu: &Task, server: &Server, progress: &Progress<'_>) -> Event {
         let Some(running) = tasks.iter().find(|task| !task.gone()) else { return Event::TasksGone };
         fds.push(PollFd::new(running.pidfd(), PollFlags::POLLIN));
     }
-    if poll(&mut fds, PollTimeout::NONE).is_err() {
-        return Event::Look;
+    let timeout = if progress.can_work_ahead() { PollTimeout::ZERO } else { PollTimeout::NONE };
+    match poll(&mut fds, timeout) {
+        Ok(0) => return Event::Idle,
+        Err(_) => return Event::Look,
+        Ok(_) => {}
     }
     if fds[0].any() == Some(true) {
         match server.next() {
@@ -142,6 +150,16 @@ impl<'a> Progress<'a> {
             }
             (Request::Forked | Request::Resume(_), other) => (other, Ok(())),
             (_, other) => (other, Err(AgentError::Protocol("this is the agent of a restore"))),
+        }
+    }
+
+    fn can_work_ahead(&self) -> bool {
+        matches!(self, Self::Building(building) if building.preloaded.wants_more())
+    }
+
+    fn work_ahead(&mut self) {
+        if let Self::Building(Building { preloaded, plan, .. }) = self {
+            preloaded.read_some(&plan.images);
         }
     }
 
