@@ -17,11 +17,11 @@ pub enum Party {
 
 /// Where the images are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Disk {
+pub enum Storage {
     /// In memory.
     Tmpfs,
     /// Where `target/` is.
-    Ext4,
+    Disk,
 }
 
 /// Connections of one server, as they are when it is dumped.
@@ -33,7 +33,7 @@ pub struct Case {
     /// Processes that share the listener.
     pub processes: usize,
     pub place: Place,
-    pub disk: Disk,
+    pub storage: Storage,
     /// CRIU logs at `-v4`, as runtimes have it, and not at `-v2`.
     pub verbose: bool,
 }
@@ -61,8 +61,8 @@ pub const SKIP: Party = Party::Stock(Lock::Skip);
 pub const GIB: usize = 1 << 30;
 
 const fn empty(connections: usize) -> Case {
-    let (place, disk) = (Place::Host, Disk::Tmpfs);
-    Case { connections, queued: 0, processes: 1, place, disk, verbose: false }
+    let (place, storage) = (Place::Host, Storage::Tmpfs);
+    Case { connections, queued: 0, processes: 1, place, storage, verbose: false }
 }
 
 /// Everything.
@@ -75,7 +75,7 @@ pub fn all() -> Vec<Series> {
         let case = empty(connections);
         all.push(compared(Case { verbose: true, ..case }));
         all.push(compared(Case { place: Place::External, ..case }));
-        all.push(compared(Case { disk: Disk::Ext4, ..case }));
+        all.push(compared(Case { storage: Storage::Disk, ..case }));
         for queued in [1 << 10, 64 << 10] {
             all.push(compared(Case { queued, ..case }));
         }
@@ -99,7 +99,7 @@ pub fn smoke() -> Vec<Series> {
         empty(1000),
         Case { verbose: true, ..empty(1000) },
         Case { place: Place::External, ..empty(100) },
-        Case { disk: Disk::Ext4, queued: 64 << 10, ..empty(100) },
+        Case { storage: Storage::Disk, queued: 64 << 10, ..empty(100) },
         Case { processes: 4, ..empty(1000) },
     ];
     let mut all: Vec<_> = cases.into_iter().map(compared).collect();
@@ -128,9 +128,9 @@ impl fmt::Display for Party {
     }
 }
 
-impl fmt::Display for Disk {
+impl fmt::Display for Storage {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(if *self == Self::Tmpfs { "tmpfs" } else { "ext4" })
+        f.write_str(if *self == Self::Tmpfs { "tmpfs" } else { "disk" })
     }
 }
 
@@ -139,7 +139,7 @@ impl fmt::Display for Case {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let place = if self.place == Place::Host { "host" } else { "elsewhere" };
         let verbosity = if self.verbose { "v4" } else { "v2" };
-        write!(f, "{} {place} {} {} {verbosity}", self.connections, self.disk, Bytes(self.queued))?;
+        write!(f, "{} {place} {} {} {verbosity}", self.connections, self.storage, Bytes(self.queued))?;
         if self.processes > 1 {
             write!(f, " {}-processes", self.processes)?;
         }

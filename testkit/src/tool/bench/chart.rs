@@ -4,7 +4,7 @@ use anyhow::{Result, anyhow};
 use plotters::prelude::*;
 use soccr_testkit::{Lock, Place};
 
-use super::case::{Disk, Party};
+use super::case::{Party, Storage};
 use super::report::Row;
 
 const SIZE: (u32, u32) = (1100, 480);
@@ -62,7 +62,7 @@ fn line(rows: &[Row], party: Party, of: fn(&Row) -> Option<f64>) -> Vec<(f64, f6
         row.party == party
             && case.queued == 0
             && case.place == Place::Host
-            && case.disk == Disk::Tmpfs
+            && case.storage == Storage::Tmpfs
             && !case.verbose
     };
     let points = rows.iter().filter(plain).filter_map(|row| Some((row.connections(), of(row)?)));

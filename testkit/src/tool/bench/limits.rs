@@ -2,7 +2,7 @@
 
 use soccr_testkit::{Lock, Place};
 
-use super::case::{Case, Disk, GIB, Party, SKIP};
+use super::case::{Case, GIB, Party, SKIP, Storage};
 use super::report::{Report, Row};
 
 /// One number and what it may be at most.
@@ -67,8 +67,8 @@ impl<'a> Limits<'a> {
         self.ratio(SKIP, plain(10_000), 1.05, 0.85);
         for connections in [1000, 10_000] {
             let on_disk = move |case: &Case| {
-                *case == Case { disk: Disk::Ext4, ..*case }
-                    && plain(connections)(&Case { disk: Disk::Tmpfs, ..*case })
+                *case == Case { storage: Storage::Disk, ..*case }
+                    && plain(connections)(&Case { storage: Storage::Tmpfs, ..*case })
             };
             self.ratio(SKIP, on_disk, 0.8, f64::INFINITY);
         }
@@ -138,7 +138,7 @@ fn plain(connections: usize) -> impl Fn(&Case) -> bool {
                 queued: 0,
                 processes: 1,
                 place: Place::Host,
-                disk: Disk::Tmpfs,
+                storage: Storage::Tmpfs,
                 verbose: false,
             }
     }

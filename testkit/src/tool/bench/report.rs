@@ -261,7 +261,7 @@ mod tests {
     use soccr_testkit::Place;
 
     use super::*;
-    use crate::bench::case::{Disk, SKIP};
+    use crate::bench::case::{SKIP, Storage};
 
     fn row(party: Party, frozen: &[u64]) -> Row {
         let times = |&ms| Times {
@@ -269,8 +269,8 @@ mod tests {
             restore: Duration::from_millis(2 * ms),
             ..Times::default()
         };
-        let (place, disk) = (Place::Host, Disk::Tmpfs);
-        let case = Case { connections: 1000, queued: 0, processes: 1, place, disk, verbose: false };
+        let (place, storage) = (Place::Host, Storage::Tmpfs);
+        let case = Case { connections: 1000, queued: 0, processes: 1, place, storage, verbose: false };
         Row { times: frozen.iter().map(times).collect(), ..Row::new(case, party) }
     }
 
