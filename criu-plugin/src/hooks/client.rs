@@ -45,6 +45,13 @@ pub struct Client {
     earlier: RefCell<Option<OwnedFd>>,
 }
 
+/// What a caller may go on after.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Heard {
+    Done,
+    Proceed,
+}
+
 impl Client {
     /// Waits until the agent's parent tells the agent's pid: the agent itself may die or be stopped at once.
     ///
@@ -72,16 +79,18 @@ impl Client {
     pub fn ask(&self, request: Request, file: Option<BorrowedFd<'_>>) -> Result<(), AskError> {
         self.finish_earlier()?;
         let replies = self.send(request, file)?;
-        self.read(&replies)
+        self.finish(&replies)
     }
 
-    /// Asks, and leaves it to the next call to wait for the result.
+    /// Asks, and waits until the agent has done it or says that nobody need wait: then the next call does.
     ///
     /// # Errors
     /// [`AskError`].
     pub fn begin(&self, request: Request) -> Result<(), AskError> {
-        self.finish_earlier()?;
-        self.earlier.replace(Some(self.send(request, None)?));
+        let replies = self.send(request, None)?;
+        if self.read(&replies)? == Heard::Proceed {
+            self.earlier.replace(Some(replies));
+        }
         Ok(())
     }
 
@@ -90,7 +99,7 @@ impl Client {
     /// # Errors
     /// [`AskError`].
     pub fn finish_earlier(&self) -> Result<(), AskError> {
-        self.earlier.take().map_or(Ok(()), |replies| self.read(&replies))
+        self.earlier.take().map_or(Ok(()), |replies| self.finish(&replies))
     }
 
     fn send(&self, request: Request, file: Option<BorrowedFd<'_>>) -> Result<OwnedFd, AskError> {
@@ -112,7 +121,12 @@ impl Client {
         Ok(replies)
     }
 
-    fn read(&self, replies: &OwnedFd) -> Result<(), AskError> {
+    fn finish(&self, replies: &OwnedFd) -> Result<(), AskError> {
+        while self.read(replies)? != Heard::Done {}
+        Ok(())
+    }
+
+    fn read(&self, replies: &OwnedFd) -> Result<Heard, AskError> {
         let mut buffer = [0; LONGEST_REPLY];
         let mut committed = false;
         loop {
@@ -124,7 +138,8 @@ impl Client {
             match Reply::decode(buffer.get(..len).unwrap_or_default()) {
                 Some(Reply::Log(level, text)) => host::print(level, &String::from_utf8_lossy(text)),
                 Some(Reply::Committed) => committed = true,
-                Some(Reply::Done) => return Ok(()),
+                Some(Reply::Proceed) => return Ok(Heard::Proceed),
+                Some(Reply::Done) => return Ok(Heard::Done),
                 Some(Reply::Refused) => return Err(AskError::Refused),
                 None => return Err(AskError::Gone { committed }),
             }

@@ -70,7 +70,7 @@ fn started(stage: Stage, at_exit: extern "C" fn()) -> Result<(), String> {
     if stage == Stage::Dump {
         host::pin(at_exit)?;
     } else {
-        // CRIU reads its images and forks meanwhile. It restores nothing before POST_FORKING, which waits for the result.
+        // CRIU may go on meanwhile, where the agent says so: POST_FORKING waits for the result.
         let prepared = if abi::has_post_forking() {
             client.begin(Request::Prepare)
         } else {

@@ -6,7 +6,7 @@
 //!
 //! 1. init(): what the images hold is read ([`Plan`]), and locked in criu's own namespace ([`Locks`]).
 //! 2. POST_FORKING: the root task is there, and locked in its namespace where that is another one.
-//!    The images are read ahead while CRIU makes the sockets.
+//!    CRIU forks meanwhile, where [nothing is to be done before that](ahead). The images are read ahead while CRIU makes the sockets.
 //! 3. [`Building`]: each connection is built when the hook of its task comes, in its socket's namespace, which is locked
 //!    before that at the latest; it stays in repair mode.
 //! 4. [`waking`]: after the last task all leave repair mode, silently; then they are unlocked, from where there is no way
@@ -15,6 +15,7 @@
 //! When anything fails the sockets are closed in repair mode, silently, and the lock is what it was before, under the
 //! name that the images know: the restore can be tried again, by us or by stock CRIU.
 
+mod ahead;
 mod builder;
 mod building;
 mod locks;
@@ -31,7 +32,7 @@ use soccr::criu::image::ImageDir;
 use soccr::criu::tasks::Task;
 
 use crate::agent::error::AgentError;
-use crate::agent::log::answering;
+use crate::agent::log::{self, answering};
 use crate::agent::profile::Profile;
 use crate::agent::server::{Asked, Server};
 use crate::fault;
@@ -190,6 +191,9 @@ impl<'a> Progress<'a> {
 
 fn prepare<'a>(images: &ImageDir, criu: &'a Task) -> Result<Building<'a>, AgentError> {
     fault::point("restore.init")?;
+    if ahead::is_safe(images) {
+        log::proceed();
+    }
     let mut profile = Profile::start("restore");
     let plan = Plan::read(images)?;
     profile.lap("load");
