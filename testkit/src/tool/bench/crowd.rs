@@ -3,7 +3,7 @@
 //! Each process is told what to do by a line, and answers with one.
 
 use std::io::{BufRead, BufReader, Write};
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::os::fd::AsFd;
 use std::process::{Child, ChildStdin, ChildStdout, Stdio};
 use std::time::{Duration, Instant};
@@ -41,13 +41,20 @@ struct Process {
 }
 
 impl Crowd {
-    /// So many connections from this namespace.
+    /// So many connections from this namespace. A server that listens everywhere gets those of each process at another
+    /// address: the kernel looks for a free port among all that one pair of addresses has, and that takes long when most
+    /// are taken.
     pub fn connect(ns: &NetNs, server: SocketAddr, count: usize) -> Result<Self> {
         let mut processes = Vec::new();
         let mut left = count;
         while left > 0 {
             let share = left.min(PER_PROCESS);
             let mut command = ns.command(sibling_binary("soccr-test")?);
+            let mut server = server;
+            if server.ip().is_unspecified() {
+                let nth = u8::try_from(processes.len() + 1).context("too many processes")?;
+                server.set_ip(Ipv4Addr::new(127, 0, 0, nth).into());
+            }
             command.args(["crowd", &server.to_string(), &share.to_string()]);
             command.stdin(Stdio::piped()).stdout(Stdio::piped());
             let mut child = command.spawn().context("cannot start the clients")?;

@@ -37,9 +37,9 @@ pub struct Times {
     pub restore: Duration,
     /// From then on until every connection had moved bytes in both directions; where the queues were empty.
     pub moved: Option<Duration>,
-    /// What criu used: the larger of dump and restore.
-    pub criu_peak: u64,
-    /// What the agents of dump and restore used.
+    /// What criu used, to dump and to restore; not what the restored tasks did themselves.
+    pub criu: [Usage; 2],
+    /// What the agents used.
     pub agents: Option<[Usage; 2]>,
     /// Milliseconds by phase, from the log of `-v4`.
     pub profile: BTreeMap<String, f64>,
@@ -81,9 +81,10 @@ impl Trial {
 
     fn run(&self) -> Result<Times> {
         let Case { connections, queued, .. } = self.case;
-        let address = if self.case.place == Place::Host { "127.0.0.1:0".into() } else { format!("{V4}:0") };
+        let host = if self.case.place == Place::Host { "0.0.0.0" } else { V4 };
         let args = self.server_args();
-        let server = self.stage.serve(&address, &args.iter().map(String::as_str).collect::<Vec<_>>())?;
+        let server =
+            self.stage.serve(&format!("{host}:0"), &args.iter().map(String::as_str).collect::<Vec<_>>())?;
         let mut crowd = Crowd::connect(&self.stage.peer, server.address, connections)?;
         accepted(&server.task.tree(), connections)?;
         let mut times = Times::default();
@@ -162,7 +163,7 @@ impl Trial {
 
     fn note(&self, times: &mut Times, dump: &Done, restore: &Done) -> Result<()> {
         (times.dump, times.restore) = (dump.took, restore.took);
-        times.criu_peak = dump.usage.peak.max(restore.usage.peak);
+        times.criu = [dump.usage, restore.usage];
         if self.party == Party::Ours && self.case.verbose {
             for done in [dump, restore] {
                 let log = fs::read(&done.log)?;
