@@ -1,9 +1,9 @@
 //! Images are written on a thread of their own, while the next connections are read.
 //!
-//! They go there in batches: to wake a thread for each would cost more than to write it. At most three batches are in
-//! memory: what is read, what waits, what is written.
+//! They go there in batches: to wake a thread for each would cost more than to write it. Who reads does not wait for who
+//! writes, which is no real-time process: while two batches are under way, it writes the third itself.
 
-use std::sync::mpsc::{SyncSender, sync_channel};
+use std::sync::mpsc::{SyncSender, TrySendError, sync_channel};
 use std::thread;
 
 use soccr::connection::{ControlBlock, FourTuple, Queues};
@@ -69,11 +69,11 @@ impl Writer<'_> {
     fn flush(&mut self) -> Result<(), AgentError> {
         let batch = std::mem::take(&mut self.batch);
         self.bytes = 0;
-        match &self.thread {
-            Some(thread) => {
-                thread.send(batch).map_err(|_| AgentError::Protocol("images are written no more"))
-            }
-            None => write(self.images, batch),
+        let Some(thread) = &self.thread else { return write(self.images, batch) };
+        match thread.try_send(batch) {
+            Ok(()) => Ok(()),
+            Err(TrySendError::Full(batch)) => write(self.images, batch),
+            Err(TrySendError::Disconnected(_)) => Err(AgentError::Protocol("images are written no more")),
         }
     }
 }
