@@ -17,8 +17,6 @@ use soccr_testkit::sockets::queued;
 use soccr_testkit::task::{pid_of, wait_readable, wait_until};
 use soccr_testkit::{Client, NetNs};
 
-/// Descriptors of one process, some left for others than connections.
-const PER_PROCESS: usize = 15_000;
 /// For anything that clients are told to do.
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -41,17 +39,16 @@ struct Process {
 }
 
 impl Crowd {
-    /// So many connections from this namespace. A server that listens everywhere gets those of each process at another
-    /// address: the kernel looks for a free port among all that one pair of addresses has, and that takes long when most
-    /// are taken.
-    pub fn connect(ns: &NetNs, server: SocketAddr, count: usize) -> Result<Self> {
+    /// So many connections from this namespace, from a process of ours to each of the server's `parts`, which listen at
+    /// 127.0.0.1 and on.
+    pub fn connect(ns: &NetNs, server: SocketAddr, count: usize, parts: usize) -> Result<Self> {
         let mut processes = Vec::new();
         let mut left = count;
         while left > 0 {
-            let share = left.min(PER_PROCESS);
+            let share = left.min(count.div_ceil(parts));
             let mut command = ns.command(sibling_binary("soccr-test")?);
             let mut server = server;
-            if server.ip().is_unspecified() {
+            if parts > 1 {
                 let nth = u8::try_from(processes.len() + 1).context("too many processes")?;
                 server.set_ip(Ipv4Addr::new(127, 0, 0, nth).into());
             }

@@ -2,7 +2,7 @@
 
 use soccr_testkit::{Lock, Place};
 
-use super::case::{Case, GIB, Party, SKIP, Storage};
+use super::case::{Case, GIB, PARTS, Party, SKIP, Storage};
 use super::report::{Report, Row};
 
 /// One number and what it may be at most.
@@ -95,9 +95,13 @@ impl<'a> Limits<'a> {
             let verbose = |case: &Case| case.verbose && plain(10_000)(&Case { verbose: false, ..*case });
             let more = self.cost(verbose, of).zip(large).map(|(verbose, quiet)| verbose - quiet);
             self.add(format!("µs a connection that -v4 costs more, {what}, 10000"), more, 1.0);
-            let many = self.cost(|case| case.connections == 60_000, of).zip(large);
+            let many = self.cost(|case| case.processes == PARTS, of).zip(large);
             let ratio = many.filter(|(_, large)| *large > 0.0).map(|(many, large)| many / large);
-            self.add(format!("µs a connection over the floor, 60000 / 10000, {what}"), ratio, 1.2);
+            self.add(
+                format!("µs a connection over the floor, {PARTS} processes / 10000, {what}"),
+                ratio,
+                1.2,
+            );
         }
     }
 

@@ -49,7 +49,8 @@ pub struct Options {
 }
 
 pub fn run(options: &Options) -> Result<()> {
-    let mut chosen = if options.smoke { case::smoke() } else { case::all() };
+    let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
+    let mut chosen = if options.smoke { case::smoke() } else { case::all(usize::try_from(hard)?) };
     for series in &mut chosen {
         series.parties.retain(|party| options.party.is_empty() || options.party.contains(&party.to_string()));
     }
@@ -60,7 +61,6 @@ pub fn run(options: &Options) -> Result<()> {
         return Ok(());
     }
     let criu = options.programs.find(true)?;
-    let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
     setrlimit(Resource::RLIMIT_NOFILE, hard, hard)?;
     std::fs::create_dir_all(&options.out)?;
 

@@ -80,12 +80,12 @@ impl Trial {
     }
 
     fn run(&self) -> Result<Times> {
-        let Case { connections, queued, .. } = self.case;
-        let host = if self.case.place == Place::Host { "0.0.0.0" } else { V4 };
+        let Case { connections, queued, processes, .. } = self.case;
+        let host = if self.case.place == Place::Host { "127.0.0.1" } else { V4 };
         let args = self.server_args();
         let server =
             self.stage.serve(&format!("{host}:0"), &args.iter().map(String::as_str).collect::<Vec<_>>())?;
-        let mut crowd = Crowd::connect(&self.stage.peer, server.address, connections)?;
+        let mut crowd = Crowd::connect(&self.stage.peer, server.address, connections, processes)?;
         accepted(&server.task.tree(), connections)?;
         let mut times = Times::default();
         if queued > 0 {
@@ -124,7 +124,9 @@ impl Trial {
 
     fn server_args(&self) -> Vec<String> {
         let mut args = vec!["--mode".into(), "echo".into()];
-        args.extend(["--processes".into(), self.case.processes.to_string()]);
+        if self.case.processes > 1 {
+            args.extend(["--apart".into(), "--processes".into(), self.case.processes.to_string()]);
+        }
         if self.case.queued > 0 {
             // Room for the bytes and for what the kernel puts around them.
             let room = 2 * self.case.queued + (64 << 10);
