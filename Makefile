@@ -45,8 +45,8 @@ demo-migrate: all criu ## a server moves between two hosts with its addresses wh
 test: ## everything but what takes longer or tests nothing of ours (STEPS="cargo demo …": only these)
 	@scripts/test $(STEPS)
 
-bench: all criu ## what a dump and a restore cost, beside stock CRIU
-	@scripts/isolated target/release/soccr-test bench
+bench: all criu ## what a dump and a restore cost, beside stock CRIU and its own work; half an hour (ARGS=…: see soccr-test bench --help)
+	@scripts/isolated target/release/soccr-test bench $(ARGS)
 
 soak: all criu ## dump and restore under load, loss and reordering for ten minutes
 	@scripts/isolated target/release/soccr-test soak

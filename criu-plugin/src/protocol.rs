@@ -84,6 +84,8 @@ pub enum Reply<'a> {
     Log(log::Level, &'a [u8]),
     /// From here on there is no way back: whatever happens to the agent, the tasks must live.
     Committed,
+    /// What is still to be done need not be waited for.
+    Proceed,
     /// All was done. The last part.
     Done,
     /// It was not; the log lines say why. The last part.
@@ -97,6 +99,7 @@ const LOG: u8 = 1;
 const DONE: u8 = 2;
 const REFUSED: u8 = 3;
 const COMMITTED: u8 = 4;
+const PROCEED: u8 = 5;
 
 impl<'a> Reply<'a> {
     /// The packet.
@@ -110,6 +113,7 @@ impl<'a> Reply<'a> {
                 packet
             }
             Self::Committed => vec![COMMITTED],
+            Self::Proceed => vec![PROCEED],
             Self::Done => vec![DONE],
             Self::Refused => vec![REFUSED],
         }
@@ -121,6 +125,7 @@ impl<'a> Reply<'a> {
         Some(match packet {
             [LOG, level, text @ ..] => Self::Log(level_from(*level), text),
             [COMMITTED] => Self::Committed,
+            [PROCEED] => Self::Proceed,
             [DONE] => Self::Done,
             [REFUSED] => Self::Refused,
             _ => return None,

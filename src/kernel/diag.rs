@@ -6,6 +6,7 @@ use std::net::{IpAddr, SocketAddr};
 use nix::errno::Errno;
 
 use super::netlink::NetlinkSocket;
+use super::wire::{self, Attributes, Header, Message, Messages, Writer};
 use super::{SysError, SysResult};
 use crate::four_tuple::FourTuple;
 
@@ -15,7 +16,7 @@ const NLM_F_REQUEST: u16 = 1;
 const NLM_F_ACK: u16 = 4;
 const NLMSG_ERROR: u16 = 2;
 
-const HEADER: usize = 16;
+const HEADER: usize = wire::HEADER_LEN;
 /// `struct inet_diag_sockid`.
 const SOCK_ID: usize = 48;
 /// `struct inet_diag_req_v2`: eight bytes, then the id.
@@ -75,7 +76,7 @@ pub fn find_owned(tuples: &[FourTuple]) -> SysResult<Option<FourTuple>> {
 }
 
 /// An address family.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Family {
     /// `AF_INET`.
     Ipv4 = 2,
@@ -105,41 +106,53 @@ pub struct Seen {
     pub upper_layer: bool,
 }
 
-/// Shows `each` all TCP sockets of one family and kind in the current network namespace.
+/// Which sockets to show.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Filter {
+    /// Of one family.
+    pub family: Family,
+    /// Of one kind.
+    pub kind: Kind,
+    /// With this local port: a server's connections, without their other ends on the same host.
+    pub local_port: Option<u16>,
+}
+
+/// Shows `each` these TCP sockets in the current network namespace.
 ///
 /// # Errors
 /// ENOENT where the kernel has no `tcp_diag`, EPROTONOSUPPORT where it has no socket monitor.
-pub fn for_each(family: Family, kind: Kind, mut each: impl FnMut(Seen)) -> SysResult<()> {
+pub fn for_each(filter: Filter, mut each: impl FnMut(Seen)) -> SysResult<()> {
     const CALL: &str = "list sockets";
     const NLM_F_DUMP: u16 = 0x300;
     const NLMSG_DONE: u16 = 3;
     /// ESTABLISHED, SYN_SENT, FIN_WAIT1, FIN_WAIT2, CLOSE_WAIT, LAST_ACK, CLOSING.
     const CONNECTED: u32 = 1 << 1 | 1 << 2 | 1 << 4 | 1 << 5 | 1 << 8 | 1 << 9 | 1 << 11;
     const LISTEN: u32 = 1 << 10;
-    let states = if kind == Kind::Listening { LISTEN } else { CONNECTED };
+    let states = if filter.kind == Kind::Listening { LISTEN } else { CONNECTED };
+    let mut id = [0; SOCK_ID];
+    id[..2].copy_from_slice(&filter.local_port.unwrap_or(0).to_be_bytes());
     let socket = NetlinkSocket::sock_diag()?;
     socket.send(&request(
         SOCK_DIAG_BY_FAMILY,
         NLM_F_REQUEST | NLM_F_DUMP,
-        [family as u8, TCP, INFO, 0],
+        [filter.family as u8, TCP, INFO, 0],
         states,
-        &[0; SOCK_ID],
+        &id,
     ))?;
     let mut buffer = vec![0; 1 << 16];
+    let malformed = SysError { call: CALL, errno: Errno::EBADMSG };
     while let Some(len) = socket.receive(&mut buffer)? {
-        let mut rest = buffer.get(..len).unwrap_or_default();
-        while let Some((kind, payload)) = next_message(&mut rest) {
-            match kind {
-                SOCK_DIAG_BY_FAMILY => {
-                    each(seen(payload).ok_or(SysError { call: CALL, errno: Errno::EBADMSG })?)
-                }
+        for message in Messages::new(buffer.get(..len).unwrap_or_default()) {
+            let Message { header, payload } = message.map_err(|_| malformed)?;
+            match header.kind {
+                SOCK_DIAG_BY_FAMILY => each(seen(payload).ok_or(malformed)?),
                 NLMSG_DONE => return Ok(()),
                 NLMSG_ERROR => return Err(SysError { call: CALL, errno: error_of(payload) }),
                 _ => {}
             }
         }
     }
-    Err(SysError { call: CALL, errno: Errno::EBADMSG }) // no end
+    Err(malformed) // no end
 }
 
 /// What the monitor tells of the socket with these addresses in the current network namespace. A listener's remote
@@ -154,34 +167,20 @@ pub fn look_up(tuple: &FourTuple) -> SysResult<Seen> {
     answer.get(HEADER..).and_then(seen).ok_or(malformed)
 }
 
-/// Takes the next message off: its type, and what follows its header.
-fn next_message<'a>(rest: &mut &'a [u8]) -> Option<(u16, &'a [u8])> {
-    let len = usize::try_from(u32::from_ne_bytes(rest.get(..4)?.try_into().ok()?)).ok()?;
-    let kind = u16::from_ne_bytes(rest.get(4..6)?.try_into().ok()?);
-    let payload = rest.get(HEADER..len)?;
-    *rest = rest.get(len.next_multiple_of(4)..).unwrap_or_default();
-    Some((kind, payload))
-}
-
 /// Reads a `struct inet_diag_msg` with its attributes.
 fn seen(message: &[u8]) -> Option<Seen> {
     const MD5SIG: u16 = 18;
     const ULP_INFO: u16 = 19;
     // Shown to the same callers as keys are, whether or not there is one.
     const MARK: u16 = 15;
-    const TYPE_MASK: u16 = 0x3fff;
     let half = |at: usize| Some(u32::from_ne_bytes(message.get(4 + at..8 + at)?.try_into().ok()?));
     let cookie = u64::from(half(COOKIE.start)?) | u64::from(half(COOKIE.start + 4)?) << 32;
     let mut seen = Seen { cookie, md5: false, shows_keys: false, upper_layer: false };
-    let mut rest = message.get(REPLY..)?;
-    while let (Some(len), Some(kind)) = (rest.get(..2), rest.get(2..4)) {
-        let len = usize::from(u16::from_ne_bytes(len.try_into().ok()?));
-        let kind = u16::from_ne_bytes(kind.try_into().ok()?) & TYPE_MASK;
-        let value = rest.get(4..len)?;
-        seen.md5 |= kind == MD5SIG && !value.is_empty();
+    for attribute in Attributes::new(message.get(REPLY..)?) {
+        let (kind, value) = attribute.ok()?;
+        seen.md5 |= kind == MD5SIG && !value.bytes().is_empty();
         seen.upper_layer |= kind == ULP_INFO;
         seen.shows_keys |= kind == MARK;
-        rest = rest.get(len.next_multiple_of(4)..).unwrap_or_default();
     }
     Some(seen)
 }
@@ -257,19 +256,15 @@ const TCP: u8 = 6;
 /// INET_DIAG_INFO: the attributes about keys and upper layers come along with it only.
 const INFO: u8 = 1 << 1;
 
-/// A request: family, protocol and extensions, then states and id.
+/// A request: family, protocol and extensions, then states and id (`struct inet_diag_req_v2`).
 fn request(kind: u16, flags: u16, what: [u8; 4], states: u32, id: &[u8; SOCK_ID]) -> Vec<u8> {
-    let length: u32 = 16 + 56;
-    const { assert!(HEADER + REQUEST == 16 + 56) };
-    let mut message = Vec::with_capacity(HEADER + REQUEST);
-    message.extend(length.to_ne_bytes());
-    message.extend(kind.to_ne_bytes());
-    message.extend(flags.to_ne_bytes());
-    message.extend([0; 8]); // sequence and port
-    message.extend(what);
-    message.extend(states.to_ne_bytes());
-    message.extend(id);
-    message
+    let mut payload = [0; REQUEST];
+    payload[..4].copy_from_slice(&what);
+    payload[4..8].copy_from_slice(&states.to_ne_bytes());
+    payload[8..].copy_from_slice(id);
+    let mut writer = Writer::default();
+    writer.plain(Header { kind, flags, seq: 0 }, &payload);
+    writer.into_bytes()
 }
 
 /// What a `struct nlmsgerr` says; an acknowledgement is the unknown error 0.

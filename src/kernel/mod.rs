@@ -15,6 +15,7 @@ pub mod process;
 pub mod raw;
 pub mod sockopt;
 pub mod tcp;
+pub(crate) mod wire;
 
 use nix::errno::Errno;
 

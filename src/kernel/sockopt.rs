@@ -159,9 +159,8 @@ pub fn protocol(fd: BorrowedFd<'_>) -> SysResult<i32> {
 /// Whether the descriptor is a TCP socket over IPv4 or IPv6.
 #[must_use]
 pub fn is_tcp(fd: BorrowedFd<'_>) -> bool {
-    protocol(fd) == Ok(libc::IPPROTO_TCP)
-        && kind(fd) == Ok(libc::SOCK_STREAM)
-        && matches!(domain(fd), Ok(libc::AF_INET | libc::AF_INET6))
+    // No other family has stream sockets with a protocol of this number.
+    protocol(fd) == Ok(libc::IPPROTO_TCP) && kind(fd) == Ok(libc::SOCK_STREAM)
 }
 
 /// The kernel's own name of a socket, unique until reboot, the same behind every descriptor of it.

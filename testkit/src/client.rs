@@ -58,7 +58,8 @@ impl Client {
         Self::over(dial(server, Some(receive_buffer))?)
     }
 
-    fn over(stream: TcpStream) -> Result<Self> {
+    /// Over a stream that [`dial`] has made.
+    pub fn over(stream: TcpStream) -> Result<Self> {
         let port = stream.local_addr()?.port();
         let (asked, silence) = (Instant::now(), Duration::ZERO);
         Ok(Self { stream, port, sent: 0, received: 0, greedy: false, asked, silence })

@@ -12,7 +12,7 @@ use anyhow::{Context, Result, bail};
 use nix::unistd::Pid;
 
 use crate::netns::NetNs;
-use crate::task::{self, Task};
+use crate::task::{self, Ended, Task, Usage};
 
 /// The environment variable that says where records are; also what marks the processes of a [`crate::Stage`].
 pub const RUN_DIR: &str = "SOCCR_RUN_DIR";
@@ -77,6 +77,8 @@ pub struct Call<'a> {
 pub struct Done {
     /// How long `criu` ran.
     pub took: Duration,
+    /// What it used, and its children that it has waited for.
+    pub usage: Usage,
     /// Its log.
     pub log: PathBuf,
 }
@@ -248,12 +250,12 @@ impl<'a> Call<'a> {
     pub fn run(self) -> Result<Done> {
         let log = self.log();
         let (action, side, limit) = (self.action, self.side, self.limit);
-        let (status, took) = task::run(&mut self.command(), limit)
+        let Ended { status, took, usage } = task::run(&mut self.command(), limit)
             .with_context(|| format!("criu {action} ({side:?}):\n{}", last_errors(&log)))?;
         if !status.success() {
             bail!("criu {action} ({side:?}): {status}:\n{}", last_errors(&log));
         }
-        Ok(Done { took, log })
+        Ok(Done { took, usage, log })
     }
 
     /// Dumps a task and waits until the whole tree is gone, so that its process ids are free.

@@ -21,7 +21,7 @@ use crate::criu::{Call, Criu, RUN_DIR, Side};
 use crate::leftovers;
 use crate::netns::{End, NetNs, veth};
 use crate::server::{Server, sibling_binary};
-use crate::task::{Task, name_and_state, wait_until};
+use crate::task::{Task, children, name_and_state, wait_until};
 
 /// How long a connection may be silent, and anything may take.
 pub const PATIENCE: Duration = Duration::from_secs(20);
@@ -64,9 +64,15 @@ impl Stage {
     /// fe80::2.
     pub fn new(criu: &Criu, place: Place) -> Result<Self> {
         let dir = TempDir::with_prefix("soccr-test-")?;
-        let mut stage = Self::unwired(criu, dir.path())?;
-        stage.place = place;
+        let mut stage = Self::wired(criu, place, dir.path())?;
         stage._temporary = Some(dir);
+        Ok(stage)
+    }
+
+    /// The same with this folder, which stays.
+    pub fn wired(criu: &Criu, place: Place, dir: &Path) -> Result<Self> {
+        let mut stage = Self::unwired(criu, dir)?;
+        stage.place = place;
         stage.wire()?;
         if place == Place::External {
             stage.outer = Some(NetNs::new()?);
@@ -326,12 +332,9 @@ impl Stage {
 
     /// Reaps what criu has left to us, but not `keep`.
     pub fn reap(&self, keep: Option<Pid>) -> Result<()> {
-        for thread in fs::read_dir("/proc/self/task")? {
-            let children = fs::read_to_string(thread?.path().join("children")).unwrap_or_default();
-            for pid in children.split_whitespace().filter_map(|word| word.parse().ok()).map(Pid::from_raw) {
-                if Some(pid) != keep && name_and_state(pid).is_some_and(|(_, state)| state == 'Z') {
-                    let _ = waitpid(pid, Some(WaitPidFlag::WNOHANG));
-                }
+        for pid in children()? {
+            if Some(pid) != keep && name_and_state(pid).is_some_and(|(_, state)| state == 'Z') {
+                let _ = waitpid(pid, Some(WaitPidFlag::WNOHANG));
             }
         }
         Ok(())

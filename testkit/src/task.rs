@@ -1,8 +1,9 @@
 //! Processes: waiting with a deadline, and guards that leave none behind.
 
 use std::fs;
+use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, FromRawFd, OwnedFd};
-use std::os::unix::process::CommandExt;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Child, Command, ExitStatus};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -22,8 +23,28 @@ pub fn become_subreaper() -> Result<()> {
     nix::sys::prctl::set_child_subreaper(true).context("PR_SET_CHILD_SUBREAPER")
 }
 
+/// A child that has ended.
+#[derive(Clone, Copy, Debug)]
+pub struct Ended {
+    /// How.
+    pub status: ExitStatus,
+    /// How long it ran.
+    pub took: Duration,
+    /// What it used.
+    pub usage: Usage,
+}
+
+/// What a process, and those that it has waited for, used.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Usage {
+    /// Time of processors, for itself and in the kernel.
+    pub cpu: Duration,
+    /// Bytes of memory at its peak (`VmHWM`).
+    pub peak: u64,
+}
+
 /// Runs a command to its end, or kills it at the deadline.
-pub fn run(command: &mut Command, limit: Duration) -> Result<(ExitStatus, Duration)> {
+pub fn run(command: &mut Command, limit: Duration) -> Result<Ended> {
     let name = command.get_program().to_string_lossy().into_owned();
     let start = Instant::now();
     let mut child = command.spawn().with_context(|| format!("cannot run {name}"))?;
@@ -35,12 +56,40 @@ pub fn run(command: &mut Command, limit: Duration) -> Result<(ExitStatus, Durati
         ended?;
         bail!("{name} was killed after {limit:?}");
     }
-    Ok((child.wait()?, took))
+    let (status, usage) = reap(pid_of(&child))?;
+    Ok(Ended { status, took, usage })
+}
+
+/// Waits for a child that has ended or will, and says what it used.
+pub fn reap(pid: Pid) -> Result<(ExitStatus, Usage)> {
+    let (mut status, mut usage) = (0, MaybeUninit::<libc::rusage>::zeroed());
+    // SAFETY: the kernel writes an int and a struct rusage to where these two point.
+    let reaped = unsafe { libc::wait4(pid.as_raw(), &raw mut status, 0, usage.as_mut_ptr()) };
+    Errno::result(reaped).with_context(|| format!("wait4({pid})"))?;
+    // SAFETY: zeroed before, and integers have no invalid values.
+    let usage = unsafe { usage.assume_init() };
+    let time = |it: libc::timeval| {
+        let (seconds, micros) = (u64::try_from(it.tv_sec), u64::try_from(it.tv_usec));
+        Duration::from_secs(seconds.unwrap_or(0)) + Duration::from_micros(micros.unwrap_or(0))
+    };
+    let cpu = time(usage.ru_utime) + time(usage.ru_stime);
+    let peak = u64::try_from(usage.ru_maxrss).unwrap_or(0) << 10;
+    Ok((ExitStatus::from_raw(status), Usage { cpu, peak }))
 }
 
 /// A child's process id.
 pub fn pid_of(child: &Child) -> Pid {
     Pid::from_raw(i32::try_from(child.id()).expect("the kernel's process ids are positive ints"))
+}
+
+/// The children of this process, orphans that came to it included.
+pub fn children() -> Result<Vec<Pid>> {
+    let mut found = Vec::new();
+    for thread in fs::read_dir("/proc/self/task")? {
+        let children = fs::read_to_string(thread?.path().join("children")).unwrap_or_default();
+        found.extend(children.split_whitespace().filter_map(|word| word.parse().ok()).map(Pid::from_raw));
+    }
+    Ok(found)
 }
 
 /// A descriptor that refers to the process, readable once it has ended.

@@ -59,6 +59,11 @@ pub fn commit() {
     reply(Reply::Committed);
 }
 
+/// Tells whoever waits for the answer that he need not.
+pub fn proceed() {
+    reply(Reply::Proceed);
+}
+
 fn reply(reply: Reply<'_>) {
     if let Ok(current) = CURRENT.lock()
         && let Some(answer) = &*current

@@ -4,7 +4,7 @@
 //! after criu's last hook is it decided whether the tasks die or run on.
 //!
 //! * `dump`, `restore`: the work; `path`: the lock where packets pass on their way; `clean`: what is left to do when an agent was killed.
-//! * `server`, `log`: how the hooks ask, and what they are told.
+//! * `server`, `log`, `profile`: how the hooks ask, and what they are told.
 //! * `process`, `privilege`: what this process is and what it may do.
 
 mod clean;
@@ -14,6 +14,7 @@ mod log;
 mod path;
 mod privilege;
 mod process;
+mod profile;
 mod restore;
 mod server;
 

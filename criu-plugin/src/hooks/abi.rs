@@ -77,6 +77,12 @@ extern "C" fn fit_host() {
     }
 }
 
+/// Whether this CRIU has POST_FORKING.
+pub fn has_post_forking() -> bool {
+    // SAFETY: written by the loader only, before anybody calls.
+    usize::try_from(unsafe { CR_PLUGIN_DESC.max_hooks }).is_ok_and(|hooks| hooks > POST_FORKING)
+}
+
 /// A panic ends as an error code at this boundary.
 fn guarded(failure: c_int, body: impl FnOnce() -> c_int) -> c_int {
     guarded_or(|| failure, body)

@@ -1,5 +1,6 @@
 //! The hooks' end of the way to the agent.
 
+use std::cell::RefCell;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::time::Duration;
 
@@ -40,6 +41,15 @@ const PATIENCE: Duration = Duration::from_secs(if cfg!(feature = "fault-injectio
 pub struct Client {
     control: OwnedFd,
     agent: Pid,
+    /// The answer to a request that nobody has waited for yet.
+    earlier: RefCell<Option<OwnedFd>>,
+}
+
+/// What a caller may go on after.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Heard {
+    Done,
+    Proceed,
 }
 
 impl Client {
@@ -51,7 +61,10 @@ impl Client {
         let mut pid = [0; 4];
         loop {
             return match nix::unistd::read(&control, &mut pid) {
-                Ok(4) => Ok(Self { control, agent: Pid::from_raw(i32::from_ne_bytes(pid)) }),
+                Ok(4) => {
+                    let agent = Pid::from_raw(i32::from_ne_bytes(pid));
+                    Ok(Self { control, agent, earlier: RefCell::default() })
+                }
                 Ok(_) => Err(Errno::ECONNRESET),
                 Err(Errno::EINTR) => continue,
                 Err(error) => Err(error),
@@ -62,8 +75,34 @@ impl Client {
     /// Asks, prints the agent's log lines to CRIU's log, and waits for the result.
     ///
     /// # Errors
-    /// [`AskError`].
+    /// [`AskError`], also of a request that was [begun](Self::begin) before.
     pub fn ask(&self, request: Request, file: Option<BorrowedFd<'_>>) -> Result<(), AskError> {
+        self.finish_earlier()?;
+        let replies = self.send(request, file)?;
+        self.finish(&replies)
+    }
+
+    /// Asks, and waits until the agent has done it or says that nobody need wait: then the next call does.
+    ///
+    /// # Errors
+    /// [`AskError`].
+    pub fn begin(&self, request: Request) -> Result<(), AskError> {
+        let replies = self.send(request, None)?;
+        if self.read(&replies)? == Heard::Proceed {
+            self.earlier.replace(Some(replies));
+        }
+        Ok(())
+    }
+
+    /// Waits for the result of what was [begun](Self::begin).
+    ///
+    /// # Errors
+    /// [`AskError`].
+    pub fn finish_earlier(&self) -> Result<(), AskError> {
+        self.earlier.take().map_or(Ok(()), |replies| self.finish(&replies))
+    }
+
+    fn send(&self, request: Request, file: Option<BorrowedFd<'_>>) -> Result<OwnedFd, AskError> {
         let (replies, theirs) = socket_pair()?;
         let mut passed: Vec<RawFd> = vec![theirs.as_raw_fd()];
         passed.extend(file.map(|file| file.as_raw_fd()));
@@ -79,11 +118,15 @@ impl Client {
             Err(Errno::EPIPE | Errno::ECONNRESET) => return Err(AskError::Gone { committed: false }),
             other => other?,
         };
-        drop(theirs);
-        self.read(&replies)
+        Ok(replies)
     }
 
-    fn read(&self, replies: &OwnedFd) -> Result<(), AskError> {
+    fn finish(&self, replies: &OwnedFd) -> Result<(), AskError> {
+        while self.read(replies)? != Heard::Done {}
+        Ok(())
+    }
+
+    fn read(&self, replies: &OwnedFd) -> Result<Heard, AskError> {
         let mut buffer = [0; LONGEST_REPLY];
         let mut committed = false;
         loop {
@@ -95,7 +138,8 @@ impl Client {
             match Reply::decode(buffer.get(..len).unwrap_or_default()) {
                 Some(Reply::Log(level, text)) => host::print(level, &String::from_utf8_lossy(text)),
                 Some(Reply::Committed) => committed = true,
-                Some(Reply::Done) => return Ok(()),
+                Some(Reply::Proceed) => return Ok(Heard::Proceed),
+                Some(Reply::Done) => return Ok(Heard::Done),
                 Some(Reply::Refused) => return Err(AskError::Refused),
                 None => return Err(AskError::Gone { committed }),
             }

@@ -9,7 +9,7 @@ use nix::unistd::{Pid, getpid};
 use super::client::{AskError, Client};
 use super::host::{ENOTSUP, Stage};
 use super::mode::Mode;
-use super::{host, solo, start};
+use super::{abi, host, solo, start};
 use crate::agent::Job;
 use crate::fault;
 use crate::protocol::Request;
@@ -105,7 +105,13 @@ fn started(stage: Stage, mode: Mode, at_exit: extern "C" fn()) -> Result<(), Str
     if stage == Stage::Dump {
         host::pin(at_exit)?;
     } else {
-        client.ask(Request::Prepare, None).map_err(|error| error.to_string())?;
+        // CRIU may go on meanwhile, where the agent says so: POST_FORKING waits for the result.
+        let prepared = if abi::has_post_forking() {
+            client.begin(Request::Prepare)
+        } else {
+            client.ask(Request::Prepare, None)
+        };
+        prepared.map_err(|error| error.to_string())?;
     }
     let mut session = SESSION.lock().map_err(|_| HookError::Poisoned.to_string())?;
     *session = Some(Session { stage, mode, criu: getpid(), client });
@@ -199,6 +205,9 @@ pub fn end(ret: i32) {
         return;
     };
     let Some(session) = guard.as_mut().filter(|session| session.criu == getpid()) else { return };
+    if let Err(error) = session.client.finish_earlier() {
+        host::print(log::Level::Error, &error.to_string());
+    }
     let request = match session.stage {
         Stage::Dump => Request::DumpEnd(ret),
         Stage::Restore => Request::RestoreEnd(ret),

@@ -22,15 +22,22 @@ impl ExternalImage {
     /// What is wrong with which file.
     pub fn for_each(dir: &ImageDir, mut visit: impl FnMut(Self)) -> Result<(), ImageError> {
         let mut ids = Vec::new();
-        dir.for_each_name(|name| {
-            let id = name.strip_prefix("soccr-ext-").and_then(|name| name.strip_suffix(".img"));
-            ids.extend(id.and_then(|id| u32::from_str_radix(id, 16).ok()));
-        })?;
+        dir.for_each_name(|name| ids.extend(id_of(name)))?;
         let mut queues = Queues::default();
         for id in ids {
             visit(Self::read(dir, id, &mut queues)?);
         }
         Ok(())
+    }
+
+    /// Whether there is one in the folder.
+    ///
+    /// # Errors
+    /// When the folder cannot be read.
+    pub fn any(dir: &ImageDir) -> Result<bool, ImageError> {
+        let mut any = false;
+        dir.for_each_name(|name| any |= id_of(name).is_some())?;
+        Ok(any)
     }
 
     /// The name of the image with CRIU's file id `id`.
@@ -62,6 +69,11 @@ impl ExternalImage {
         read_queues(reader, &image.tcp, queues)?;
         Ok(image)
     }
+}
+
+fn id_of(name: &str) -> Option<u32> {
+    let id = name.strip_prefix("soccr-ext-").and_then(|name| name.strip_suffix(".img"));
+    id.and_then(|id| u32::from_str_radix(id, 16).ok())
 }
 
 #[cfg(test)]

@@ -42,6 +42,31 @@ fn append_line<T: Serialize>(bytes: &mut Vec<u8>, value: &T) {
     bytes.push(b'\n');
 }
 
+/// Reads the first line.
+pub(super) fn read_head(file: impl Read, path: &Path) -> Result<Record, RecordError> {
+    let mut line = String::new();
+    let read = BufReader::new(file.take(LARGEST)).read_line(&mut line);
+    match read.map_err(|error| error.to_string()) {
+        Ok(0) => Err("the file is empty".to_owned()),
+        Ok(_) => return parse_head(line.trim_end(), path),
+        Err(why) => Err(why),
+    }
+    .map_err(|why| RecordError::Broken { path: path.to_owned(), line: 1, why })
+}
+
+fn parse_head(head: &str, path: &Path) -> Result<Record, RecordError> {
+    let broken = |error: serde_json::Error| RecordError::Broken {
+        path: path.to_owned(),
+        line: 1,
+        why: error.to_string(),
+    };
+    let version = serde_json::from_str::<VersionOnly>(head).map_err(broken)?.version;
+    if version != VERSION {
+        return Err(RecordError::Version { path: path.to_owned(), version });
+    }
+    Ok(serde_json::from_str::<Versioned<Record>>(head).map_err(broken)?.record)
+}
+
 /// Reads a record from `file`, of which it takes no more than `LARGEST` bytes.
 pub(super) fn read(file: impl Read, path: &Path) -> Result<(Record, Vec<ConnectionRecord>), RecordError> {
     let broken = |line, why: String| RecordError::Broken { path: path.to_owned(), line, why };
@@ -52,12 +77,7 @@ pub(super) fn read(file: impl Read, path: &Path) -> Result<(Record, Vec<Connecti
         Some(Err(error)) => Err(broken(number, error.to_string())),
     };
     let head = next(1)?.ok_or_else(|| broken(1, "the file is empty".into()))?;
-    let version = serde_json::from_str::<VersionOnly>(&head).map_err(|e| broken(1, e.to_string()))?.version;
-    if version != VERSION {
-        return Err(RecordError::Version { path: path.to_owned(), version });
-    }
-    let record =
-        serde_json::from_str::<Versioned<Record>>(&head).map_err(|e| broken(1, e.to_string()))?.record;
+    let record = parse_head(&head, path)?;
     let mut connections = Vec::new();
     let mut number = 2;
     while let Some(line) = next(number)? {

@@ -126,6 +126,23 @@ impl Store {
     /// # Errors
     /// [`RecordError`]: what is wrong with the file.
     pub fn read(&self, id: &RecordId) -> Result<Option<(Record, Vec<ConnectionRecord>)>, RecordError> {
+        self.read_with(id, file::read, |(record, _)| record)
+    }
+
+    /// The record without its connections, however many there are.
+    ///
+    /// # Errors
+    /// As [`read`](Self::read).
+    pub fn head(&self, id: &RecordId) -> Result<Option<Record>, RecordError> {
+        self.read_with(id, file::read_head, |record| record)
+    }
+
+    fn read_with<T>(
+        &self,
+        id: &RecordId,
+        read: impl FnOnce(File, &Path) -> Result<T, RecordError>,
+        record: impl FnOnce(&T) -> &Record,
+    ) -> Result<Option<T>, RecordError> {
         let path = self.path.join(id.as_str());
         // O_NONBLOCK: the open of a pipe would wait for a writer for ever.
         let flags = OFlag::O_RDONLY | OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
@@ -142,12 +159,13 @@ impl Store {
         if meta.size() > LARGEST {
             return Err(RecordError::TooLarge { path, size: meta.size() });
         }
-        let (record, connections) = file::read(file, &path)?;
-        if record.id != *id {
-            let why = format!("this is the record {}", record.id);
+        let found = read(file, &path)?;
+        let other = &record(&found).id;
+        if other != id {
+            let why = format!("this is the record {other}");
             return Err(RecordError::Broken { path, line: 1, why });
         }
-        Ok(Some((record, connections)))
+        Ok(Some(found))
     }
 
     /// Writes a record, or replaces it at one stroke.

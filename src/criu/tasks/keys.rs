@@ -3,14 +3,15 @@
 //!
 //! Without its key a restored connection would send segments that its peer drops, silently.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
 use std::os::fd::AsFd;
 
 use super::found::{FindError, FoundConnection, Unconnected};
 use crate::connection::State;
+use crate::kernel::diag::{self, Family, Filter};
 use crate::kernel::netns::NetNs;
-use crate::kernel::{diag, tcp};
+use crate::kernel::tcp;
 
 pub(super) const AO: &str = "it has keys for TCP-AO (RFC 5925), which cannot be read back from the kernel: \
     close it, or have its keys removed (TCP_AO_DEL_KEY), before the dump";
@@ -100,12 +101,16 @@ fn monitor(
     kind: diag::Kind,
     mut each: impl FnMut(diag::Seen),
 ) -> Result<(), FindError> {
-    let (mut ipv4, mut ipv6) = (false, false);
-    ends.for_each(|end| if end.is_ipv4() { ipv4 = true } else { ipv6 = true });
+    let mut ports: HashMap<Family, HashSet<u16>> = HashMap::new();
+    for end in ends {
+        let family = if end.is_ipv4() { Family::Ipv4 } else { Family::Ipv6 };
+        ports.entry(family).or_default().insert(end.port());
+    }
     let asked = ns.run(|| {
-        let families = [(ipv4, diag::Family::Ipv4), (ipv6, diag::Family::Ipv6)];
-        let mut families = families.into_iter().filter(|(wanted, _)| *wanted);
-        families.try_for_each(|(_, family)| diag::for_each(family, kind, &mut each))
+        ports.iter().try_for_each(|(&family, ports)| {
+            let local_port = ports.iter().copied().next().filter(|port| ports.len() == 1 && *port != 0);
+            diag::for_each(Filter { family, kind, local_port }, &mut each)
+        })
     })?;
     asked.map_err(|source| FindError::Monitor { ns: ns.clone(), source })
 }

@@ -12,7 +12,11 @@ use std::collections::VecDeque;
 use std::fs;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
+use nix::dir::Dir;
+use nix::errno::Errno;
+use nix::fcntl::{OFlag, open, readlinkat};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::stat::Mode;
 use procfs::process::{ProcState, Process};
 use procfs::{ProcError, ProcResult};
 
@@ -70,13 +74,18 @@ impl Task {
     /// # Errors
     /// When `/proc` cannot be read.
     pub fn sockets(&self) -> std::io::Result<Vec<(RemoteFd, u64)>> {
+        let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+        let table = format!("/proc/{}/fd", self.pid);
         let mut sockets = Vec::new();
-        for entry in fs::read_dir(format!("/proc/{}/fd", self.pid))? {
+        // Another descriptor than the one that is listed: links are looked up from there, not from the root.
+        let links = open(table.as_str(), flags, Mode::empty())?;
+        for entry in Dir::open(table.as_str(), flags, Mode::empty())?.iter() {
             let entry = entry?;
-            let Some(fd) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
+            let name = entry.file_name();
+            let Some(fd) = name.to_str().ok().and_then(|name| name.parse().ok()) else { continue };
             // A descriptor of a frozen task does not go away; one of a thread group that ends may.
-            let target = match fs::read_link(entry.path()) {
-                Err(error) if error.kind() == std::io::ErrorKind::NotFound || self.gone() => continue,
+            let target = match readlinkat(&links, name) {
+                Err(errno) if errno == Errno::ENOENT || self.gone() => continue,
                 target => target?,
             };
             if let Some(inode) = target.to_str().and_then(socket_inode) {

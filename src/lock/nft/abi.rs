@@ -13,7 +13,8 @@ attributes! {
     chain { TABLE = 1, NAME = 3, HOOK = 4, POLICY = 5, USE = 6, TYPE = 7 }
     hook { NUM = 1, PRIORITY = 2 }
     rule { TABLE = 1, CHAIN = 2, HANDLE = 3, EXPRESSIONS = 4, USERDATA = 7 }
-    set { TABLE = 1, NAME = 2, FLAGS = 3, KEY_TYPE = 4, KEY_LEN = 5, ID = 10, TIMEOUT = 11 }
+    set { TABLE = 1, NAME = 2, FLAGS = 3, KEY_TYPE = 4, KEY_LEN = 5, DESCRIPTION = 9, ID = 10, TIMEOUT = 11 }
+    set_description { SIZE = 1 }
     element { KEY = 1 }
     element_list { TABLE = 1, SET = 2, ELEMENTS = 3 }
     list { ELEM = 1 }

@@ -9,7 +9,6 @@ pub(crate) mod fuzzing;
 pub(super) mod rules;
 mod table;
 pub(crate) mod whole;
-pub(super) mod wire;
 
 use std::time::Duration;
 
@@ -18,7 +17,9 @@ use nix::errno::Errno;
 use super::{LockError, LockInfo, LockName, Method};
 use crate::four_tuple::FourTuple;
 use crate::kernel::netns::NetNs;
+pub(super) use crate::kernel::wire;
 use table::{Keys, Policy};
+
 use wire::{Attributes, Malformed};
 
 pub(super) use client::{Client, Transaction};

@@ -197,8 +197,8 @@ pub fn create(
     lease: Option<Duration>,
 ) {
     create_table(transaction, name, libc::NLM_F_CREATE | libc::NLM_F_EXCL);
-    for selector in [&V4, &V6] {
-        create_set(transaction, name, selector, lease);
+    for (selector, keys) in [(&V4, keys.v4.len()), (&V6, keys.v6.len())] {
+        create_set(transaction, name, selector, keys, lease);
     }
     add(transaction, name, keys);
     for hook in policy.hooks {
@@ -231,7 +231,16 @@ fn create_table(transaction: &mut Transaction, name: &str, flags: libc::c_int) {
     });
 }
 
-fn create_set(transaction: &mut Transaction, table: &str, selector: &Selector, lease: Option<Duration>) {
+/// A set that is told how many elements it may have does not grow while they are put in, which takes as long again.
+/// There is room for many more than those that are known now.
+fn create_set(
+    transaction: &mut Transaction,
+    table: &str,
+    selector: &Selector,
+    keys: usize,
+    lease: Option<Duration>,
+) {
+    const ROOM: usize = 1 << 15;
     let flags = libc::NLM_F_CREATE | libc::NLM_F_EXCL;
     transaction.step("create a set of connections", libc::NFT_MSG_NEWSET, flags, FAMILY, |w| {
         w.put_str(abi::set::TABLE, table);
@@ -240,6 +249,9 @@ fn create_set(transaction: &mut Transaction, table: &str, selector: &Selector, l
         w.put_u32(abi::set::KEY_TYPE, selector.key_type());
         w.put_u32(abi::set::KEY_LEN, selector.key_len);
         w.put_u32(abi::set::FLAGS, if lease.is_some() { number(libc::NFT_SET_TIMEOUT) } else { 0 });
+        if let Some(size) = (keys > 0).then(|| u32::try_from(4 * keys + ROOM).ok()).flatten() {
+            w.nest(abi::set::DESCRIPTION, |w| w.put_u32(abi::set_description::SIZE, size));
+        }
         if let Some(lease) = lease {
             let milliseconds = u64::try_from(lease.as_millis()).unwrap_or(u64::MAX);
             w.put_u64(abi::set::TIMEOUT, milliseconds.max(1)); // 0 would mean "for ever"

@@ -34,6 +34,8 @@ enum Command {
     Server(server::Options),
     Announce(announce::Options),
     PluginHost(pluginhost::Options),
+    #[command(hide = true)]
+    Crowd(bench::crowd::Options),
 }
 
 /// CRIU and the plugin, where `make criu` and `make` put them unless told.
@@ -75,6 +77,7 @@ fn main() -> ExitCode {
         Command::Faults(options) => ("faults", with_root(|| faults::run(&options))),
         Command::Announce(options) => ("announce", announce::run(&options)),
         Command::Server(options) => ("server", server::run(options)),
+        Command::Crowd(options) => ("crowd", bench::crowd::run(&options)),
         Command::PluginHost(options) => ("plugin-host", pluginhost::run(&options)),
     };
     match done {

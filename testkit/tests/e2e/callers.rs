@@ -61,7 +61,7 @@ fn a_configuration_file_alone() -> Result<()> {
         let mut command = stage.criu_command();
         command.args([action, "--tcp-established", "-v4", "-o"]).arg(format!("{action}.log")).args(args);
         command.arg("--config").arg(&config).arg("-D").arg(&images);
-        let (status, _) = task::run(&mut command, PATIENCE)?;
+        let status = task::run(&mut command, PATIENCE)?.status;
         ensure!(status.success(), "{}", last_errors(&images.join(format!("{action}.log"))));
         Ok(())
     };

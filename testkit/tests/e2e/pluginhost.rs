@@ -60,7 +60,7 @@ fn host(stage: &Stage, images: &std::path::Path) -> Result<Command> {
 }
 
 fn run(command: &mut Command, stage: &Stage) -> Result<()> {
-    let (status, _) = task::run(command, Duration::from_secs(15))?;
+    let status = task::run(command, Duration::from_secs(15))?.status;
     ensure!(status.success(), "{status}:\n{}", said(stage));
     Ok(())
 }

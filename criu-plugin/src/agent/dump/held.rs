@@ -15,6 +15,7 @@ use soccr::repair::Paused;
 use super::arrangement::{Arrangement, Namespaces};
 use crate::agent::error::AgentError;
 use crate::agent::path::Path;
+use crate::agent::profile::Profile;
 use crate::fault;
 
 /// The sockets, the locks, and the record that tells of them. It is given up by [`let_live`](Self::let_live) when the
@@ -166,14 +167,16 @@ impl Held {
     /// Ours are the last descriptors of the sockets: in repair mode a socket is closed without a word to the peer.
     fn close_silently(&mut self) {
         let _ = fault::point("dump.dead");
+        let mut profile = Profile::start("dump");
         for (socket, tuple) in self.sockets.drain(..) {
             let _ = fault::point("dump.closing");
-            match Paused::pause(socket.as_fd()) {
+            match Paused::pause_only(socket.as_fd()) {
                 Ok(paused) => drop(paused.release()),
                 Err(error) => log::error!("{tuple}: its peer hears that it is closed: {}", chain(&error)),
             }
         }
         let _ = fault::point("dump.closed");
+        profile.lap("close");
     }
 
     fn forget_record(&mut self) {

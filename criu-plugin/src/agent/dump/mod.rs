@@ -14,6 +14,7 @@ mod extras;
 mod held;
 mod saving;
 mod watching;
+mod writer;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::unistd::getppid;

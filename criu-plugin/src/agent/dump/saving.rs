@@ -8,7 +8,6 @@ use soccr::criu::image::ImageDir;
 use soccr::criu::image::external::ExternalImage;
 use soccr::criu::image::inventory::{self, Inventory};
 use soccr::criu::image::side::{SideImage, Sockets};
-use soccr::criu::image::tcp_stream::TcpStreamImage;
 use soccr::criu::record::{ConnectionRecord, LockRecord, NsId, Phase, Recorder, Store};
 use soccr::criu::tasks::{self, FindError, Finder, Found, FoundConnection, OwnerMap, Place, Task};
 use soccr::kernel::netns::NetNs;
@@ -18,8 +17,10 @@ use soccr::repair::{Paused, Probe};
 
 use super::extras::Extras;
 use super::held::Held;
+use super::writer::{self, Image};
 use crate::agent::error::AgentError;
 use crate::agent::path::Path;
+use crate::agent::profile::Profile;
 use crate::agent::{clean, privilege};
 use crate::fault;
 
@@ -31,8 +32,6 @@ pub struct Saving<'a> {
     lock_name: LockName,
     options: LockOptions,
     finder: Finder,
-    /// The memory of one connection's queues, used again and again.
-    queues: Queues,
     extras: Extras,
     held: Held,
 }
@@ -57,10 +56,10 @@ impl<'a> Saving<'a> {
         let lock_name = LockName::criu(&format!("soccr-{}", random_id()?))?;
         let recorder = Recorder::new(lock_name.id(), Phase::Saving, images.as_fd(), criu.pid)?;
         let options = LockOptions::from_env()?;
-        let (finder, queues) = (Finder::default(), Queues::default());
+        let finder = Finder::default();
         let held = Held::nothing(recorder, criu, &lock_name)?;
         let extras = Extras::default();
-        Ok(Self { criu, images, lock_name, options, finder, queues, extras, held })
+        Ok(Self { criu, images, lock_name, options, finder, extras, held })
     }
 
     /// No further hook comes.
@@ -100,6 +99,7 @@ impl<'a> Saving<'a> {
         }
         fault::actors(None, Some(pid));
         fault::point("dump.asked")?;
+        let mut profile = Profile::start("dump");
         let first = self.held.tasks.len();
         self.add_tree(pid)?;
         fault::point("dump.tree")?;
@@ -110,18 +110,16 @@ impl<'a> Saving<'a> {
         fault::point("dump.found")?;
         let elsewhere = found.iter().filter(|connection| connection.ns != self.held.criu_ns);
         self.held.path.add(elsewhere.map(|connection| connection.tuple));
+        profile.lap("find");
         self.record(&found)?;
+        profile.lap("record");
         fault::point("dump.recorded")?;
         self.lock(&found)?;
         fault::point("dump.locked")?;
+        profile.lap("lock");
         let count = found.len();
-        for connection in found {
-            // The kernel lets the tasks run as soon as criu is dead: their sockets are theirs then.
-            if self.criu.gone() {
-                return Err(AgentError::Protocol("criu is gone"));
-            }
-            self.save(connection)?;
-        }
+        self.save(found)?;
+        profile.lap("save");
         fault::point("dump.saved")?;
         log::info!("{count} TCP connections saved, locked by the table inet {}", self.lock_name);
         Ok(())
@@ -175,34 +173,29 @@ impl<'a> Saving<'a> {
         Ok(())
     }
 
-    fn save(&mut self, found: FoundConnection) -> Result<(), AgentError> {
-        let tcp = self.read(&found)?;
-        fault::point("dump.resumed")?;
-        TcpStreamImage::write(&self.images, found.inode, &tcp, &self.queues.recv, &self.queues.send)
-            .map_err(|source| AgentError::Image { tuple: found.tuple, place: found.place, source })?;
-        fault::point("dump.written")?;
-        log::debug!(
-            "{} ({}): {}, {} bytes to read, {} to send",
-            found.tuple,
-            found.place,
-            tcp.state,
-            tcp.recv_len,
-            tcp.send_len
-        );
-        let FoundConnection { socket, inode, owner, tuple, ns, .. } = found;
-        self.extras.add_connection(inode, owner, ns, self.held.sockets.len());
-        self.held.sockets.push((socket, tuple));
-        Ok(())
-    }
-
-    /// Reads the connection into `queues` and leaves the socket as it was.
-    fn read(&mut self, found: &FoundConnection) -> Result<ControlBlock, AgentError> {
-        let paused = Paused::pause(found.socket.as_fd())?;
-        fault::point("dump.paused")?;
-        let tcp = paused.save(&mut self.queues);
-        fault::point("dump.read")?;
-        paused.resume(Probe::None)?;
-        tcp.map_err(|source| AgentError::Save { place: found.place, source })
+    fn save(&mut self, found: Vec<FoundConnection>) -> Result<(), AgentError> {
+        let Self { criu, images, extras, held, .. } = self;
+        writer::writing(images, |writer| {
+            for FoundConnection { socket, inode, owner, tuple, place, ns, .. } in found {
+                // The kernel lets the tasks run as soon as criu is dead: their sockets are theirs then.
+                if criu.gone() {
+                    return Err(AgentError::Protocol("criu is gone"));
+                }
+                let mut queues = Queues::default();
+                let tcp = read(&socket, place, &mut queues)?;
+                fault::point("dump.resumed")?;
+                extras.add_connection(inode, owner, ns, held.sockets.len());
+                held.sockets.push((socket, tuple));
+                log::trace!(
+                    "{tuple} ({place}): {}, {} bytes to read, {} to send",
+                    tcp.state,
+                    tcp.recv_len,
+                    tcp.send_len
+                );
+                writer.add(Image { ino: inode, tuple, place, tcp, queues })?;
+            }
+            Ok(())
+        })
     }
 
     /// DUMP_EXT_FILE: a connection that criu hands over as an external file.
@@ -226,7 +219,8 @@ impl<'a> Saving<'a> {
         let failed = |source| AgentError::Socket { tuple: found.tuple, pid: 0, source };
         let mut options = Reader::new(&found.ns, Beside::Nobody)?;
         let options = options.read(found.socket.as_fd(), true).map_err(failed)?;
-        let tcp = self.read(&found)?;
+        let mut queues = Queues::default();
+        let tcp = read(&found.socket, found.place, &mut queues)?;
         let image = ExternalImage {
             tuple: found.tuple,
             tcp,
@@ -236,7 +230,7 @@ impl<'a> Saving<'a> {
             lock_id: Some(self.lock_name.id().to_owned()),
         };
         image
-            .write(&self.images, id.cast_unsigned(), &self.queues.recv, &self.queues.send)
+            .write(&self.images, id.cast_unsigned(), &queues.recv, &queues.send)
             .map_err(|source| AgentError::Image { tuple: found.tuple, place: found.place, source })?;
         if !known {
             self.held.sockets.push((found.socket, found.tuple));
@@ -292,6 +286,16 @@ impl Saved {
         let sockets = extras.into_sockets();
         Ok(Self { images, lock_name, held, sockets })
     }
+}
+
+/// Reads the connection and leaves the socket as it was.
+fn read(socket: &OwnedFd, place: Place, queues: &mut Queues) -> Result<ControlBlock, AgentError> {
+    let paused = Paused::pause(socket.as_fd())?;
+    fault::point("dump.paused")?;
+    let tcp = paused.save(queues);
+    fault::point("dump.read")?;
+    paused.resume(Probe::None)?;
+    tcp.map_err(|source| AgentError::Save { place, source })
 }
 
 /// An id that no other dump has: 12 hexadecimal digits.

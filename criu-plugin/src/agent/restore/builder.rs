@@ -18,6 +18,7 @@ use soccr::repair::Paused;
 use soccr::restore::RoomForQueues;
 
 use super::plan::Plan;
+use super::preloaded::Preloaded;
 use crate::agent::error::AgentError;
 use crate::fault;
 
@@ -67,6 +68,7 @@ impl Drop for Built {
 #[derive(Debug)]
 pub struct Builder<'a> {
     pub plan: &'a Plan,
+    pub preloaded: &'a Preloaded,
     pub forge: &'a Forge,
     pub criu: &'a Task,
     pub pid: i32,
@@ -148,13 +150,17 @@ impl Builder<'_> {
             return Ok(None);
         }
         if !untouched(&socket).map_err(failed)? {
-            log::debug!("{tuple}: restored by CRIU itself");
+            log::trace!("{tuple}: restored by CRIU itself");
             if let Err(error) = self.put_right(connection, &socket, tuple) {
                 log::warn!("what CRIU does not carry is lost: {}", chain(&error));
             }
             return Ok(None);
         }
-        let image = TcpStreamImage::read(&self.plan.images, connection.ino, connection.state, queues)?;
+        let images = &self.plan.images;
+        let (image, queues) = match self.preloaded.get(connection.file_id) {
+            Some((image, queues)) => (*image, queues),
+            None => (TcpStreamImage::read(images, connection.ino, connection.state, queues)?, &*queues),
+        };
         let extra = self.plan.sockets.get(connection.ino)?.unwrap_or_default();
         // CRIU has shut the socket down, which this forgets.
         fault::point("restore.copied")?;
@@ -165,7 +171,7 @@ impl Builder<'_> {
             self.write(socket, &extra, when, &|| tuple.to_string()).map_err(failed)
         };
         write(socket.as_fd(), When::Early)?;
-        let mut paused = Paused::pause(socket)?;
+        let mut paused = Paused::pause_only(socket)?;
         paused.set_reuse_addr(connection.reuseaddr);
         let built = Built::new(paused, tuple, connection.reuseport.or(Some(false)));
         let socket = built.paused().socket();
@@ -187,7 +193,7 @@ impl Builder<'_> {
         if image.cork == Some(true) {
             sockopt::set_cork(socket, true).map_err(failed)?;
         }
-        log::debug!("{tuple} (pid {pid}): {} again", image.tcp.state);
+        log::trace!("{tuple} (pid {pid}): {} again", image.tcp.state);
         fault::point("restore.built")?;
         Ok(Some(built))
     }
@@ -204,10 +210,10 @@ pub fn must_live(criu: &Task) -> Result<(), AgentError> {
     if criu.gone() { Err(AgentError::Protocol("criu is gone")) } else { Ok(()) }
 }
 
-/// Whether the socket is as CRIU makes it with `--tcp-close`: closed and never bound. (A connection that CRIU itself
+/// Whether it is a TCP socket as CRIU makes it with `--tcp-close`: closed and never bound. (A connection that CRIU itself
 /// restored in the state CLOSE has an address.)
 fn untouched(socket: &OwnedFd) -> Result<bool, SysError> {
-    let closed = tcp::info(socket.as_fd())?.state == State::Close as u8;
+    let closed = tcp::info(socket.as_fd()).is_ok_and(|info| info.state == State::Close as u8);
     Ok(closed && addr::local(socket.as_fd())?.port() == 0)
 }
 

@@ -19,7 +19,9 @@ use super::builder::{Builder, Built, Made, Wanted};
 use super::locks::Locks;
 use super::parallel;
 use super::plan::Plan;
+use super::preloaded::Preloaded;
 use crate::agent::error::AgentError;
+use crate::agent::profile::Profile;
 use crate::fault;
 
 /// A restore whose connections are not all built yet.
@@ -27,6 +29,7 @@ use crate::fault;
 pub struct Building<'a> {
     pub criu: &'a Task,
     pub plan: Plan,
+    pub preloaded: Preloaded,
     pub locks: Locks,
     pub tree: Tree,
     /// What was not found in a task yet.
@@ -73,7 +76,8 @@ impl<'a> Building<'a> {
             external: plan.external.clone(),
         };
         let (namespaces, forge) = (SocketNamespaces::default(), Forge::new());
-        Self { criu, plan, locks, tree, missing, namespaces, forge, built: Vec::new() }
+        let preloaded = Preloaded::none_of(&plan.index);
+        Self { criu, plan, preloaded, locks, tree, missing, namespaces, forge, built: Vec::new() }
     }
 
     /// Whether hooks of tasks are still to come.
@@ -127,6 +131,7 @@ impl<'a> Building<'a> {
     pub fn bring_back(&mut self, pid: i32) -> Result<(), AgentError> {
         fault::actors(None, Some(pid));
         fault::point("restore.asked")?;
+        let mut profile = Profile::start("restore");
         let inner = tasks::inner_pid(pid).map_err(AgentError::Tree)?;
         if self.plan.index.root == Some(inner) && self.tree.root.is_none() {
             self.found_root(pid)?;
@@ -137,15 +142,18 @@ impl<'a> Building<'a> {
         self.tree.awaited.remove(&inner);
         let task = Task::open(pid).map_err(|source| AgentError::Task { pid, source })?;
         let wanted = self.find(&task, inner)?;
+        profile.lap("find");
         self.lock_sockets(&wanted, pid)?;
-        let Self { criu, plan, forge, .. } = self;
+        profile.lap("lock");
+        let Self { criu, plan, preloaded, forge, .. } = self;
         let owners = OwnerMap::of(pid).map_err(|error| FindError::Proc(pid, error))?;
-        let builder = Builder { plan, forge, criu, pid, owners };
+        let builder = Builder { plan, preloaded, forge, criu, pid, owners };
         let (built, result) =
             parallel::for_each(wanted, Queues::default, |queues, wanted| builder.build(wanted, queues));
         self.built.extend(built.into_iter().flatten());
         result?;
         self.adopt_external(&task)?;
+        profile.lap("build");
         self.tree.restored.push(task);
         Ok(())
     }

@@ -6,6 +6,7 @@
 //!
 //! 1. init(): what the images hold is read ([`Plan`]), and locked in criu's own namespace ([`Locks`]).
 //! 2. POST_FORKING: the root task is there, and locked in its namespace where that is another one.
+//!    CRIU forks meanwhile, where [nothing is to be done before that](ahead). The images are read ahead while CRIU makes the sockets.
 //! 3. [`Building`]: each connection is built when the hook of its task comes, in its socket's namespace, which is locked
 //!    before that at the latest; it stays in repair mode.
 //! 4. [`waking`]: after the last task all leave repair mode, silently; then they are unlocked, from where there is no way
@@ -14,11 +15,13 @@
 //! When anything fails the sockets are closed in repair mode, silently, and the lock is what it was before, under the
 //! name that the images know: the restore can be tried again, by us or by stock CRIU.
 
+mod ahead;
 mod builder;
 mod building;
 mod locks;
 mod parallel;
 mod plan;
+mod preloaded;
 mod waking;
 
 use std::os::fd::AsFd;
@@ -29,7 +32,8 @@ use soccr::criu::image::ImageDir;
 use soccr::criu::tasks::Task;
 
 use crate::agent::error::AgentError;
-use crate::agent::log::answering;
+use crate::agent::log::{self, answering};
+use crate::agent::profile::Profile;
 use crate::agent::server::{Asked, Server};
 use crate::fault;
 use crate::protocol::Request;
@@ -52,6 +56,7 @@ pub fn serve(images: ImageDir, criu: i32, server: &Server) {
                 }
             }
             Event::CriuGone => return progress.criu_gone(),
+            Event::Idle => progress.work_ahead(),
             Event::Look => {}
             Event::TasksGone => return,
         }
@@ -75,6 +80,8 @@ enum Event {
     Asked(Asked),
     CriuGone,
     TasksGone,
+    /// Nobody asks, and there is work that can be done before somebody does.
+    Idle,
     Look,
 }
 
@@ -89,8 +96,11 @@ fn wait(criu: &Task, server: &Server, progress: &Progress<'_>) -> Event {
         let Some(running) = tasks.iter().find(|task| !task.gone()) else { return Event::TasksGone };
         fds.push(PollFd::new(running.pidfd(), PollFlags::POLLIN));
     }
-    if poll(&mut fds, PollTimeout::NONE).is_err() {
-        return Event::Look;
+    let timeout = if progress.can_work_ahead() { PollTimeout::ZERO } else { PollTimeout::NONE };
+    match poll(&mut fds, timeout) {
+        Ok(0) => return Event::Idle,
+        Err(_) => return Event::Look,
+        Ok(_) => {}
     }
     if fds[0].any() == Some(true) {
         match server.next() {
@@ -144,6 +154,16 @@ impl<'a> Progress<'a> {
         }
     }
 
+    fn can_work_ahead(&self) -> bool {
+        matches!(self, Self::Building(building) if building.preloaded.wants_more())
+    }
+
+    fn work_ahead(&mut self) {
+        if let Self::Building(Building { preloaded, plan, .. }) = self {
+            preloaded.read_some(&plan.images);
+        }
+    }
+
     /// All is built.
     fn wake(building: Building<'a>) -> (Self, Result<(), AgentError>) {
         match waking::wake(building) {
@@ -171,11 +191,18 @@ impl<'a> Progress<'a> {
 
 fn prepare<'a>(images: &ImageDir, criu: &'a Task) -> Result<Building<'a>, AgentError> {
     fault::point("restore.init")?;
+    if ahead::is_safe(images) {
+        log::proceed();
+    }
+    let mut profile = Profile::start("restore");
     let plan = Plan::read(images)?;
+    profile.lap("load");
     let locks = Locks::new(&plan, criu)?;
     fault::point("restore.prepared")?;
     let mut building = Building::begin(plan, locks, criu);
+    profile.lap("record");
     building.lock_beside_criu()?;
+    profile.lap("lock");
     fault::point("restore.locked")?;
     Ok(building)
 }

@@ -14,6 +14,7 @@ use super::building::Building;
 use super::parallel;
 use crate::agent::error::AgentError;
 use crate::agent::log;
+use crate::agent::profile::Profile;
 use crate::fault;
 
 /// Something was missing in the last step, and nothing is unlocked.
@@ -37,6 +38,7 @@ pub fn wake(mut building: Building<'_>) -> Result<Vec<Task>, Failed<'_>> {
     if let Err(error) = complete(&mut building) {
         return Err(Failed { building, error });
     }
+    let mut profile = Profile::start("restore");
     // Out of repair mode while still locked, and silently: should we die here, all of it can be done again.
     let built = std::mem::take(&mut building.built);
     let (whole, left) = parallel::for_each(built, || (), |(), built| leave_repair(built));
@@ -44,6 +46,7 @@ pub fn wake(mut building: Building<'_>) -> Result<Vec<Task>, Failed<'_>> {
         building.built = whole.into_iter().filter_map(enter_repair).collect();
         return Err(Failed { building, error });
     }
+    profile.lap("leave repair");
     // From here on packets pass: the tasks must live, and whatever fails is only told.
     log::commit();
     let Building { mut locks, tree, .. } = building;
@@ -52,8 +55,10 @@ pub fn wake(mut building: Building<'_>) -> Result<Vec<Task>, Failed<'_>> {
         return Ok(tree.restored);
     }
     let _ = fault::point("restore.unlocked");
+    profile.lap("unlock");
     probe(&whole);
     let _ = fault::point("restore.awake");
+    profile.lap("wake");
     locks.forget_record();
     if !whole.is_empty() {
         ::log::info!("{} TCP connections go on", whole.len());

@@ -1,5 +1,6 @@
 //! The numbers, as a table, as JSON and as a picture.
 
+use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::fs;
 use std::path::Path;
@@ -8,124 +9,176 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
-use soccr_testkit::{Criu, Lock, Side};
+use soccr_testkit::Criu;
+use soccr_testkit::task::Usage;
 
-use crate::bench::trial::Times;
-
-/// How many times stock's frozen time ours may be.
-const FROZEN_LIMIT: f64 = 2.0;
-/// How many times stock's restore ours may be.
-const RESTORE_LIMIT: f64 = 1.5;
+use super::case::{Case, Party};
+use super::chart;
+use super::limits::{self, Limit};
+use super::trial::Times;
 
 pub struct Report {
     criu: String,
     kernel: String,
-    runs: u16,
+    rounds: u16,
+    pub smoke: bool,
     pub rows: Vec<Row>,
 }
 
-/// All trials of one side with one number of connections.
+/// All trials of one party in one case.
 pub struct Row {
-    pub connections: usize,
-    pub side: Side,
+    pub case: Case,
+    pub party: Party,
     times: Vec<Times>,
     failure: Option<String>,
 }
 
 impl Row {
-    pub fn new(connections: usize, side: Side) -> Self {
-        Self { connections, side, times: Vec::new(), failure: None }
+    pub fn new(case: Case, party: Party) -> Self {
+        Self { case, party, times: Vec::new(), failure: None }
     }
 
-    /// Takes a trial's outcome down; a failure is a result too.
-    pub fn add(&mut self, outcome: Result<Times>) {
+    pub fn name(&self) -> String {
+        format!("{}, {}", self.case, self.party)
+    }
+
+    /// Takes a trial's outcome down, a failure too, and tells it.
+    pub fn add(&mut self, outcome: Result<Times>) -> String {
         match outcome {
             Ok(times) => {
-                println!(
-                    "{:>6} connections, {}: frozen {} s, dump {} s, restore {} s",
-                    self.connections,
-                    name(self.side),
-                    seconds(times.frozen),
-                    seconds(times.dump),
-                    seconds(times.restore)
-                );
+                let [frozen, restore] = [times.frozen, times.restore].map(|it| it.as_secs_f64());
                 self.times.push(times);
+                format!("{}: frozen {frozen:.3} s, restore {restore:.3} s", self.name())
             }
             Err(error) => {
                 let text = format!("{error:#}");
-                println!("{:>6} connections, {}: FAILED: {text}", self.connections, name(self.side));
+                let line = format!("{}: FAILED: {text}", self.name());
                 self.failure = Some(text);
+                line
             }
         }
     }
 
-    fn median(&self, of: impl Fn(&Times) -> Duration) -> Option<Duration> {
-        // The median of the runs that went well says nothing if one did not.
+    /// Of the trials; nothing where one has failed, and where one does not tell.
+    fn median(&self, of: impl Fn(&Times) -> Option<f64>) -> Option<f64> {
         if self.failure.is_some() {
             return None;
         }
-        let mut all: Vec<_> = self.times.iter().map(of).collect();
-        all.sort();
+        let mut all = self.times.iter().map(of).collect::<Option<Vec<_>>>()?;
+        all.sort_by(f64::total_cmp);
         all.get(all.len() / 2).copied()
     }
 
-    fn frozen(&self) -> Option<Duration> {
-        self.median(|times| times.frozen)
+    pub fn connections(&self) -> f64 {
+        u32::try_from(self.case.connections).map_or(f64::INFINITY, f64::from)
     }
 
-    fn dump(&self) -> Option<Duration> {
-        self.median(|times| times.dump)
+    pub fn frozen(&self) -> Option<f64> {
+        self.median(|times| Some(times.frozen.as_secs_f64()))
     }
 
-    fn restore(&self) -> Option<Duration> {
-        self.median(|times| times.restore)
+    pub fn restore(&self) -> Option<f64> {
+        self.median(|times| Some(times.restore.as_secs_f64()))
     }
 
-    fn is_baseline(&self) -> bool {
-        self.side == Side::Stock(Lock::Skip)
+    pub fn moved(&self) -> Option<f64> {
+        self.median(|times| times.moved.map(|it| it.as_secs_f64()))
     }
 
-    fn is_ours(&self) -> bool {
-        matches!(self.side, Side::Plugin(_))
+    pub fn raw_copy(&self) -> Option<f64> {
+        self.median(|times| times.raw_copy.map(|it| it.as_secs_f64()))
+    }
+
+    /// MiB, the larger of the two agents'.
+    pub fn agent_peak(&self) -> Option<f64> {
+        self.median(|times| times.agents.as_ref().map(peak))
+    }
+
+    /// Microseconds of processor time for each connection, of one of the two agents.
+    fn agent_cpu(&self, nth: usize) -> Option<f64> {
+        self.median(|times| {
+            times.agents.map(|agents| agents[nth].cpu.as_secs_f64() * 1e6 / self.connections())
+        })
+    }
+
+    /// Processor time of criu and agent: other programs on the machine change it less than what a clock on the wall shows.
+    pub fn dump_cpu(&self) -> Option<f64> {
+        self.median(|times| {
+            let agent = times.agents.map_or(Duration::ZERO, |agents| agents[0].cpu);
+            Some((times.criu[0].cpu + agent).as_secs_f64())
+        })
+    }
+
+    fn profile(&self) -> BTreeMap<&str, f64> {
+        let names = self.times.iter().flat_map(|times| times.profile.keys());
+        let median = |name: &String| self.median(|times| times.profile.get(name).copied());
+        names.filter_map(|name| Some((name.as_str(), median(name)?))).collect()
+    }
+
+    /// Every column but the first two, with the digits that are worth showing.
+    fn columns(&self) -> [(&'static str, Option<f64>, usize); 9] {
+        [
+            ("frozen s", self.frozen(), 3),
+            ("dump s", self.median(|times| Some(times.dump.as_secs_f64())), 3),
+            ("restore s", self.restore(), 3),
+            ("moved after s", self.moved(), 3),
+            ("criu MiB", self.median(|times| Some(peak(&times.criu))), 0),
+            ("agent MiB", self.agent_peak(), 0),
+            ("dump CPU s", self.dump_cpu(), 3),
+            ("agent, dump, µs", self.agent_cpu(0), 1),
+            ("agent, restore, µs", self.agent_cpu(1), 1),
+        ]
     }
 
     fn json(&self) -> Value {
-        let medians = |of: fn(&Self) -> Option<Duration>| of(self).map(|it| it.as_secs_f64());
+        let medians: serde_json::Map<_, _> =
+            self.columns().into_iter().map(|(name, value, _)| (name.to_owned(), json!(value))).collect();
         let each = |of: fn(&Times) -> Duration| -> Vec<f64> {
             self.times.iter().map(|times| of(times).as_secs_f64()).collect()
         };
         json!({
-            "connections": self.connections,
-            "side": name(self.side),
-            "frozen_s": { "median": medians(Self::frozen), "runs": each(|it| it.frozen) },
-            "dump_s": { "median": medians(Self::dump), "runs": each(|it| it.dump) },
-            "restore_s": { "median": medians(Self::restore), "runs": each(|it| it.restore) },
+            "case": self.case.to_string(),
+            "connections": self.case.connections,
+            "queued": self.case.queued,
+            "party": self.party.to_string(),
+            "medians": medians,
+            "frozen_s": each(|times| times.frozen),
+            "dump_s": each(|times| times.dump),
+            "restore_s": each(|times| times.restore),
+            "profile_ms": self.profile(),
             "failure": self.failure,
         })
     }
 }
 
-/// Ours against stock without a lock.
-struct Ratio {
-    connections: usize,
-    frozen: f64,
-    restore: f64,
-}
-
 impl Report {
-    pub fn new(criu: &Criu, runs: u16) -> Result<Self> {
+    pub fn new(criu: &Criu, rounds: u16, smoke: bool) -> Result<Self> {
         Ok(Self {
             criu: output(Command::new(criu.bin()).arg("--version"))?.replace('\n', " "),
             kernel: output(Command::new("uname").arg("-r"))?,
-            runs,
+            rounds,
+            smoke,
             rows: Vec::new(),
         })
+    }
+
+    /// Who was measured in the same case before is one of them.
+    pub fn add(&mut self, rows: Vec<Row>) {
+        for row in rows {
+            match self.rows.iter_mut().find(|known| (known.case, known.party) == (row.case, row.party)) {
+                Some(known) => {
+                    known.times.extend(row.times);
+                    known.failure = known.failure.take().or(row.failure);
+                }
+                None => self.rows.push(row),
+            }
+        }
     }
 
     /// Writes report.json, report.md and report.svg.
     pub fn write(&self, dir: &Path) -> Result<()> {
         let json = serde_json::to_string_pretty(&self.json())? + "\n";
-        for (file, text) in [("json", json), ("md", self.markdown()), ("svg", self.svg())] {
+        for (file, text) in [("json", json), ("md", self.markdown()), ("svg", chart::of(&self.rows)?)] {
             let path = dir.join("report").with_extension(file);
             fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))?;
         }
@@ -135,119 +188,78 @@ impl Report {
 
     pub fn markdown(&self) -> String {
         let mut text = format!(
-            "CRIU: {}; kernel {}; medians of {} alternating runs, images on tmpfs\n\n",
-            self.criu, self.kernel, self.runs
+            "CRIU: {}; kernel {}; medians of {} alternating rounds. `dump CPU` is processor time of criu and agent; the agents' is for each connection.\n",
+            self.criu, self.kernel, self.rounds
         );
-        text += "| connections | side | frozen s | dump s | restore s |\n|---|---|---|---|---|\n";
+        let mut case = None;
         for row in &self.rows {
-            let show = |time: Option<Duration>| time.map_or_else(|| "–".to_owned(), seconds);
-            let cells = [show(row.frozen()), show(row.dump()), show(row.restore())];
-            let side = name(row.side);
-            let _ = writeln!(text, "| {} | {side} | {} |", row.connections, cells.join(" | "));
-        }
-        text.push('\n');
-        for row in &self.rows {
-            if let Some(line) = row.failure.as_ref().and_then(|failure| failure.lines().next()) {
-                let _ = writeln!(text, "{} connections, {}: failed: {line}", row.connections, name(row.side));
+            if case != Some(row.case) {
+                case = Some(row.case);
+                let names = row.columns().map(|(name, ..)| name).join(" | ");
+                let _ = writeln!(text, "\n| {} | {names} |\n|{}", row.case, "---|".repeat(10));
             }
+            let show = |(_, value, digits): (_, Option<f64>, usize)| {
+                value.map_or_else(|| "–".to_owned(), |value| format!("{value:.digits$}"))
+            };
+            let _ = writeln!(text, "| {} | {} |", row.party, row.columns().map(show).join(" | "));
         }
-        for ratio in self.ratios() {
-            for (what, value, limit) in
-                [("frozen", ratio.frozen, FROZEN_LIMIT), ("restore", ratio.restore, RESTORE_LIMIT)]
-            {
-                let verdict = if value <= limit { "within" } else { "OVER" };
-                let n = ratio.connections;
-                let _ = writeln!(
-                    text,
-                    "{what} ours/stock = {value:.2} at {n} connections ({verdict} the limit {limit:.1})"
-                );
-            }
-        }
+        self.profiles(&mut text);
+        self.verdicts(&mut text);
         text
     }
 
-    /// Whether no trial of ours, or of what it is compared with, failed, and no limit was exceeded. Stock's other locks may
-    /// fail: some do.
-    pub fn is_good(&self) -> bool {
-        let compared = |row: &&Row| row.is_baseline() || row.is_ours();
-        self.rows.iter().filter(compared).all(|row| row.failure.is_none())
-            && self.ratios().iter().all(|it| it.frozen <= FROZEN_LIMIT && it.restore <= RESTORE_LIMIT)
+    fn profiles(&self, text: &mut String) {
+        for row in &self.rows {
+            let phases: Vec<_> =
+                row.profile().into_iter().map(|(name, time)| format!("{name} {time:.1}")).collect();
+            if !phases.is_empty() {
+                let _ = writeln!(text, "\nMilliseconds by phase, {}: {}", row.name(), phases.join(", "));
+            }
+        }
     }
 
-    fn ratios(&self) -> Vec<Ratio> {
-        let stocks = self.rows.iter().filter(|row| row.is_baseline());
-        let ratio = |stock: &Row| {
-            let ours = self.rows.iter().find(|row| row.is_ours() && row.connections == stock.connections)?;
-            let quotient = |ours: Duration, stock: Duration| ours.as_secs_f64() / stock.as_secs_f64();
-            Some(Ratio {
-                connections: stock.connections,
-                frozen: quotient(ours.frozen()?, stock.frozen()?),
-                restore: quotient(ours.restore()?, stock.restore()?),
-            })
-        };
-        stocks.filter_map(ratio).collect()
+    fn verdicts(&self, text: &mut String) {
+        text.push('\n');
+        for limit in self.limits() {
+            let Limit { what, value, most } = &limit;
+            let verdict = if limit.holds() { "within" } else { "OVER" };
+            if most.is_finite() {
+                let _ = writeln!(text, "- {what}: {value:.4} ({verdict} {most:.4})");
+            }
+        }
+        for row in &self.rows {
+            if let Some(line) = row.failure.as_ref().and_then(|failure| failure.lines().next()) {
+                let _ = writeln!(text, "- {}: FAILED: {line}", row.name());
+            }
+        }
+    }
+
+    fn limits(&self) -> Vec<Limit> {
+        limits::of(self)
+    }
+
+    /// Whether no trial failed, and no limit was exceeded.
+    pub fn is_good(&self) -> bool {
+        self.rows.iter().all(|row| row.failure.is_none()) && self.limits().iter().all(Limit::holds)
     }
 
     fn json(&self) -> Value {
-        let ratios: Vec<_> = self
-            .ratios()
-            .iter()
-            .map(|it| json!({ "connections": it.connections, "frozen": it.frozen, "restore": it.restore }))
-            .collect();
+        let limit =
+            |it: &Limit| json!({ "what": it.what, "value": it.value, "most": it.most, "holds": it.holds() });
         json!({
             "criu": self.criu,
             "kernel": self.kernel,
-            "runs": self.runs,
-            "limits": { "frozen": FROZEN_LIMIT, "restore": RESTORE_LIMIT },
+            "rounds": self.rounds,
             "rows": self.rows.iter().map(Row::json).collect::<Vec<_>>(),
-            "ours_over_stock": ratios,
+            "limits": self.limits().iter().filter(|it| it.most.is_finite()).map(limit).collect::<Vec<_>>(),
         })
     }
-
-    /// Two bars for each row that has medians: frozen and restore.
-    fn svg(&self) -> String {
-        let rows: Vec<_> =
-            self.rows.iter().filter_map(|row| Some((row, row.frozen()?, row.restore()?))).collect();
-        let longest = rows.iter().map(|(_, frozen, restore)| *frozen.max(restore)).max().unwrap_or_default();
-        let scale = 400.0 / longest.as_secs_f64().max(f64::MIN_POSITIVE);
-        let height = 50 + rows.len() * 50;
-        let mut svg = format!(
-            "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"860\" height=\"{height}\" \
-             font-family=\"sans-serif\" font-size=\"13\">\n\
-             <rect width=\"100%\" height=\"100%\" fill=\"white\"/>\n\
-             <text x=\"20\" y=\"24\" font-weight=\"bold\">Seconds frozen (dark) and to restore (light)</text>\n"
-        );
-        for (i, (row, frozen, restore)) in rows.iter().enumerate() {
-            let y = 45 + i * 50;
-            let label = format!("{} × {}", row.connections, name(row.side));
-            let _ = writeln!(svg, "<text x=\"20\" y=\"{}\">{label}</text>", y + 24);
-            for (time, y, colour) in [(frozen, y, "#1f4e79"), (restore, y + 19, "#8db8de")] {
-                let width = time.as_secs_f64() * scale;
-                let _ = writeln!(
-                    svg,
-                    "<rect x=\"310\" y=\"{y}\" width=\"{width:.1}\" height=\"17\" fill=\"{colour}\"/>\
-                     <text x=\"{:.1}\" y=\"{}\">{}</text>",
-                    316.0 + width,
-                    y + 13,
-                    seconds(*time)
-                );
-            }
-        }
-        svg + "</svg>\n"
-    }
 }
 
-fn name(side: Side) -> &'static str {
-    match side {
-        Side::Stock(Lock::Skip) => "stock CRIU, no lock (skip)",
-        Side::Stock(Lock::Nftables) => "stock CRIU, nftables lock",
-        Side::Stock(Lock::Iptables) => "stock CRIU, iptables lock",
-        Side::Plugin(_) => "soccr plugin, locked",
-    }
-}
-
-fn seconds(time: Duration) -> String {
-    format!("{:.3}", time.as_secs_f64())
+/// MiB, the larger of dump's and restore's.
+#[allow(clippy::cast_precision_loss)] // for people
+fn peak(used: &[Usage; 2]) -> f64 {
+    used[0].peak.max(used[1].peak) as f64 / f64::from(1 << 20)
 }
 
 fn output(command: &mut Command) -> Result<String> {
@@ -257,44 +269,50 @@ fn output(command: &mut Command) -> Result<String> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use soccr_testkit::Place;
 
-    fn row(side: Side, frozen: &[u64]) -> Row {
+    use super::*;
+    use crate::bench::case::{SKIP, Storage};
+
+    fn row(party: Party, frozen: &[u64]) -> Row {
         let times = |&ms| Times {
             frozen: Duration::from_millis(ms),
-            dump: Duration::from_millis(ms + 10),
             restore: Duration::from_millis(2 * ms),
+            ..Times::default()
         };
-        Row { times: frozen.iter().map(times).collect(), ..Row::new(1000, side) }
+        let (place, storage) = (Place::Host, Storage::Tmpfs);
+        let case = Case { connections: 1000, queued: 0, processes: 1, place, storage, verbose: false };
+        Row { times: frozen.iter().map(times).collect(), ..Row::new(case, party) }
     }
 
     fn report(ours: Row) -> Report {
-        let rows = vec![row(Side::Stock(Lock::Skip), &[50, 30, 40]), ours];
-        Report { criu: "Version: 4.2.1".into(), kernel: "6.18".into(), runs: 3, rows }
+        let rows = vec![row(Party::Floor, &[20]), row(SKIP, &[50, 30, 40]), ours];
+        Report { criu: "4.2.1".into(), kernel: "6.18".into(), rounds: 3, smoke: false, rows }
     }
 
     #[test]
     fn ratios_are_of_medians_and_say_when_a_limit_is_broken() {
-        let report = report(row(Side::Plugin(Lock::Nftables), &[70, 999, 60]));
-        assert!(!report.is_good());
+        let report = report(row(Party::Ours, &[44, 999, 43]));
         let text = report.markdown();
-        assert!(
-            text.contains("frozen ours/stock = 1.75 at 1000 connections (within the limit 2.0)"),
-            "{text}"
-        );
-        assert!(
-            text.contains("restore ours/stock = 1.75 at 1000 connections (OVER the limit 1.5)"),
-            "{text}"
-        );
+        let name = "ours / stock skip, 1000 host tmpfs empty v2";
+        assert!(text.contains(&format!("frozen, {name}: 1.1000 (within 1.1000)")), "{text}");
+        assert!(text.contains(&format!("restore, {name}: 1.1000 (OVER 1.0000)")), "{text}");
+        assert!(!report.is_good());
+        assert!(chart::of(&report.rows).unwrap().contains("</svg>"));
     }
 
     #[test]
     fn a_failed_run_has_no_median_and_no_ratio() {
-        let mut ours = row(Side::Plugin(Lock::Nftables), &[70, 60]);
+        let mut ours = row(Party::Ours, &[20, 20]);
         ours.failure = Some("criu dump: signal: 6\nmore".into());
         let report = report(ours);
-        assert!(report.ratios().is_empty() && !report.is_good());
-        assert!(report.markdown().contains("failed: criu dump: signal: 6\n"));
-        assert!(report.json()["rows"][1]["frozen_s"]["median"].is_null());
+        assert!(report.limits().is_empty() && !report.is_good());
+        assert!(report.markdown().contains("FAILED: criu dump: signal: 6\n"));
+        assert!(report.json()["rows"][2]["medians"]["frozen s"].is_null());
+    }
+
+    #[test]
+    fn who_is_within_all_limits_is_good() {
+        assert!(report(row(Party::Ours, &[35])).is_good());
     }
 }

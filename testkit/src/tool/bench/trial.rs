@@ -1,21 +1,33 @@
 //! One trial: a fresh server with fresh clients, dumped, restored, and asked whether it is well.
 
-use std::time::Duration;
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::Write;
+use std::os::fd::AsRawFd;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use nix::sys::signal::Signal;
+use nix::sys::socket::{MsgFlags, recv};
 use nix::sys::statfs::{TMPFS_MAGIC, statfs};
-use soccr_testkit::criu::frozen_time;
-use soccr_testkit::{Client, Criu, Side, Stage, leftovers};
+use nix::unistd::Pid;
+use soccr_testkit::criu::{Call, Done, frozen_time};
+use soccr_testkit::stage::V4;
+use soccr_testkit::task::{self, Usage, name_and_state, wait_until};
+use soccr_testkit::{Criu, Lock, Place, Side, Stage, leftovers, sockets};
 use tempfile::TempDir;
+
+use super::case::{Case, GIB, Party, Storage};
+use super::crowd::Crowd;
 
 /// Where images are quick to write, and memory limits them.
 const TMPFS: &str = "/dev/shm";
-
-/// Bytes that each connection carries there and back after a restore.
-const MESSAGE: usize = 64;
+/// For one call of criu; stock's iptables take a minute for 1000 connections.
+const LIMIT: Duration = Duration::from_secs(300);
 
 /// What one trial took.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct Times {
     /// The tasks stood still (CRIU's own measure).
     pub frozen: Duration,
@@ -23,32 +35,196 @@ pub struct Times {
     pub dump: Duration,
     /// `criu restore` ran.
     pub restore: Duration,
+    /// From then on until every connection had moved bytes in both directions; where the queues were empty.
+    pub moved: Option<Duration>,
+    /// What criu used, to dump and to restore; not what the restored tasks did themselves.
+    pub criu: [Usage; 2],
+    /// What the agents used.
+    pub agents: Option<[Usage; 2]>,
+    /// Milliseconds by phase, from the log of `-v4`.
+    pub profile: BTreeMap<String, f64>,
+    /// Reading every byte of the queues into one buffer and writing it to tmpfs, by nobody but this program.
+    pub raw_copy: Option<Duration>,
 }
 
-/// A fresh server with that many connections.
-pub fn run(criu: &Criu, connections: usize, side: Side) -> Result<Times> {
-    let kind = statfs(TMPFS).with_context(|| format!("no {TMPFS}"))?.filesystem_type();
-    ensure!(kind == TMPFS_MAGIC, "{TMPFS} is no tmpfs");
-    let dir = TempDir::with_prefix_in("soccr-bench-", TMPFS)?;
-    let stage = Stage::alone(criu, dir.path())?;
-    let server = stage.serve("127.0.0.1:0", &["--mode", "echo"])?;
-    let mut clients = stage.connect_all(&[server.address], connections, Client::connect)?;
-    all_answer(&mut clients).context("before the dump")?;
-
-    let images = stage.images()?;
-    let pid = server.pid();
-    let dump = stage.dump(side, pid, &images).quiet().limit(LIMIT).dump_and_wait(server.task)?;
-    let frozen = frozen_time(&images)?;
-    let (task, restore) = stage.restore(side, &images)?.quiet().limit(LIMIT).restore()?;
-    all_answer(&mut clients).context("after the restore")?;
-    leftovers::no_repair(task.pid())?;
-    stage.wait_until_clean(None)?;
-    Ok(Times { frozen, dump: dump.took, restore: restore.took })
+/// Runs one, in a folder below `disk` where that is asked for.
+pub fn run(criu: &Criu, case: Case, party: Party, disk: &Path) -> Result<Times> {
+    Trial::prepare(criu, case, party, disk)?.run()
 }
 
-/// For one call of criu; stock's iptables take a minute for 1000 connections.
-const LIMIT: Duration = Duration::from_secs(300);
+struct Trial {
+    case: Case,
+    party: Party,
+    stage: Stage,
+    /// For `--lib`, where no plugin shall be.
+    empty: PathBuf,
+    _dir: TempDir,
+}
 
-fn all_answer(clients: &mut [Client]) -> Result<()> {
-    clients.iter_mut().try_for_each(|client| client.ping(MESSAGE))
+impl Trial {
+    fn prepare(criu: &Criu, case: Case, party: Party, disk: &Path) -> Result<Self> {
+        let folder = if case.storage == Storage::Tmpfs { Path::new(TMPFS) } else { disk };
+        if case.storage == Storage::Tmpfs {
+            let kind = statfs(folder).with_context(|| format!("no {}", folder.display()))?.filesystem_type();
+            ensure!(kind == TMPFS_MAGIC, "{} is no tmpfs", folder.display());
+        }
+        let dir = TempDir::with_prefix_in("soccr-bench-", folder)?;
+        let stage = match case.place {
+            Place::Host => Stage::alone(criu, dir.path())?,
+            place => Stage::wired(criu, place, dir.path())?,
+        };
+        let empty = dir.path().join("no-plugins");
+        fs::create_dir(&empty)?;
+        stage.peer.run(|| fs::write("/proc/sys/net/ipv4/ip_local_port_range", "1024 65535"))?;
+        Ok(Self { case, party, stage, empty, _dir: dir })
+    }
+
+    fn run(&self) -> Result<Times> {
+        let Case { connections, queued, processes, .. } = self.case;
+        let host = if self.case.place == Place::Host { "127.0.0.1" } else { V4 };
+        let args = self.server_args();
+        let server =
+            self.stage.serve(&format!("{host}:0"), &args.iter().map(String::as_str).collect::<Vec<_>>())?;
+        let mut crowd = Crowd::connect(&self.stage.peer, server.address, connections, processes)?;
+        accepted(&server.task.tree(), connections)?;
+        let mut times = Times::default();
+        if queued > 0 {
+            crowd.fill(queued)?;
+        } else {
+            crowd.echo().context("before the dump")?;
+        }
+        if connections * queued == GIB {
+            times.raw_copy = Some(raw_copy(server.pid(), queued)?);
+        }
+
+        let images = self.stage.images()?;
+        let dump =
+            self.call(self.stage.dump(self.side(), server.pid(), &images)).dump_and_wait(server.task)?;
+        times.frozen = frozen_time(&images)?;
+        let dumper = self.agent()?;
+        let (task, restore) = self.call(self.stage.restore(self.side(), &images)?).restore()?;
+        if self.party.carries() {
+            if queued > 0 {
+                task.signal(Signal::SIGUSR1)?;
+                crowd.drain(queued).context("after the restore")?;
+            } else {
+                let restored = Instant::now();
+                crowd.echo().context("after the restore")?;
+                times.moved = Some(restored.elapsed());
+            }
+            task.tree().into_iter().try_for_each(leftovers::no_repair)?;
+        }
+        self.stage.wait_until_quiet()?;
+        let restorer = self.agent()?;
+        self.stage.wait_until_clean(None)?;
+        times.agents = dumper.zip(restorer).map(|(dumper, restorer)| [dumper, restorer]);
+        self.note(&mut times, &dump, &restore)?;
+        Ok(times)
+    }
+
+    fn server_args(&self) -> Vec<String> {
+        let mut args = vec!["--mode".into(), "echo".into()];
+        if self.case.processes > 1 {
+            args.extend(["--apart".into(), "--processes".into(), self.case.processes.to_string()]);
+        }
+        if self.case.queued > 0 {
+            // Room for the bytes and for what the kernel puts around them.
+            let room = 2 * self.case.queued + (64 << 10);
+            args.extend(["--hold".into(), "--rcvbuf".into(), room.to_string()]);
+        }
+        args
+    }
+
+    fn side(&self) -> Side {
+        match self.party {
+            Party::Stock(lock) => Side::Stock(lock),
+            Party::Floor | Party::Ours => Side::Plugin(Lock::Nftables),
+        }
+    }
+
+    fn call<'a>(&self, call: Call<'a>) -> Call<'a> {
+        let call = if self.case.verbose { call } else { call.quiet() };
+        let call = if self.party == Party::Floor { call.plugins(&self.empty) } else { call };
+        call.limit(LIMIT)
+    }
+
+    /// What the agent of the last call used, once it has ended; `None` where there was none.
+    fn agent(&self) -> Result<Option<Usage>> {
+        if self.party != Party::Ours {
+            return Ok(None);
+        }
+        self.stage.wait_until_quiet()?;
+        let ended = |pid: &Pid| name_and_state(*pid) == Some(("soccr-agent".into(), 'Z'));
+        let agents = task::children()?.into_iter().filter(ended);
+        let used: Vec<Usage> = agents.map(|pid| Ok(task::reap(pid)?.1)).collect::<Result<_>>()?;
+        used.into_iter()
+            .reduce(|all, one| Usage { cpu: all.cpu + one.cpu, peak: all.peak.max(one.peak) })
+            .context("the plugin had no agent")
+            .map(Some)
+    }
+
+    fn note(&self, times: &mut Times, dump: &Done, restore: &Done) -> Result<()> {
+        (times.dump, times.restore) = (dump.took, restore.took);
+        times.criu = [dump.usage, restore.usage];
+        if self.party == Party::Ours && self.case.verbose {
+            for done in [dump, restore] {
+                let log = fs::read(&done.log)?;
+                ensure!(
+                    profile(&String::from_utf8_lossy(&log), &mut times.profile) > 0,
+                    "no profile in {}",
+                    done.log.display()
+                );
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Connections that wait in the listener's queue make CRIU refuse the dump.
+fn accepted(servers: &[Pid], connections: usize) -> Result<()> {
+    wait_until("all connections are accepted", LIMIT, || {
+        let open = servers.iter().map(|pid| Ok(fs::read_dir(format!("/proc/{pid}/fd"))?.count()));
+        Ok(open.sum::<Result<usize>>()? > connections)
+    })
+}
+
+fn raw_copy(pid: Pid, queued: usize) -> Result<Duration> {
+    let mut file = tempfile::tempfile_in(TMPFS)?;
+    let (mut buffer, mut copied, started) = (vec![0; queued], 0, Instant::now());
+    sockets::for_each(pid, |socket| {
+        if socket.is_tcp() && socket.peer().is_some() {
+            let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
+            let got = recv(socket.as_raw_fd(), &mut buffer, flags)?;
+            file.write_all(&buffer[..got])?;
+            copied += got;
+        }
+        Ok(())
+    })?;
+    ensure!(copied == GIB, "{copied} of {GIB} bytes are in the queues");
+    Ok(started.elapsed())
+}
+
+/// Adds up lines such as `… profile: dump find 1.2, dump lock 0.3 ms`; how many phases they tell of.
+fn profile(log: &str, into: &mut BTreeMap<String, f64>) -> usize {
+    let lines = log.lines().filter_map(|line| line.split_once("profile: ")?.1.strip_suffix(" ms"));
+    let phases = lines.flat_map(|line| line.split(", ")).filter_map(|phase| phase.rsplit_once(' '));
+    let phases = phases.filter_map(|(name, time)| Some((name, time.parse::<f64>().ok()?)));
+    phases.map(|(name, time)| *into.entry(name.to_owned()).or_default() += time).count()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_profile_is_found_in_a_log() {
+        let log =
+            "(00.1) soccr: profile: find 1.2, leave repair 30.4 ms\n(00.2) other: 1 ms\nprofile: find 7 ms\n";
+        let mut found = BTreeMap::new();
+        assert_eq!(profile(log, &mut found), 3);
+        assert_eq!(
+            found,
+            [("find", 8.2), ("leave repair", 30.4)].map(|(name, time)| (name.to_owned(), time)).into()
+        );
+    }
 }

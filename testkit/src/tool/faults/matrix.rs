@@ -90,7 +90,7 @@ fn both(scene: &Scene) -> Result<(Server, Fleet<Client>)> {
 
 /// Runs a criu that must fail; what it said, which must have each of `words` in it.
 fn fails(mut command: Command, log: &Path, words: &[&str]) -> Result<String> {
-    let (status, _) = run_command(&mut command, LIMIT).with_context(|| last_errors(log))?;
+    let status = run_command(&mut command, LIMIT).with_context(|| last_errors(log))?.status;
     ensure!(!status.success(), "criu succeeds");
     let text = String::from_utf8_lossy(&fs::read(log)?).into_owned();
     let errors: Vec<&str> = text.lines().filter(|line| line.contains("Error (soccr)")).collect();
@@ -214,7 +214,7 @@ fn few_descriptors_restore(scene: &Scene) -> Told {
     let mut command = scene.restore(PLUGIN, &images)?.command();
     few_descriptors(&mut command);
     // CRIU's own descriptors run out, too, and which come first is its business.
-    let (status, _) = run_command(&mut command, LIMIT)?;
+    let status = run_command(&mut command, LIMIT)?.status;
     ensure!(!status.success(), "criu restores 100 connections with 64 descriptors");
     let said = last_errors(&images.join("restore.log"));
     let about = said.lines().find(|line| DESCRIPTORS.iter().any(|word| line.contains(word)));
@@ -315,7 +315,7 @@ fn reap_orphans(command: &mut Command) {
 fn run_as_subreaper(call: Call<'_>, log: &Path) -> Result<()> {
     let mut command = call.command();
     reap_orphans(&mut command);
-    let (status, _) = run_command(&mut command, LIMIT)?;
+    let status = run_command(&mut command, LIMIT)?.status;
     ensure!(status.success(), "criu: {status}\n{}", last_errors(log));
     Ok(())
 }

@@ -33,7 +33,7 @@ pub struct Conn {
 }
 
 pub enum Role {
-    Echo,
+    Echo { hold: bool },
     Counter { line: Vec<u8>, counters: Rc<RefCell<HashMap<String, u64>>> },
     Stream(Stream),
     Ordered(Session),
@@ -67,7 +67,8 @@ impl Role {
     /// How many bytes to read now, while so many wait to be sent.
     fn may_read(&self, waiting: usize) -> usize {
         match self {
-            Self::Echo | Self::Counter { .. } => PENDING.saturating_sub(waiting),
+            Self::Echo { hold: true } => 0,
+            Self::Echo { .. } | Self::Counter { .. } => PENDING.saturating_sub(waiting),
             Self::Stream(stream) => {
                 if stream.hold {
                     0
@@ -85,7 +86,7 @@ impl Role {
 
     fn take(&mut self, bytes: &[u8], out: &mut Vec<u8>, socket: &TcpStream) -> Result<()> {
         match self {
-            Self::Echo => out.extend(bytes),
+            Self::Echo { .. } => out.extend(bytes),
             Self::Counter { line, counters } => count(line, out, bytes, &mut counters.borrow_mut())?,
             Self::Stream(stream) => {
                 stream.theirs.check(stream.received, bytes).context("the peer's stream")?;
@@ -99,7 +100,7 @@ impl Role {
     /// Whether there is something to send that nobody has asked for just now.
     fn has_more(&self, eof: bool) -> bool {
         match self {
-            Self::Echo | Self::Counter { .. } => false,
+            Self::Echo { .. } | Self::Counter { .. } => false,
             Self::Stream(stream) => stream.sent < stream.to_send,
             Self::Ordered(session) => session.has_more(eof),
         }
@@ -107,7 +108,7 @@ impl Role {
 
     fn more(&mut self, eof: bool) -> Vec<u8> {
         match self {
-            Self::Echo | Self::Counter { .. } => Vec::new(),
+            Self::Echo { .. } | Self::Counter { .. } => Vec::new(),
             Self::Stream(stream) => {
                 let left = (stream.to_send - stream.sent).min(64 << 10);
                 let bytes = stream.ours.bytes(stream.sent, usize::try_from(left).expect("at most 64 KiB"));
@@ -121,7 +122,7 @@ impl Role {
     /// Whether our stream ends when all is sent; an echo's ends with its socket.
     fn may_shut(&self, eof: bool) -> bool {
         match self {
-            Self::Echo | Self::Counter { .. } => false,
+            Self::Echo { .. } | Self::Counter { .. } => false,
             Self::Stream(stream) => eof || stream.shut_early,
             Self::Ordered(session) => session.is_over(),
         }
@@ -129,7 +130,7 @@ impl Role {
 
     /// A client that goes away takes nobody with it, but a stream must be whole.
     fn forgives(&self) -> bool {
-        matches!(self, Self::Echo | Self::Counter { .. })
+        matches!(self, Self::Echo { .. } | Self::Counter { .. })
     }
 }
 
@@ -146,9 +147,13 @@ impl Conn {
 
     /// SIGUSR1 came.
     pub fn release(&mut self) {
-        if let Role::Stream(stream) = &mut self.role {
-            stream.hold = false;
-            stream.shut_early |= stream.client;
+        match &mut self.role {
+            Role::Echo { hold } => *hold = false,
+            Role::Stream(stream) => {
+                stream.hold = false;
+                stream.shut_early |= stream.client;
+            }
+            Role::Counter { .. } | Role::Ordered(_) => {}
         }
     }
 

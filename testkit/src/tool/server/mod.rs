@@ -8,7 +8,7 @@ use std::cell::RefCell;
 use std::collections::HashMap;
 use std::fs::File;
 use std::io::ErrorKind;
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
@@ -48,13 +48,16 @@ pub struct Options {
     /// This many share the listeners
     #[arg(long, value_name = "N", default_value_t = 1)]
     processes: u8,
+    /// Each of these has a listener of its own: at 127.0.0.1, 127.0.0.2 and so on
+    #[arg(long)]
+    apart: bool,
     /// stream: exit once N connections have ended, with 0 if all was right
     #[arg(long, value_name = "N")]
     conns: Option<usize>,
     /// stream: how much to send
     #[arg(long, value_name = "BYTES", default_value_t)]
     send: u64,
-    /// stream: read nothing before SIGUSR1
+    /// echo, stream: read nothing before SIGUSR1
     #[arg(long)]
     hold: bool,
     /// stream: end the own stream as soon as it is written, not after the client's
@@ -125,17 +128,24 @@ pub fn run(options: Options) -> Result<()> {
     let addresses = [options.listen, options.also];
     let listeners: Vec<_> =
         addresses.into_iter().flatten().map(|address| listen(address, &options)).collect::<Result<_>>()?;
-    for _ in 1..options.processes {
+    for nth in 1..options.processes {
         // SAFETY: this process has one thread, so the child may do anything.
         if let ForkResult::Child = unsafe { fork() }.context("fork")? {
             // The starter reads until nobody holds the other end of the pipe.
             dup2_stdout(File::options().write(true).open("/dev/null")?)?;
+            let listeners =
+                if options.apart { vec![apart(&listeners[0], nth, &options)?] } else { listeners };
             return Loop::new(options, listeners)?.run();
         }
     }
     let mut server = Loop::new(options, listeners)?;
     server.open()?;
     server.run()
+}
+
+/// The listener of the process with this number, at the same port.
+fn apart(first: &TcpListener, nth: u8, options: &Options) -> Result<TcpListener> {
+    listen((Ipv4Addr::new(127, 0, 0, nth + 1), first.local_addr()?.port()).into(), options)
 }
 
 fn listen(address: SocketAddr, options: &Options) -> Result<TcpListener> {
@@ -290,7 +300,7 @@ impl Loop {
                 setsockopt(&stream, sockopt::ReuseAddr, &reuses(peer))?;
             }
             let role = match self.options.mode {
-                Mode::Echo => Role::Echo,
+                Mode::Echo => Role::Echo { hold: self.options.hold },
                 Mode::Counter => Role::Counter { line: Vec::new(), counters: Rc::clone(&self.counters) },
                 Mode::Stream => Role::Stream(Stream::new(peer.port(), false, &self.options)),
                 Mode::Ordered => Role::Ordered(Session::new(peer.port())),
@@ -311,7 +321,7 @@ impl Loop {
         self.ended += self.kept.len();
         self.kept.clear();
         for parked in std::mem::take(&mut self.parked) {
-            self.add(Conn::new(parked.take()?, Role::Echo)?)?;
+            self.add(Conn::new(parked.take()?, Role::Echo { hold: false })?)?;
         }
         let waiting: Vec<_> = self.conns.keys().copied().collect();
         for fd in waiting {

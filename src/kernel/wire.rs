@@ -34,17 +34,33 @@ impl Writer {
         &self.buf
     }
 
+    /// The same, without the writer.
+    pub fn into_bytes(self) -> Vec<u8> {
+        self.buf
+    }
+
     /// Adds a message of netfilter: `family` is the table's, `res_id` is 0 except where a batch begins and ends.
     pub fn message(&mut self, header: Header, family: u8, res_id: u16, attributes: impl FnOnce(&mut Self)) {
+        self.message_of(header, |w| {
+            w.buf.extend_from_slice(&[family, 0]);
+            w.buf.extend_from_slice(&res_id.to_be_bytes());
+            attributes(w);
+        });
+    }
+
+    /// Adds a message of another subsystem, which begins with a structure of its own.
+    pub fn plain(&mut self, header: Header, payload: &[u8]) {
+        self.message_of(header, |w| w.buf.extend_from_slice(payload));
+    }
+
+    fn message_of(&mut self, header: Header, payload: impl FnOnce(&mut Self)) {
         let start = self.buf.len();
         self.buf.extend_from_slice(&[0; 4]);
         self.buf.extend_from_slice(&header.kind.to_ne_bytes());
         self.buf.extend_from_slice(&header.flags.to_ne_bytes());
         self.buf.extend_from_slice(&header.seq.to_ne_bytes());
         self.buf.extend_from_slice(&[0; 4]); // port 0: the kernel
-        self.buf.extend_from_slice(&[family, 0]);
-        self.buf.extend_from_slice(&res_id.to_be_bytes());
-        attributes(self);
+        payload(self);
         let len = u32::try_from(self.buf.len() - start).expect("a message is far below 4 GiB");
         self.buf[start..start + 4].copy_from_slice(&len.to_ne_bytes());
     }

@@ -1,0 +1,32 @@
+//! Whether CRIU may go on while a restore is prepared.
+//!
+//! It makes its listeners as soon as a task is there, before POST_FORKING has waited for us. Only orphans are in their way
+//! (a dump or restore that was interrupted has left them), and only external files are connected as early.
+
+use soccr::criu::image::ImageDir;
+use soccr::criu::image::external::ExternalImage;
+use soccr::criu::image::inventory::{self, Inventory};
+use soccr::criu::image::side::SideImage;
+use soccr::criu::record::{Phase, Record, RecordId, Store};
+
+/// Whether the record of the dump says that it came to its end, and no connection is an external file.
+pub fn is_safe(images: &ImageDir) -> bool {
+    let ended = record(images).is_some_and(|record| record.phase == Phase::Dumped);
+    ended && ExternalImage::any(images).is_ok_and(|any| !any)
+}
+
+/// `None` also where the images name another record than that of their own dump.
+fn record(images: &ImageDir) -> Option<Record> {
+    if !images.contains(inventory::NAME) {
+        return None;
+    }
+    let own: RecordId = SideImage::read(images).ok()??.id.parse().ok()?;
+    let store = Store::open().ok()??;
+    let named = Inventory::read(images).ok()?.dump_run_id.and_then(|id| id.parse().ok());
+    if let Some(other) = named.filter(|named| *named != own)
+        && !matches!(store.head(&other), Ok(None))
+    {
+        return None;
+    }
+    store.head(&own).ok()?
+}
