@@ -24,7 +24,7 @@ use soccr::lock::{self, LockName, LockOptions, Method, NetworkLock};
 use soccr::repair::four_tuple;
 use support::{connected, expect_bytes, in_own_network, pattern};
 
-const NFTABLES: LockOptions = LockOptions { method: Method::Nftables, lease: None };
+const NFTABLES: LockOptions = LockOptions { method: Method::Nftables, lease: None, log: None };
 
 /// The folder of the records, and one for images.
 struct Host {

@@ -1,6 +1,6 @@
 //! Netlink sockets: whole messages in, whole messages out.
 
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use nix::errno::Errno;
 use nix::sys::socket::{MsgFlags, send};
@@ -76,6 +76,20 @@ impl NetlinkSocket {
         }
     }
 
+    /// Gives the kernel room for so many bytes of messages that come unasked, more than it has, as far as it allows.
+    pub fn set_receive_room(&self, bytes: i32) {
+        let _ = sockopt::set_buffer_size(self.fd.as_fd(), Buffer::Receive, bytes);
+    }
+
+    /// Has the kernel tell of what happens to one of its subsystems (`NFNLGRP_*`, `RTNLGRP_*`).
+    ///
+    /// # Errors
+    /// EINVAL: it has no such group.
+    pub fn subscribe(&self, group: i32) -> SysResult<()> {
+        let option = libc::NETLINK_ADD_MEMBERSHIP;
+        sockopt::set(self.fd.as_fd(), libc::SOL_NETLINK, option, &group, "subscribe to netlink messages")
+    }
+
     /// Receives the next datagram of the kernel's answer, `None` when there is no more. Never
     /// waits: the kernel puts every answer to a request in the queue before it returns from the
     /// request, and the next part of a dump before it returns from this call.
@@ -120,5 +134,12 @@ impl NetlinkSocket {
             )
         };
         Ok((usize::try_from(len).map_err(|_| Errno::last())?, from.nl_pid))
+    }
+}
+
+/// Readable when something has come.
+impl AsFd for NetlinkSocket {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
     }
 }

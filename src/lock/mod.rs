@@ -22,10 +22,12 @@
 
 pub mod conntrack;
 mod error;
+pub mod held;
 mod iptables;
 mod name;
 mod nft;
 mod options;
+mod packet_log;
 pub mod passage;
 pub(crate) mod xtables;
 
@@ -78,7 +80,7 @@ impl NetworkLock {
         options: &LockOptions,
     ) -> Result<Self, LockError> {
         match options.method {
-            Method::Nftables => nft::lock(ns, name, tuples, &nft::AT_SOCKET, options.lease)?,
+            Method::Nftables => nft::lock(ns, name, tuples, &nft::AT_SOCKET, options)?,
             Method::Iptables if options.lease.is_some() => return Err(LockError::LeaseNeedsNftables),
             Method::Iptables => iptables::lock(ns, name, tuples)?,
             Method::Skip => log::warn!("{ns}: connections are not locked ({METHOD_VARIABLE}=skip)"),
@@ -102,7 +104,7 @@ impl NetworkLock {
         if options.method != Method::Nftables {
             return Ok(None);
         }
-        nft::lock(ns, name, tuples, &nft::ON_PATH, options.lease)?;
+        nft::lock(ns, name, tuples, &nft::ON_PATH, options)?;
         Ok(Some(Self::adopt(ns, name, options)))
     }
 
@@ -188,7 +190,7 @@ pub fn rename(
 ) -> Result<NetworkLock, LockError> {
     match options.method {
         Method::Nftables => {
-            nft::rename(ns, from, to, tuples, options.lease)?;
+            nft::rename(ns, from, to, tuples, options)?;
             Ok(NetworkLock::adopt(ns, to, options))
         }
         Method::Iptables | Method::Skip => {

@@ -30,6 +30,9 @@ pub struct LockOptions {
     /// After this time the kernel ends the lock by itself, whatever has become of us; `None`: never.
     /// Connections without a socket are reset from then on when their peers send. nf_tables only.
     pub lease: Option<Duration>,
+    /// A group of the netfilter log, which gets a copy of each packet that is dropped (see
+    /// [`Holder`](super::held::Holder)). nf_tables only.
+    pub log: Option<u16>,
 }
 
 /// An environment variable has a value that means nothing.
@@ -73,7 +76,8 @@ impl LockOptions {
     /// # Errors
     /// [`BadOption`].
     pub fn from_env() -> Result<Self, BadOption> {
-        Ok(Self { method: Method::from_env()?, lease: Self::lease_of(&variable(LEASE_VARIABLE))? })
+        let (method, lease) = (Method::from_env()?, Self::lease_of(&variable(LEASE_VARIABLE))?);
+        Ok(Self { method, lease, log: None })
     }
 
     /// A lease such as `90`, `90s`, `10m` or `1h`; none where the text is empty.

@@ -1,5 +1,6 @@
 //! The network lock, in namespaces of its own; needs nft, iptables and ip to look at the results.
 
+mod held;
 mod net;
 mod passage;
 mod path;
@@ -20,8 +21,8 @@ use soccr::kernel::netns::NetNs;
 use soccr::lock::{self, LockError, LockName, LockOptions, MARK, Method, NetworkLock, NftError};
 use support::in_own_network;
 
-const NFTABLES: LockOptions = LockOptions { method: Method::Nftables, lease: None };
-const IPTABLES: LockOptions = LockOptions { method: Method::Iptables, lease: None };
+const NFTABLES: LockOptions = LockOptions { method: Method::Nftables, lease: None, log: None };
+const IPTABLES: LockOptions = LockOptions { method: Method::Iptables, lease: None, log: None };
 
 fn here() -> NetNs {
     NetNs::current().unwrap()
@@ -111,7 +112,7 @@ fn iptables_between_namespaces() {
 fn skip_does_nothing() {
     in_own_network(|| {
         let mut pair = Pair::over("127.0.0.1:0");
-        let options = LockOptions { method: Method::Skip, lease: None };
+        let options = LockOptions { method: Method::Skip, lease: None, log: None };
         let lock = NetworkLock::lock(&here(), &name("skip"), &[pair.tuple()], &options).unwrap();
         pair.flows();
         assert!(lock.unlock().unwrap());

@@ -25,6 +25,7 @@ attributes! {
     lookup { SET = 1, SREG = 2, SET_ID = 4 }
     payload { DREG = 1, BASE = 2, OFFSET = 3, LEN = 4 }
     meta { DREG = 1, KEY = 2 }
+    log { GROUP = 1 }
     /// Of an error message, after the header that it answers.
     error { MSG = 1 }
 }

@@ -80,6 +80,11 @@ impl Expressions<'_> {
         });
     }
 
+    /// Gives a copy of the packet to whoever reads this group of the netfilter log, if anybody does.
+    pub fn log(&mut self, group: u16) {
+        self.expression("log", |w| w.put(abi::log::GROUP, &group.to_be_bytes()));
+    }
+
     /// Ends the rule.
     pub fn verdict(&mut self, verdict: Verdict) {
         let code = match verdict {

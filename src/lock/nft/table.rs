@@ -15,7 +15,8 @@
 //! ```
 //!
 //! Which packets are locked ([`Keys`], the sets) is kept apart from what happens to them and where
-//! ([`Policy`], the chains), so that another policy needs no other sets.
+//! ([`Policy`], the chains), so that another policy needs no other sets. Where somebody holds the packets, each rule has
+//! `log group N` before `drop`: he gets a copy, and if he is gone nothing else changes.
 
 use std::time::Duration;
 
@@ -24,7 +25,7 @@ use super::client::Transaction;
 use super::expr::{Base, Expressions, Verdict, number};
 use super::wire::Writer;
 use crate::four_tuple::FourTuple;
-use crate::lock::LockError;
+use crate::lock::{LockError, LockOptions};
 use std::net::SocketAddr;
 
 /// `NFPROTO_INET`: the table sees IPv4 and IPv6.
@@ -180,12 +181,12 @@ pub fn replace(
     name: &str,
     keys: &Keys,
     policy: &Policy,
-    lease: Option<Duration>,
+    options: &LockOptions,
 ) {
     // Deleting what is not there would fail, so it is made first; nothing of this shows outside.
     create_table(transaction, name, libc::NLM_F_CREATE);
     delete(transaction, name);
-    create(transaction, name, keys, policy, lease);
+    create(transaction, name, keys, policy, options);
 }
 
 /// Adds the steps that make the table `name`, which must not exist.
@@ -194,16 +195,16 @@ pub fn create(
     name: &str,
     keys: &Keys,
     policy: &Policy,
-    lease: Option<Duration>,
+    options: &LockOptions,
 ) {
     create_table(transaction, name, libc::NLM_F_CREATE | libc::NLM_F_EXCL);
     for selector in [&V4, &V6] {
-        create_set(transaction, name, selector, lease);
+        create_set(transaction, name, selector, options.lease);
     }
     add(transaction, name, keys);
     for hook in policy.hooks {
         create_chain(transaction, name, hook);
-        create_rules(transaction, name, hook.chain, policy.verdict);
+        create_rules(transaction, name, hook.chain, policy.verdict, options.log);
     }
 }
 
@@ -278,7 +279,7 @@ fn create_chain(transaction: &mut Transaction, table: &str, hook: &Hook) {
     });
 }
 
-fn create_rules(transaction: &mut Transaction, table: &str, chain: &str, verdict: Verdict) {
+fn create_rules(transaction: &mut Transaction, table: &str, chain: &str, verdict: Verdict, log: Option<u16>) {
     rule(transaction, table, chain, |e| {
         e.marked();
         e.verdict(Verdict::Accept);
@@ -286,6 +287,7 @@ fn create_rules(transaction: &mut Transaction, table: &str, chain: &str, verdict
     for selector in [&V4, &V6] {
         rule(transaction, table, chain, |e| {
             selector.matches(e);
+            log.into_iter().for_each(|group| e.log(group));
             e.verdict(verdict);
         });
     }
