@@ -102,15 +102,18 @@ impl Forge {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).deliver(socket, segment, reaches)
     }
 
-    /// Sends `socket` a segment that its peer has sent before, from the TCP header on. Whether it arrives nobody tells.
+    /// Sends `socket` segments that its peer has sent before, from the TCP header on. Whether they arrive nobody tells.
     pub(crate) fn replay(
         &self,
         socket: BorrowedFd<'_>,
         tuple: &FourTuple,
-        segment: Vec<u8>,
+        segments: Vec<Vec<u8>>,
     ) -> Result<(), ForgeError> {
-        let ns = NetNs::of_socket(socket)?;
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).send(&ns, socket, tuple, segment)
+        let (ns, device, wire) = (NetNs::of_socket(socket)?, sockopt::bound_device(socket)?, tuple.on_wire());
+        let mut tools = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let raw_socket = tools.raw_socket(&ns, device, wire.local.is_ipv6())?;
+        let mut packets = segments.into_iter().map(|segment| packet(&wire, segment));
+        Ok(packets.try_for_each(|packet| raw::send(raw_socket, &packet, wire.local))?)
     }
 
     /// Closes the passages, if any, and reports what goes wrong with it.
@@ -154,25 +157,15 @@ impl Tools {
         segment: &Segment,
         reaches: State,
     ) -> Result<bool, ForgeError> {
-        match self.send(ns, socket, &segment.tuple, segment.tcp()) {
-            // EPERM: a rule drops it on its way out already.
-            Ok(()) | Err(ForgeError::Sys(SysError { errno: Errno::EPERM, .. })) => {}
-            Err(error) => return Err(error),
-        }
-        arrived(socket, reaches)
-    }
-
-    fn send(
-        &mut self,
-        ns: &NetNs,
-        socket: BorrowedFd<'_>,
-        tuple: &FourTuple,
-        tcp: Vec<u8>,
-    ) -> Result<(), ForgeError> {
-        let wire = tuple.on_wire();
+        let wire = segment.tuple.on_wire();
         let device = sockopt::bound_device(socket)?;
         let raw_socket = self.raw_socket(ns, device, wire.local.is_ipv6())?;
-        Ok(raw::send(raw_socket, &packet(&wire, tcp), wire.local)?)
+        match raw::send(raw_socket, &packet(&wire, segment.tcp()), wire.local) {
+            // EPERM: a rule drops it on its way out already.
+            Ok(()) | Err(SysError { errno: Errno::EPERM, .. }) => {}
+            Err(error) => return Err(error.into()),
+        }
+        arrived(socket, reaches)
     }
 
     fn raw_socket(&mut self, ns: &NetNs, device: Vec<u8>, ipv6: bool) -> Result<BorrowedFd<'_>, ForgeError> {

@@ -15,6 +15,7 @@ use soccr::criu::image::side::SideImage;
 use soccr::criu::image::tcp_stream::TcpStreamImage;
 use soccr::criu::image::{Fault, ImageDir, ImageError, ImageMessage};
 use soccr::lock::conntrack::{Direction, Translation};
+use soccr::lock::held::HeldPackets;
 
 const SETS: [&str; 2] = ["inside", "outside"];
 
@@ -334,6 +335,10 @@ fn translations_of_other_connections_are_left_out() {
     };
     let ours = behind(Direction { source: carried.local, destination: carried.remote });
     let others = behind(Direction { source: end("192.0.2.2:22"), destination: end("192.0.2.3:40000") });
-    let side = SideImage { id: "soccr-0123456789ab".into(), translations: vec![others, ours] };
+    let side = SideImage {
+        id: "soccr-0123456789ab".into(),
+        translations: vec![others, ours],
+        held: HeldPackets::default(),
+    };
     assert_eq!(side.translations_of(&index), [ours]);
 }

@@ -108,10 +108,11 @@ impl ImageMessage for Soccr_dump_entry {
 }
 
 impl ImageMessage for Soccr_item {
-    const NESTED: Nested = Nested(&[(1, TRANSLATION)]);
+    const NESTED: Nested = Nested(&[(1, TRANSLATION), (4, DIRECTION)]);
 }
 
 const TRANSLATION: Nested = Nested(&[(1, DIRECTION), (2, DIRECTION)]);
+/// And what else begins with two endpoints.
 const DIRECTION: Nested = Nested(&[(1, FLAT), (2, FLAT)]);
 
 #[cfg(test)]

@@ -11,10 +11,11 @@
 use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, BorrowedFd};
+use std::time::Duration;
 
 use super::conntrack::Translation;
+use super::options::{BadOption, LockOptions, Method, hold_time};
 use super::packet_log::PacketLog;
-use super::{LockOptions, Method};
 use crate::chain;
 use crate::forge::Forge;
 use crate::four_tuple::FourTuple;
@@ -25,7 +26,7 @@ use crate::kernel::sockopt;
 const PER_CONNECTION: Bounds = Bounds { packets: 256, bytes: 1 << 20 };
 const IN_ALL: Bounds = Bounds { packets: 1 << 16, bytes: 32 << 20 };
 
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Bounds {
     packets: usize,
     bytes: usize,
@@ -44,6 +45,8 @@ impl Bounds {
 /// Reads what the locks of some namespaces drop.
 #[derive(Debug, Default)]
 pub struct Holder {
+    /// How long it is worth it; zero: not at all.
+    pub patience: Duration,
     logs: Vec<(NetNs, PacketLog)>,
     /// Namespaces that have no log.
     deaf: Vec<NetNs>,
@@ -51,9 +54,24 @@ pub struct Holder {
 }
 
 impl Holder {
+    /// Holds packets for so long; for no time, it holds none.
+    #[must_use]
+    pub fn new(patience: Duration) -> Self {
+        Self { patience, ..Self::default() }
+    }
+
+    /// Holds packets for as long as `SOCCR_HOLD` says.
+    ///
+    /// # Errors
+    /// [`BadOption`].
+    pub fn from_env() -> Result<Self, BadOption> {
+        Ok(Self::new(hold_time()?))
+    }
+
     /// The same options for a lock in `ns` whose packets are to be held.
     pub fn options(&mut self, ns: &NetNs, options: &LockOptions) -> LockOptions {
-        let log = if options.method == Method::Nftables { self.group_in(ns) } else { None };
+        let holds = options.method == Method::Nftables && !self.patience.is_zero();
+        let log = if holds { self.group_in(ns) } else { None };
         LockOptions { log, ..*options }
     }
 
@@ -88,6 +106,19 @@ impl Holder {
         translations.iter().for_each(|translation| self.packets.expect_translated(translation));
     }
 
+    /// Holds from now on only what is dropped in this namespace.
+    pub fn keep_only(&mut self, ns: &NetNs) {
+        for (_, log) in self.logs.extract_if(.., |(other, _)| other != ns) {
+            log.finish(|packet| self.packets.take(packet));
+        }
+    }
+
+    /// Whether anything can be held.
+    #[must_use]
+    pub fn listens(&self) -> bool {
+        !self.logs.is_empty()
+    }
+
     /// The logs, to be waited for.
     pub fn fds(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
         self.logs.iter().map(|(_, log)| log.as_fd())
@@ -116,7 +147,7 @@ impl Holder {
 }
 
 /// Segments of known connections, in the order in which they came.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct HeldPackets {
     /// The sockets, by source and destination of the packets for them.
     wanted: HashMap<(SocketAddr, SocketAddr), FourTuple>,
@@ -124,7 +155,7 @@ pub struct HeldPackets {
     size: Bounds,
 }
 
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 struct Segments {
     list: Vec<Vec<u8>>,
     size: Bounds,
@@ -209,19 +240,25 @@ impl HeldPackets {
     /// What does not reach its socket is sent again by the peer, as if it had not been held.
     pub fn release<'a>(self, sockets: impl IntoIterator<Item = (BorrowedFd<'a>, FourTuple)>) -> usize {
         let (mut segments, forge, mut count) = (self.segments, Forge::new(), 0);
+        if segments.is_empty() {
+            return 0;
+        }
+        let mut targets: HashMap<FourTuple, Vec<(BorrowedFd<'_>, FourTuple)>> = HashMap::new();
         for (socket, tuple) in sockets {
-            let Some(held) = segments.remove(&tuple.on_wire()) else { continue };
-            if !is_reachable(socket, &tuple) {
+            targets.entry(tuple.on_wire()).or_default().push((socket, tuple));
+        }
+        for (wire, sockets) in targets {
+            // Connections of two namespaces can have the same addresses, and nobody knows whose a segment is.
+            let ([(socket, tuple)], Some(held)) = (sockets.as_slice(), segments.remove(&wire)) else {
+                continue;
+            };
+            if !is_reachable(*socket, tuple) {
                 continue;
             }
-            for segment in held.list {
-                match forge.replay(socket, &tuple, segment) {
-                    Ok(()) => count += 1,
-                    Err(error) => {
-                        log::debug!("{tuple}: what was held has to be sent again: {}", chain(&error));
-                        break;
-                    }
-                }
+            let packets = held.list.len();
+            match forge.replay(*socket, tuple, held.list) {
+                Ok(()) => count += packets,
+                Err(error) => log::debug!("{tuple}: what was held has to be sent again: {}", chain(&error)),
             }
         }
         count

@@ -29,6 +29,7 @@ mod nft;
 mod options;
 mod packet_log;
 pub mod passage;
+mod watch;
 pub(crate) mod xtables;
 
 use crate::four_tuple::FourTuple;
@@ -40,8 +41,9 @@ pub(crate) use nft::fuzzing::read_answers;
 pub(crate) use nft::whole;
 pub use nft::{MARK, NftError};
 pub(crate) use options::variable;
-pub use options::{BadOption, LEASE_VARIABLE, LockOptions, METHOD_VARIABLE, Method};
+pub use options::{BadOption, HOLD_VARIABLE, LEASE_VARIABLE, LockOptions, METHOD_VARIABLE, Method};
 pub use passage::Passage;
+pub use watch::Watch;
 pub use xtables::XtablesError;
 
 /// A lock that was found in a namespace.
@@ -201,6 +203,14 @@ pub fn rename(
             Ok(new)
         }
     }
+}
+
+/// Whether the nf_tables lock `name` is there.
+///
+/// # Errors
+/// [`LockError`].
+pub fn is_there(ns: &NetNs, name: &LockName) -> Result<bool, LockError> {
+    nft::is_there(ns, name)
 }
 
 /// All locks in `ns`: those of soccr, and those that stock CRIU made in nf_tables.

@@ -8,6 +8,12 @@ pub const METHOD_VARIABLE: &str = "SOCCR_LOCK";
 /// The environment variable that gives the lease, such as `90`, `90s`, `10m` or `1h`.
 pub const LEASE_VARIABLE: &str = "SOCCR_LOCK_LEASE";
 
+/// The environment variable that tells for how long after a dump packets are held for its restore; `0` or `off`: they are
+/// dropped. See [`held`](super::held).
+pub const HOLD_VARIABLE: &str = "SOCCR_HOLD";
+/// A peer sends again and again for about so long (`net.ipv4.tcp_retries2`), and then gives up.
+const HOLD_TIME: Duration = Duration::from_secs(15 * 60);
+
 /// What keeps the connections' packets away.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 #[cfg_attr(feature = "criu", derive(serde::Serialize, serde::Deserialize), serde(rename_all = "lowercase"))]
@@ -99,11 +105,21 @@ pub(crate) fn variable(name: &str) -> String {
 }
 
 fn parse_lease(value: &str) -> Result<Option<Duration>, BadOption> {
-    if value.is_empty() {
-        return Ok(None);
+    if value.is_empty() { Ok(None) } else { parse_time(LEASE_VARIABLE, value).map(Some) }
+}
+
+/// What `SOCCR_HOLD` says.
+pub(super) fn hold_time() -> Result<Duration, BadOption> {
+    match variable(HOLD_VARIABLE).as_str() {
+        "" => Ok(HOLD_TIME),
+        "0" | "off" => Ok(Duration::ZERO),
+        value => parse_time(HOLD_VARIABLE, value),
     }
+}
+
+fn parse_time(variable: &'static str, value: &str) -> Result<Duration, BadOption> {
     let bad = || BadOption {
-        variable: LEASE_VARIABLE,
+        variable,
         value: value.into(),
         expected: "a whole number above 0 of seconds, or with s, m or h behind it",
     };
@@ -114,7 +130,7 @@ fn parse_lease(value: &str) -> Result<Option<Duration>, BadOption> {
         _ => (value, 1),
     };
     let seconds = number.parse::<u32>().ok().filter(|n| *n > 0).ok_or_else(bad)?;
-    Ok(Some(Duration::from_secs(u64::from(seconds) * unit)))
+    Ok(Duration::from_secs(u64::from(seconds) * unit))
 }
 
 #[cfg(test)]

@@ -245,6 +245,9 @@ impl Stage {
     }
 }
 
+/// Who holds packets between a dump and its restore.
+const KEEPER: &str = "soccr-keeper";
+
 /// What `--external` says of the wire whose inner end is in a dumped namespace.
 const VETH: &str = "veth[eth0]:wire@br0";
 
@@ -297,7 +300,8 @@ impl Stage {
     /// The processes of the plugin.
     pub fn agents(&self) -> Result<Vec<Process>> {
         let mut found = self.processes()?;
-        found.retain(|process| process.name.starts_with("soccr-") && process.state != 'Z');
+        let works = |name: &str| name.starts_with("soccr-") && name != KEEPER;
+        found.retain(|process| works(&process.name) && process.state != 'Z');
         Ok(found)
     }
 

@@ -69,6 +69,11 @@ impl Path {
         self.lock.is_some()
     }
 
+    /// The lock's name, if there is one.
+    pub fn locked_by(&self) -> Option<&LockName> {
+        self.lock.as_ref().map(NetworkLock::name)
+    }
+
     /// What the record is to tell before anything is locked; `None` when nothing will be.
     pub fn record(&self, options: &LockOptions) -> Option<LockRecord> {
         let locks = !self.tuples.is_empty() || self.lock.is_some();

@@ -8,11 +8,15 @@ use super::container::{Magic, Reader, head};
 use super::index::Index;
 use super::{Fault, ImageDir, ImageError};
 use crate::encoding::container::push_message;
-use crate::encoding::proto::soccr::{Soccr_direction, Soccr_dump_entry, Soccr_item, Soccr_translation};
+use crate::encoding::decode::decode;
+use crate::encoding::proto::soccr::{
+    Soccr_direction, Soccr_dump_entry, Soccr_held, Soccr_item, Soccr_translation,
+};
 use crate::encoding::{from_endpoint, to_endpoint};
 use crate::four_tuple::FourTuple;
 use crate::lock::LockName;
 use crate::lock::conntrack::{Direction, Translation};
+use crate::lock::held::HeldPackets;
 
 /// The file's name.
 pub const NAME: &str = "soccr.img";
@@ -25,6 +29,8 @@ pub struct SideImage {
     pub id: String,
     /// The connections that are translated on their way.
     pub translations: Vec<Translation>,
+    /// What the connections' peers have sent during the dump.
+    pub held: HeldPackets,
 }
 
 impl SideImage {
@@ -70,7 +76,8 @@ impl SideImage {
             let fault = Fault::value("version", format!("{} is not known", entry.version()));
             return Err(reader.bad_message(fault));
         }
-        let mut image = Self { id: entry.id().to_owned(), translations: Vec::new() };
+        let id = entry.id().to_owned();
+        let mut image = Self { id, translations: Vec::new(), held: HeldPackets::default() };
         while let Some(item) = reader.next_message()? {
             image.take(&item).map_err(|fault| reader.bad_message(fault))?;
         }
@@ -78,10 +85,11 @@ impl SideImage {
     }
 
     fn items(&self) -> impl Iterator<Item = Soccr_item> {
-        self.translations.iter().map(|translation| Soccr_item {
+        let translations = self.translations.iter().map(|translation| Soccr_item {
             translation: MessageField::some(to_translation(translation)),
             ..Default::default()
-        })
+        });
+        translations.chain(held_items(&self.held))
     }
 
     /// What a later version has written is passed over.
@@ -89,14 +97,64 @@ impl SideImage {
         if let Some(entry) = item.translation.as_ref() {
             self.translations.push(from_translation(entry)?);
         }
-        Ok(())
+        take_held(&mut self.held, item)
     }
+}
+
+/// Held packets as the image has them, for another process of this host.
+#[must_use]
+pub fn held_to_bytes(held: &HeldPackets) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    for item in held_items(held) {
+        push_message(&mut bytes, &item).expect("segments are short");
+    }
+    bytes
+}
+
+/// What [`held_to_bytes`] gave, as far as it is whole.
+#[must_use]
+pub fn held_from_bytes(mut bytes: &[u8]) -> HeldPackets {
+    let mut held = HeldPackets::default();
+    while let Some((len, rest)) = bytes.split_first_chunk::<4>()
+        && let Ok(len) = usize::try_from(u32::from_ne_bytes(*len))
+        && let Some((message, rest)) = rest.split_at_checked(len)
+        && let Ok(item) = decode::<Soccr_item>(message)
+        && take_held(&mut held, &item).is_ok()
+    {
+        bytes = rest;
+    }
+    held
+}
+
+fn held_items(held: &HeldPackets) -> impl Iterator<Item = Soccr_item> {
+    held.iter().map(|(tuple, segment)| Soccr_item {
+        held: MessageField::some(to_held(&tuple, segment)),
+        ..Default::default()
+    })
+}
+
+fn take_held(held: &mut HeldPackets, item: &Soccr_item) -> Result<(), Fault> {
+    if let Some(entry) = item.held.as_ref() {
+        let local = from_endpoint(&entry.local, "local")?;
+        let remote = from_endpoint(&entry.remote, "remote")?;
+        held.add(FourTuple { local, remote }, entry.segment());
+    }
+    Ok(())
 }
 
 fn to_translation(translation: &Translation) -> Soccr_translation {
     Soccr_translation {
         original: MessageField::some(to_direction(translation.original)),
         reply: MessageField::some(to_direction(translation.reply)),
+        ..Default::default()
+    }
+}
+
+fn to_held(tuple: &FourTuple, segment: &[u8]) -> Soccr_held {
+    Soccr_held {
+        local: MessageField::some(to_endpoint(tuple.local)),
+        remote: MessageField::some(to_endpoint(tuple.remote)),
+        segment: Some(segment.to_vec()),
         ..Default::default()
     }
 }
@@ -147,9 +205,23 @@ mod tests {
             original: direction("[fd00::1]:1", "[fd00::2]:2"),
             reply: direction("[fd01::2]:3", "[fd00::1]:1"),
         };
-        let image = SideImage { id: "soccr-0123456789ab".into(), translations: vec![v4, v6] };
+        let image = SideImage { id: "soccr-0123456789ab".into(), translations: vec![v4, v6], held: held() };
         image.write(&dir).unwrap();
+        assert_eq!(held_from_bytes(&held_to_bytes(&image.held)), image.held);
         assert_eq!(SideImage::read(&dir).unwrap(), Some(image));
+    }
+
+    fn held() -> HeldPackets {
+        let mut held = HeldPackets::default();
+        let tuple =
+            |local: &str| FourTuple { local: local.parse().unwrap(), remote: "10.9.0.1:1".parse().unwrap() };
+        let mut segment = vec![0x50; 30];
+        held.add(tuple("10.9.0.2:80"), &segment);
+        segment[7] += 10;
+        held.add(tuple("10.9.0.2:80"), &segment);
+        held.add(tuple("[::ffff:10.9.0.2]:81"), &segment);
+        assert_eq!(held.len(), 3);
+        held
     }
 
     #[test]

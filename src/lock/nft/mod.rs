@@ -128,6 +128,11 @@ fn list_tables(ns: &NetNs) -> Result<Vec<LockInfo>, NftError> {
     names.into_iter().map(info).collect()
 }
 
+/// See [`super::is_there`].
+pub(super) fn is_there(ns: &NetNs, name: &LockName) -> Result<bool, LockError> {
+    has_table(ns, table::FAMILY, name.as_str()).map_err(|e| failed("look for", name, ns, e))
+}
+
 /// Whether there is a table of this family and name. A kernel without nf_tables has none.
 pub(super) fn has_table(ns: &NetNs, family: u8, name: &str) -> Result<bool, NftError> {
     let is_it =

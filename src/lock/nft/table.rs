@@ -15,8 +15,8 @@
 //! ```
 //!
 //! Which packets are locked ([`Keys`], the sets) is kept apart from what happens to them and where
-//! ([`Policy`], the chains), so that another policy needs no other sets. Where somebody holds the packets, each rule has
-//! `log group N` before `drop`: he gets a copy, and if he is gone nothing else changes.
+//! ([`Policy`], the chains), so that another policy needs no other sets. Where somebody holds the packets that come in, those rules
+//! have `log group N` before `drop`: he gets a copy, and if he is gone nothing else changes.
 
 use std::time::Duration;
 
@@ -38,6 +38,14 @@ struct Hook {
     chain: &'static str,
     hook: libc::c_int,
     priority: i32,
+}
+
+impl Hook {
+    /// Whether what is dropped here may be held. Who sends from this host is told that its packet was dropped on the way
+    /// out, and does not count it as sent: an acknowledgement would be one of what was never sent, which TCP ignores for good.
+    fn comes_in(&self) -> bool {
+        matches!(self.hook, libc::NF_INET_PRE_ROUTING | libc::NF_INET_LOCAL_IN)
+    }
 }
 
 /// What becomes of locked packets, and where.
@@ -204,7 +212,8 @@ pub fn create(
     add(transaction, name, keys);
     for hook in policy.hooks {
         create_chain(transaction, name, hook);
-        create_rules(transaction, name, hook.chain, policy.verdict, options.log);
+        let log = options.log.filter(|_| hook.comes_in());
+        create_rules(transaction, name, hook.chain, policy.verdict, log);
     }
 }
 

@@ -13,4 +13,5 @@ mod migrate;
 mod outcomes;
 mod pluginhost;
 mod promises;
+mod silence;
 mod world;

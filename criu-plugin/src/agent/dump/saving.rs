@@ -30,7 +30,8 @@ pub struct Saving<'a> {
     finder: Finder,
     /// The memory of one connection's queues, used again and again.
     queues: Queues,
-    held: Held,
+    /// What is held until the outcome.
+    pub held: Held,
 }
 
 /// A dump of which all is saved.
@@ -136,17 +137,21 @@ impl<'a> Saving<'a> {
 
     /// One transaction per namespace, the one that packets pass through first.
     fn lock(&mut self, found: &[FoundConnection]) -> Result<(), AgentError> {
-        self.held.path.lock(&self.options)?;
+        let Held { path, holder, locks, criu_ns, .. } = &mut self.held;
+        holder.expect(found.iter().map(|connection| connection.tuple));
+        holder.expect_translated(path.translations());
+        path.lock(&holder.options(criu_ns, &self.options))?;
         let mut tuples: HashMap<&NetNs, Vec<FourTuple>> = HashMap::new();
         for connection in found.iter().filter(|connection| connection.tuple.local.port() != 0) {
             tuples.entry(&connection.ns).or_default().push(connection.tuple);
         }
         for (ns, tuples) in tuples {
-            match self.held.locks.get_mut(ns) {
+            match locks.get_mut(ns) {
                 Some(lock) => lock.add(&tuples)?,
                 None => {
-                    let lock = NetworkLock::lock(ns, &self.lock_name, &tuples, &self.options)?;
-                    self.held.locks.insert(ns.clone(), lock);
+                    let options = holder.options(ns, &self.options);
+                    let lock = NetworkLock::lock(ns, &self.lock_name, &tuples, &options)?;
+                    locks.insert(ns.clone(), lock);
                 }
             }
         }
@@ -220,9 +225,10 @@ impl<'a> Saving<'a> {
 
 impl Saved {
     /// Writes what CRIU's images have no field for.
-    pub fn write_side_image(&self) -> Result<(), AgentError> {
+    pub fn write_side_image(&mut self) -> Result<(), AgentError> {
         let translations = self.held.path.translations().to_vec();
-        Ok(SideImage { id: self.lock_name.id().to_owned(), translations }.write(&self.images)?)
+        let (id, held) = (self.lock_name.id().to_owned(), self.held.holder.held().clone());
+        Ok(SideImage { id, translations, held }.write(&self.images)?)
     }
 
     /// What an agent that died has left: the record tells what is locked and which the tasks are, and they have the

@@ -8,11 +8,13 @@ use soccr::criu::tasks::{Fate, Task};
 
 use super::arrangement::Arrangement;
 use super::held::Held;
+use crate::agent::keeper::Keeper;
 
 /// All is saved, and the outcome is open.
 #[derive(Debug)]
 pub struct Watching {
-    held: Held,
+    /// What is held until the outcome.
+    pub held: Held,
     arrangement: Arrangement,
     /// So many looks in a row must find a task running.
     convincing: u32,
@@ -29,7 +31,7 @@ pub enum Looked {
     /// They are left stopped: dead or alive later on.
     Stopped(Watching),
     /// They are dead or run on, and what that means is carried out.
-    Settled(Vec<Task>),
+    Settled(Vec<Task>, Option<Keeper>),
 }
 
 impl Watching {
@@ -64,9 +66,10 @@ impl Watching {
         let settled = |fate: &Fate| matches!(fate, Fate::Stopped | Fate::Gone);
         self.stopped = false;
         if fates.iter().all(|fate| *fate == Fate::Gone) {
-            Looked::Settled(self.held.leave(self.arrangement))
+            let (tasks, keeper) = self.held.leave(self.arrangement);
+            Looked::Settled(tasks, keeper)
         } else if self.running >= self.convincing {
-            Looked::Settled(self.held.let_live())
+            Looked::Settled(self.held.let_live(), None)
         } else if fates.iter().all(settled) {
             self.stopped = true;
             self.held.note(Phase::LeftStopped);

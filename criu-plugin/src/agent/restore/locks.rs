@@ -10,10 +10,12 @@ use soccr::criu::stock;
 use soccr::criu::tasks::Task;
 use soccr::kernel::diag;
 use soccr::kernel::netns::NetNs;
+use soccr::lock::held::{HeldPackets, Holder};
 use soccr::lock::{self, LockError, LockName, LockOptions, Method, NetworkLock};
 
 use super::plan::Plan;
 use crate::agent::error::AgentError;
+use crate::agent::keeper;
 use crate::agent::path::Path;
 
 /// What keeps the connections still until all are built. It ends in [`unlock`](Self::unlock) or
@@ -31,6 +33,8 @@ pub struct Locks {
     held: HashMap<NetNs, Locked>,
     /// The lock on the way to namespaces other than criu's.
     path: Path,
+    /// What the locks keep from the sockets.
+    pub holder: Holder,
 }
 
 /// The lock of one namespace.
@@ -75,7 +79,8 @@ impl Locks {
         let options = LockOptions::from_env()?;
         let mut path = Path::new(&criu_ns, &plan.path_owner()?);
         path.add_translations(recorder.record().translations.iter().chain(&plan.translations).copied());
-        Ok(Self { criu_ns, root_ns: None, options, name, left, recorder, held: HashMap::new(), path })
+        let (held, holder) = (HashMap::new(), Holder::from_env()?);
+        Ok(Self { criu_ns, root_ns: None, options, name, left, recorder, held, path, holder })
     }
 
     /// How many connections are locked.
@@ -110,13 +115,15 @@ impl Locks {
 
     /// Locks these connections where their packets pass through criu's own namespace. The record comes first.
     pub fn lock_path(&mut self, passing: Vec<FourTuple>) -> Result<(), AgentError> {
+        self.holder.expect(passing.iter().copied());
         self.path.add(passing);
+        self.holder.expect_translated(self.path.translations());
         if let Some(lock) = self.path.record(&self.options) {
             self.recorder.add_lock(lock);
             self.recorder.set_translations(self.path.translations());
             self.recorder.save(Phase::Restoring)?;
         }
-        Ok(self.path.lock(&self.options)?)
+        Ok(self.path.lock(&self.holder.options(&self.criu_ns, &self.options))?)
     }
 
     /// Locks these connections, those that are not locked yet, each in its namespace. The record comes first.
@@ -139,11 +146,13 @@ impl Locks {
     }
 
     fn lock_in(&mut self, ns: NetNs, tuples: Vec<FourTuple>) -> Result<(), AgentError> {
+        self.holder.expect(tuples.iter().copied());
         if let Some(locked) = self.held.get_mut(&ns) {
             locked.lock.add(&tuples)?;
             locked.tuples.extend(&tuples);
         } else {
-            let lock = NetworkLock::lock(&ns, &self.name, &tuples, &self.options)?;
+            let options = self.holder.options(&ns, &self.options);
+            let lock = NetworkLock::lock(&ns, &self.name, &tuples, &options)?;
             self.held.insert(ns.clone(), Locked { lock, tuples: tuples.iter().copied().collect() });
         }
         if self.left.interrupted {
@@ -188,6 +197,16 @@ impl Locks {
             log::error!("{problem}");
         }
         Ok(())
+    }
+
+    /// What was held since the dump. From here on our own locks hold.
+    pub fn take_kept(&self) -> HeldPackets {
+        self.recorder.held().filter(|_| self.left.waits).map(|door| keeper::take(&door)).unwrap_or_default()
+    }
+
+    /// What the locks have kept from the sockets.
+    pub fn take_held(&mut self) -> HeldPackets {
+        std::mem::take(&mut self.holder).finish()
     }
 
     fn unlock_path(&mut self) -> Result<(), LockError> {

@@ -14,6 +14,7 @@ use soccr::criu::image::side::SideImage;
 use soccr::criu::record::{ConnectionRecord, Phase, RecordError, RecordId, Recorder};
 use soccr::lock::LockName;
 use soccr::lock::conntrack::Translation;
+use soccr::lock::held::HeldPackets;
 
 use crate::agent::error::AgentError;
 
@@ -32,6 +33,8 @@ pub struct Plan {
     our_lock: Option<LockName>,
     /// The connections that were translated on their way.
     pub translations: Vec<Translation>,
+    /// What peers have sent during the dump.
+    pub held: HeldPackets,
 }
 
 impl Plan {
@@ -48,8 +51,9 @@ impl Plan {
             external.insert(image.tuple, soccr::kernel::options::reuse_addr(&image.options));
         })?;
         let images = ImageDir::duplicate(images.as_fd())?;
-        let translations = side.map(|side| side.translations_of(&index)).unwrap_or_default();
-        Ok(Self { images, index, external, dump_locks, our_lock, translations })
+        let translations = side.as_ref().map(|side| side.translations_of(&index)).unwrap_or_default();
+        let held = side.map(|side| side.held).unwrap_or_default();
+        Ok(Self { images, index, external, dump_locks, our_lock, translations, held })
     }
 
     /// The addresses of the connections that packets can reach, but for the external ones.
@@ -145,6 +149,7 @@ mod tests {
             dump_locks: Vec::new(),
             our_lock: None,
             translations: Vec::new(),
+            held: HeldPackets::default(),
         };
         plan.lock_name().unwrap().to_string()
     }
