@@ -3,7 +3,7 @@
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use nix::errno::Errno;
-use nix::sys::socket::{MsgFlags, send};
+use nix::sys::socket::{MsgFlags, NetlinkAddr, bind, send};
 
 use super::sockopt::{self, Buffer};
 use super::{SysError, SysResult};
@@ -81,13 +81,15 @@ impl NetlinkSocket {
         let _ = sockopt::set_buffer_size(self.fd.as_fd(), Buffer::Receive, bytes);
     }
 
-    /// Has the kernel tell of what happens to one of its subsystems (`NFNLGRP_*`, `RTNLGRP_*`).
+    /// Has the kernel tell of what happens to one of its subsystems (`NFNLGRP_*`, `RTNLGRP_*`, up to 32). Only a socket
+    /// with an address is told: one without has port 0, by which the kernel knows itself.
     ///
     /// # Errors
-    /// EINVAL: it has no such group.
-    pub fn subscribe(&self, group: i32) -> SysResult<()> {
-        let option = libc::NETLINK_ADD_MEMBERSHIP;
-        sockopt::set(self.fd.as_fd(), libc::SOL_NETLINK, option, &group, "subscribe to netlink messages")
+    /// EPERM: it tells only who has CAP_NET_ADMIN.
+    pub fn subscribe(&self, group: u32) -> SysResult<()> {
+        let address = NetlinkAddr::new(0, 1 << (group - 1));
+        bind(self.fd.as_raw_fd(), &address)
+            .map_err(|errno| SysError { call: "subscribe to netlink messages", errno })
     }
 
     /// Receives the next datagram of the kernel's answer, `None` when there is no more. Never

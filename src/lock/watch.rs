@@ -8,7 +8,7 @@ use crate::kernel::netlink::NetlinkSocket;
 use crate::kernel::netns::NetNs;
 
 /// `NFNLGRP_NFTABLES`: tables, chains, rules and sets that come and go.
-const TABLES: i32 = 7;
+const TABLES: u32 = 7;
 /// What is told does not matter, only that something is.
 const ENOUGH: usize = 64 << 10;
 
