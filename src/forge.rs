@@ -102,16 +102,18 @@ impl Forge {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).deliver(socket, segment, reaches)
     }
 
-    /// Sends `socket` segments that its peer has sent before, from the TCP header on. Whether they arrive nobody tells.
+    /// Sends a socket in `ns`, bound to `device`, segments that its peer has sent before, from the TCP header on. Whether
+    /// they arrive nobody tells.
     pub(crate) fn replay(
         &self,
-        socket: BorrowedFd<'_>,
+        ns: &NetNs,
+        device: Vec<u8>,
         tuple: &FourTuple,
         segments: Vec<Vec<u8>>,
     ) -> Result<(), ForgeError> {
-        let (ns, device, wire) = (NetNs::of_socket(socket)?, sockopt::bound_device(socket)?, tuple.on_wire());
+        let wire = tuple.on_wire();
         let mut tools = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let raw_socket = tools.raw_socket(&ns, device, wire.local.is_ipv6())?;
+        let raw_socket = tools.raw_socket(ns, device, wire.local.is_ipv6())?;
         let mut packets = segments.into_iter().map(|segment| packet(&wire, segment));
         Ok(packets.try_for_each(|packet| raw::send(raw_socket, &packet, wire.local))?)
     }

@@ -110,6 +110,56 @@ pub struct Seen {
 /// # Errors
 /// ENOENT where the kernel has no `tcp_diag`, EPROTONOSUPPORT where it has no socket monitor.
 pub fn for_each(family: Family, kind: Kind, mut each: impl FnMut(Seen)) -> SysResult<()> {
+    dump(family, kind, |message| seen(message).map(&mut each))
+}
+
+/// A socket that waits for connections.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Listener {
+    /// Where, maybe at any address.
+    pub local: SocketAddr,
+    /// Whether one of IPv6 at any address leaves IPv4 to others.
+    pub v6only: bool,
+    /// The interface that it is bound to, or 0.
+    pub device: u32,
+    /// Its inode.
+    pub inode: u32,
+}
+
+/// The listeners of the current network namespace.
+///
+/// # Errors
+/// As [`for_each`].
+pub fn listeners() -> SysResult<Vec<Listener>> {
+    let mut listeners = Vec::new();
+    for family in [Family::Ipv4, Family::Ipv6] {
+        let found = dump(family, Kind::Listening, |message| {
+            listeners.push(listener(message)?);
+            Some(())
+        });
+        match found {
+            Err(SysError { errno: Errno::ENOENT, .. }) if family == Family::Ipv6 => {}
+            other => other?,
+        }
+    }
+    Ok(listeners)
+}
+
+fn listener(message: &[u8]) -> Option<Listener> {
+    const SKV6ONLY: u16 = 11;
+    let port = u16::from_be_bytes(message.get(4..6)?.try_into().ok()?);
+    let ip = match i32::from(*message.first()?) {
+        libc::AF_INET => IpAddr::from(<[u8; 4]>::try_from(message.get(8..12)?).ok()?),
+        _ => IpAddr::from(<[u8; 16]>::try_from(message.get(8..24)?).ok()?),
+    };
+    let word = |at: usize| Some(u32::from_ne_bytes(message.get(at..at + 4)?.try_into().ok()?));
+    let v6only = attributes(message.get(REPLY..)?).any(|(kind, value)| kind == SKV6ONLY && value != [0]);
+    let local = SocketAddr::new(ip, port);
+    Some(Listener { local, v6only, device: word(40)?, inode: word(REPLY - 4)? })
+}
+
+/// Shows `each` the messages about all TCP sockets of one family and kind; `None` from it says that one makes no sense.
+fn dump(family: Family, kind: Kind, mut each: impl FnMut(&[u8]) -> Option<()>) -> SysResult<()> {
     const CALL: &str = "list sockets";
     const NLM_F_DUMP: u16 = 0x300;
     const NLMSG_DONE: u16 = 3;
@@ -131,7 +181,7 @@ pub fn for_each(family: Family, kind: Kind, mut each: impl FnMut(Seen)) -> SysRe
         while let Some((kind, payload)) = next_message(&mut rest) {
             match kind {
                 SOCK_DIAG_BY_FAMILY => {
-                    each(seen(payload).ok_or(SysError { call: CALL, errno: Errno::EBADMSG })?)
+                    each(payload).ok_or(SysError { call: CALL, errno: Errno::EBADMSG })?;
                 }
                 NLMSG_DONE => return Ok(()),
                 NLMSG_ERROR => return Err(SysError { call: CALL, errno: error_of(payload) }),
@@ -169,21 +219,27 @@ fn seen(message: &[u8]) -> Option<Seen> {
     const ULP_INFO: u16 = 19;
     // Shown to the same callers as keys are, whether or not there is one.
     const MARK: u16 = 15;
-    const TYPE_MASK: u16 = 0x3fff;
     let half = |at: usize| Some(u32::from_ne_bytes(message.get(4 + at..8 + at)?.try_into().ok()?));
     let cookie = u64::from(half(COOKIE.start)?) | u64::from(half(COOKIE.start + 4)?) << 32;
     let mut seen = Seen { cookie, md5: false, shows_keys: false, upper_layer: false };
-    let mut rest = message.get(REPLY..)?;
-    while let (Some(len), Some(kind)) = (rest.get(..2), rest.get(2..4)) {
-        let len = usize::from(u16::from_ne_bytes(len.try_into().ok()?));
-        let kind = u16::from_ne_bytes(kind.try_into().ok()?) & TYPE_MASK;
-        let value = rest.get(4..len)?;
+    for (kind, value) in attributes(message.get(REPLY..)?) {
         seen.md5 |= kind == MD5SIG && !value.is_empty();
         seen.upper_layer |= kind == ULP_INFO;
         seen.shows_keys |= kind == MARK;
-        rest = rest.get(len.next_multiple_of(4)..).unwrap_or_default();
     }
     Some(seen)
+}
+
+/// The types and values of a message's attributes, as far as they are whole.
+fn attributes(mut rest: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
+    const TYPE_MASK: u16 = 0x3fff;
+    std::iter::from_fn(move || {
+        let len = usize::from(u16::from_ne_bytes(rest.get(..2)?.try_into().ok()?));
+        let kind = u16::from_ne_bytes(rest.get(2..4)?.try_into().ok()?) & TYPE_MASK;
+        let value = rest.get(4..len)?;
+        rest = rest.get(len.next_multiple_of(4)..).unwrap_or_default();
+        Some((kind, value))
+    })
 }
 
 struct FoundSocket {

@@ -13,8 +13,9 @@ use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Duration;
 
+use super::Listener;
 use super::conntrack::Translation;
-use super::options::{BadOption, LockOptions, Method, hold_time};
+use super::options::{BadOption, LockOptions, Method, hold_new_time, hold_time};
 use super::packet_log::PacketLog;
 use crate::chain;
 use crate::forge::Forge;
@@ -47,6 +48,8 @@ impl Bounds {
 pub struct Holder {
     /// How long it is worth it; zero: not at all.
     pub patience: Duration,
+    /// For how long who would connect is kept waiting; zero: not at all.
+    pub newcomers: Duration,
     logs: Vec<(NetNs, PacketLog)>,
     /// Namespaces that have no log.
     deaf: Vec<NetNs>,
@@ -60,12 +63,12 @@ impl Holder {
         Self { patience, ..Self::default() }
     }
 
-    /// Holds packets for as long as `SOCCR_HOLD` says.
+    /// Holds packets for as long as `SOCCR_HOLD` and `SOCCR_HOLD_NEW` say.
     ///
     /// # Errors
     /// [`BadOption`].
     pub fn from_env() -> Result<Self, BadOption> {
-        Ok(Self::new(hold_time()?))
+        Ok(Self { newcomers: hold_new_time()?, ..Self::new(hold_time()?) })
     }
 
     /// The same options for a lock in `ns` whose packets are to be held.
@@ -99,6 +102,11 @@ impl Holder {
     /// Holds what comes for these sockets.
     pub fn expect(&mut self, tuples: impl IntoIterator<Item = FourTuple>) {
         tuples.into_iter().for_each(|tuple| self.packets.expect(tuple));
+    }
+
+    /// Holds the SYNs of who would connect to these listeners.
+    pub fn expect_newcomers(&mut self, listeners: &[Listener]) {
+        self.packets.listeners.extend(listeners);
     }
 
     /// Knows packets by the addresses that they have before they are translated.
@@ -152,6 +160,9 @@ pub struct HeldPackets {
     /// The sockets, by source and destination of the packets for them.
     wanted: HashMap<(SocketAddr, SocketAddr), FourTuple>,
     segments: HashMap<FourTuple, Segments>,
+    listeners: Vec<Listener>,
+    /// The SYNs of who would connect.
+    newcomers: HashMap<FourTuple, Vec<u8>>,
     size: Bounds,
 }
 
@@ -200,6 +211,11 @@ impl HeldPackets {
         self.len() == 0
     }
 
+    /// The SYNs of who would connect, by the connection that their listener would get.
+    pub fn newcomers(&self) -> impl Iterator<Item = (FourTuple, &[u8])> {
+        self.newcomers.iter().map(|(tuple, syn)| (*tuple, syn.as_slice()))
+    }
+
     /// The sockets, each with its segments from the TCP header on, in their order.
     pub fn iter(&self) -> impl Iterator<Item = (FourTuple, &[u8])> {
         self.segments
@@ -212,6 +228,18 @@ impl HeldPackets {
         let Some((source, destination, segment)) = tcp_in(packet) else { return };
         if let Some(tuple) = self.wanted.get(&(source, destination)).copied() {
             self.add(tuple, segment);
+        } else if self.listeners.iter().any(|listener| listener.hears(destination)) {
+            self.add_newcomer(FourTuple { local: destination, remote: source }, segment);
+        }
+    }
+
+    /// Adds a SYN that somebody else has held. Of one that was sent more than once the first counts.
+    pub fn add_newcomer(&mut self, tuple: FourTuple, segment: &[u8]) {
+        let opens = Head::of(segment).is_some_and(|head| head.flags & (SYN | ACK | RST | FIN) == SYN);
+        let all = self.size.with(segment.len());
+        if opens && !is_link_local(&tuple) && all.within(IN_ALL) && !self.newcomers.contains_key(&tuple) {
+            self.newcomers.insert(tuple, segment.to_vec());
+            self.size = all;
         }
     }
 
@@ -233,6 +261,17 @@ impl HeldPackets {
     /// Adds what `later` has held.
     pub fn append(&mut self, later: &Self) {
         later.iter().for_each(|(tuple, segment)| self.add(tuple, segment));
+        later.newcomers().for_each(|(tuple, segment)| self.add_newcomer(tuple, segment));
+    }
+
+    /// Brings the listeners in `ns`, which nothing locks any more, who would connect to them.
+    pub fn let_in(&mut self, ns: &NetNs) -> usize {
+        let (forge, newcomers) = (Forge::new(), std::mem::take(&mut self.newcomers));
+        let brought = newcomers.into_iter().filter(|(tuple, syn)| {
+            let replayed = forge.replay(ns, Vec::new(), tuple, vec![syn.clone()]);
+            replayed.inspect_err(|error| log::debug!("{tuple}: has to ask again: {}", chain(error))).is_ok()
+        });
+        brought.count()
     }
 
     /// Brings each of these sockets, which nothing locks any more, the segments that were held for it. Gives their number.
@@ -256,7 +295,9 @@ impl HeldPackets {
                 continue;
             }
             let packets = held.list.len();
-            match forge.replay(*socket, tuple, held.list) {
+            let at = NetNs::of_socket(*socket).ok().zip(sockopt::bound_device(*socket).ok());
+            let Some((ns, device)) = at else { continue };
+            match forge.replay(&ns, device, tuple, held.list) {
                 Ok(()) => count += packets,
                 Err(error) => log::debug!("{tuple}: what was held has to be sent again: {}", chain(&error)),
             }
@@ -347,6 +388,8 @@ impl Head {
 
 const FIN: u8 = 0x01;
 const SYN: u8 = 0x02;
+const RST: u8 = 0x04;
+const ACK: u8 = 0x10;
 
 /// Whether `a` comes after `b`, as sequence numbers go (RFC 9293, 3.4).
 fn after(a: u32, b: u32) -> bool {

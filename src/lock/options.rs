@@ -11,6 +11,10 @@ pub const LEASE_VARIABLE: &str = "SOCCR_LOCK_LEASE";
 /// The environment variable that tells for how long after a dump packets are held for its restore; `0` or `off`: they are
 /// dropped. See [`held`](super::held).
 pub const HOLD_VARIABLE: &str = "SOCCR_HOLD";
+/// The environment variable that tells for how long after the freeze who would connect to the tree's listeners is kept
+/// waiting, where nobody listens; `0` or `off`: not at all.
+pub const HOLD_NEW_VARIABLE: &str = "SOCCR_HOLD_NEW";
+const HOLD_NEW_TIME: Duration = Duration::from_secs(30);
 /// A peer sends again and again for about so long (`net.ipv4.tcp_retries2`), and then gives up.
 const HOLD_TIME: Duration = Duration::from_secs(15 * 60);
 
@@ -110,10 +114,19 @@ fn parse_lease(value: &str) -> Result<Option<Duration>, BadOption> {
 
 /// What `SOCCR_HOLD` says.
 pub(super) fn hold_time() -> Result<Duration, BadOption> {
-    match variable(HOLD_VARIABLE).as_str() {
-        "" => Ok(HOLD_TIME),
+    time_or_off(HOLD_VARIABLE, HOLD_TIME)
+}
+
+/// What `SOCCR_HOLD_NEW` says.
+pub(super) fn hold_new_time() -> Result<Duration, BadOption> {
+    time_or_off(HOLD_NEW_VARIABLE, HOLD_NEW_TIME)
+}
+
+fn time_or_off(name: &'static str, default: Duration) -> Result<Duration, BadOption> {
+    match variable(name).as_str() {
+        "" => Ok(default),
         "0" | "off" => Ok(Duration::ZERO),
-        value => parse_time(HOLD_VARIABLE, value),
+        value => parse_time(name, value),
     }
 }
 

@@ -2,6 +2,7 @@
 
 mod held;
 mod net;
+mod newcomers;
 mod passage;
 mod path;
 mod stock;

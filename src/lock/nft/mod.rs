@@ -11,9 +11,11 @@ mod table;
 pub(crate) mod whole;
 pub(super) mod wire;
 
+use std::time::Duration;
+
 use nix::errno::Errno;
 
-use super::{LockError, LockInfo, LockName, LockOptions, Method};
+use super::{Listener, LockError, LockInfo, LockName, LockOptions, Method};
 use crate::four_tuple::FourTuple;
 use crate::kernel::netns::NetNs;
 use table::{Keys, Policy};
@@ -61,6 +63,20 @@ pub(super) fn add(ns: &NetNs, name: &LockName, tuples: &[FourTuple]) -> Result<(
     let mut transaction = Transaction::new();
     table::add(&mut transaction, name.as_str(), &keys);
     commit(ns, transaction).map_err(|e| failed("add to", name, ns, e))
+}
+
+/// See [`super::NetworkLock::stop_newcomers`].
+pub(super) fn stop_newcomers(
+    ns: &NetNs,
+    name: &LockName,
+    listeners: &[Listener],
+    time: Duration,
+    log: Option<u16>,
+) -> Result<(), LockError> {
+    let policy = if name.is_on_path() { &ON_PATH } else { &AT_SOCKET };
+    let mut transaction = Transaction::new();
+    table::stop_newcomers(&mut transaction, name.as_str(), listeners, policy, time, log);
+    commit(ns, transaction).map_err(|e| failed("add listeners to", name, ns, e))
 }
 
 /// See [`super::rename`].
