@@ -339,6 +339,7 @@ fn translations_of_other_connections_are_left_out() {
         id: "soccr-0123456789ab".into(),
         translations: vec![others, ours],
         held: HeldPackets::default(),
+        listeners: Vec::new(),
     };
     assert_eq!(side.translations_of(&index), [ours]);
 }

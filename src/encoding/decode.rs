@@ -108,10 +108,11 @@ impl ImageMessage for Soccr_dump_entry {
 }
 
 impl ImageMessage for Soccr_item {
-    const NESTED: Nested = Nested(&[(1, TRANSLATION), (4, DIRECTION)]);
+    const NESTED: Nested = Nested(&[(1, TRANSLATION), (4, DIRECTION), (6, LISTENER)]);
 }
 
 const TRANSLATION: Nested = Nested(&[(1, DIRECTION), (2, DIRECTION)]);
+const LISTENER: Nested = Nested(&[(1, FLAT)]);
 /// And what else begins with two endpoints.
 const DIRECTION: Nested = Nested(&[(1, FLAT), (2, FLAT)]);
 

@@ -233,14 +233,16 @@ impl HeldPackets {
         }
     }
 
-    /// Adds a SYN that somebody else has held. Of one that was sent more than once the first counts.
-    pub fn add_newcomer(&mut self, tuple: FourTuple, segment: &[u8]) {
+    /// Adds a SYN that somebody else has held; `false`: it is none. Of one that was sent more than once the first counts.
+    pub fn add_newcomer(&mut self, tuple: FourTuple, segment: &[u8]) -> bool {
         let opens = Head::of(segment).is_some_and(|head| head.flags & (SYN | ACK | RST | FIN) == SYN);
         let all = self.size.with(segment.len());
-        if opens && !is_link_local(&tuple) && all.within(IN_ALL) && !self.newcomers.contains_key(&tuple) {
+        let fits = all.within(IN_ALL) && !is_link_local(&tuple);
+        if opens && fits && !self.newcomers.contains_key(&tuple) {
             self.newcomers.insert(tuple, segment.to_vec());
             self.size = all;
         }
+        opens
     }
 
     /// Adds a segment that somebody else has held. One that is there already, sent once more, adds nothing.
@@ -261,7 +263,9 @@ impl HeldPackets {
     /// Adds what `later` has held.
     pub fn append(&mut self, later: &Self) {
         later.iter().for_each(|(tuple, segment)| self.add(tuple, segment));
-        later.newcomers().for_each(|(tuple, segment)| self.add_newcomer(tuple, segment));
+        for (tuple, syn) in later.newcomers() {
+            self.add_newcomer(tuple, syn);
+        }
     }
 
     /// Brings the listeners in `ns`, which nothing locks any more, who would connect to them.

@@ -11,6 +11,7 @@ mod clean;
 mod dump;
 mod error;
 mod keeper;
+mod listeners;
 mod log;
 mod path;
 mod privilege;

@@ -10,13 +10,13 @@ use super::{Fault, ImageDir, ImageError};
 use crate::encoding::container::push_message;
 use crate::encoding::decode::decode;
 use crate::encoding::proto::soccr::{
-    Soccr_direction, Soccr_dump_entry, Soccr_held, Soccr_item, Soccr_translation,
+    Soccr_direction, Soccr_dump_entry, Soccr_held, Soccr_item, Soccr_listener, Soccr_translation,
 };
 use crate::encoding::{from_endpoint, to_endpoint};
 use crate::four_tuple::FourTuple;
-use crate::lock::LockName;
 use crate::lock::conntrack::{Direction, Translation};
 use crate::lock::held::HeldPackets;
+use crate::lock::{Listener, LockName};
 
 /// The file's name.
 pub const NAME: &str = "soccr.img";
@@ -31,6 +31,17 @@ pub struct SideImage {
     pub translations: Vec<Translation>,
     /// What the connections' peers have sent during the dump.
     pub held: HeldPackets,
+    /// Where the tree listens.
+    pub listeners: Vec<TreeListener>,
+}
+
+/// A listener of the tree.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TreeListener {
+    /// Where.
+    pub listener: Listener,
+    /// Whether its network namespace is the one that criu runs in.
+    pub beside_criu: bool,
 }
 
 impl SideImage {
@@ -77,7 +88,8 @@ impl SideImage {
             return Err(reader.bad_message(fault));
         }
         let id = entry.id().to_owned();
-        let mut image = Self { id, translations: Vec::new(), held: HeldPackets::default() };
+        let (translations, held, listeners) = (Vec::new(), HeldPackets::default(), Vec::new());
+        let mut image = Self { id, translations, held, listeners };
         while let Some(item) = reader.next_message()? {
             image.take(&item).map_err(|fault| reader.bad_message(fault))?;
         }
@@ -89,7 +101,11 @@ impl SideImage {
             translation: MessageField::some(to_translation(translation)),
             ..Default::default()
         });
-        translations.chain(held_items(&self.held))
+        let listeners = self.listeners.iter().map(|listener| Soccr_item {
+            listener: MessageField::some(to_listener(listener)),
+            ..Default::default()
+        });
+        translations.chain(held_items(self.held.iter())).chain(listeners)
     }
 
     /// What a later version has written is passed over.
@@ -97,15 +113,22 @@ impl SideImage {
         if let Some(entry) = item.translation.as_ref() {
             self.translations.push(from_translation(entry)?);
         }
-        take_held(&mut self.held, item)
+        if let Some(entry) = item.listener.as_ref() {
+            let listener = Listener { local: from_endpoint(&entry.local, "local")?, v6only: entry.v6only() };
+            self.listeners.push(TreeListener { listener, beside_criu: entry.beside_criu() });
+        }
+        if let Some((tuple, segment)) = held_in(item)? {
+            self.held.add(tuple, segment);
+        }
+        Ok(())
     }
 }
 
-/// Held packets as the image has them, for another process of this host.
+/// Held packets as the image has them, and those of newcomers, for another process of this host.
 #[must_use]
 pub fn held_to_bytes(held: &HeldPackets) -> Vec<u8> {
     let mut bytes = Vec::new();
-    for item in held_items(held) {
+    for item in held_items(held.iter().chain(held.newcomers())) {
         push_message(&mut bytes, &item).expect("segments are short");
     }
     bytes
@@ -119,27 +142,37 @@ pub fn held_from_bytes(mut bytes: &[u8]) -> HeldPackets {
         && let Ok(len) = usize::try_from(u32::from_ne_bytes(*len))
         && let Some((message, rest)) = rest.split_at_checked(len)
         && let Ok(item) = decode::<Soccr_item>(message)
-        && take_held(&mut held, &item).is_ok()
+        && let Ok(Some((tuple, segment))) = held_in(&item)
     {
+        if !held.add_newcomer(tuple, segment) {
+            held.add(tuple, segment);
+        }
         bytes = rest;
     }
     held
 }
 
-fn held_items(held: &HeldPackets) -> impl Iterator<Item = Soccr_item> {
-    held.iter().map(|(tuple, segment)| Soccr_item {
+fn held_items<'a>(held: impl Iterator<Item = (FourTuple, &'a [u8])>) -> impl Iterator<Item = Soccr_item> {
+    held.map(|(tuple, segment)| Soccr_item {
         held: MessageField::some(to_held(&tuple, segment)),
         ..Default::default()
     })
 }
 
-fn take_held(held: &mut HeldPackets, item: &Soccr_item) -> Result<(), Fault> {
-    if let Some(entry) = item.held.as_ref() {
-        let local = from_endpoint(&entry.local, "local")?;
-        let remote = from_endpoint(&entry.remote, "remote")?;
-        held.add(FourTuple { local, remote }, entry.segment());
+fn held_in(item: &Soccr_item) -> Result<Option<(FourTuple, &[u8])>, Fault> {
+    let Some(entry) = item.held.as_ref() else { return Ok(None) };
+    let local = from_endpoint(&entry.local, "local")?;
+    let remote = from_endpoint(&entry.remote, "remote")?;
+    Ok(Some((FourTuple { local, remote }, entry.segment())))
+}
+
+fn to_listener(TreeListener { listener, beside_criu }: &TreeListener) -> Soccr_listener {
+    Soccr_listener {
+        local: MessageField::some(to_endpoint(listener.local)),
+        v6only: Some(listener.v6only),
+        beside_criu: Some(*beside_criu),
+        ..Default::default()
     }
-    Ok(())
 }
 
 fn to_translation(translation: &Translation) -> Soccr_translation {
@@ -205,7 +238,17 @@ mod tests {
             original: direction("[fd00::1]:1", "[fd00::2]:2"),
             reply: direction("[fd01::2]:3", "[fd00::1]:1"),
         };
-        let image = SideImage { id: "soccr-0123456789ab".into(), translations: vec![v4, v6], held: held() };
+        let listener = |local: &str, v6only| Listener { local: local.parse().unwrap(), v6only };
+        let listeners = vec![
+            TreeListener { listener: listener("0.0.0.0:80", false), beside_criu: true },
+            TreeListener { listener: listener("[fd00::1]:81", true), beside_criu: false },
+        ];
+        let image = SideImage {
+            id: "soccr-0123456789ab".into(),
+            translations: vec![v4, v6],
+            held: held(),
+            listeners,
+        };
         image.write(&dir).unwrap();
         assert_eq!(held_from_bytes(&held_to_bytes(&image.held)), image.held);
         assert_eq!(SideImage::read(&dir).unwrap(), Some(image));

@@ -10,7 +10,7 @@ use soccr::criu::stock;
 use soccr::criu::tasks::Task;
 use soccr::kernel::netns::NetNs;
 use soccr::lock::held::Holder;
-use soccr::lock::{self, LockName, Method, NetworkLock};
+use soccr::lock::{self, Listener, LockName, Method, NetworkLock};
 use soccr::repair::Paused;
 
 use super::arrangement::{Arrangement, Namespaces};
@@ -37,6 +37,8 @@ pub struct Held {
     pub path: Path,
     /// What the locks keep from the sockets.
     pub holder: Holder,
+    /// Where the tree listens.
+    pub listeners: HashMap<NetNs, Vec<Listener>>,
     /// Who can undo all this if we cannot.
     pub recorder: Recorder,
 }
@@ -47,14 +49,20 @@ impl Held {
         let (tasks, namespaces, sockets) = (Vec::new(), Vec::new(), Vec::new());
         let criu_ns = NetNs::of_task(criu.pid.cast_unsigned())?;
         let path = Path::new(&criu_ns, lock);
-        let (locks, holder) = (HashMap::new(), Holder::from_env()?);
-        Ok(Self { tasks, namespaces, criu_ns, sockets, locks, path, holder, recorder })
+        let (locks, holder, listeners) = (HashMap::new(), Holder::from_env()?, HashMap::new());
+        Ok(Self { tasks, namespaces, criu_ns, sockets, locks, path, holder, listeners, recorder })
     }
 
     /// Criu's network namespace, and the root's.
     pub fn tree(&self) -> Namespaces<'_> {
         let own = self.namespaces.first().filter(|root| **root != self.criu_ns);
         Namespaces { criu: &self.criu_ns, own }
+    }
+
+    /// The namespaces in which the tree listens.
+    pub fn listening(&self) -> Vec<NetNs> {
+        let listening = self.listeners.iter().filter(|(_, listeners)| !listeners.is_empty());
+        listening.map(|(ns, _)| ns.clone()).collect()
     }
 
     /// One more task, and the namespace that it lives in.
@@ -104,9 +112,12 @@ impl Held {
         unlocked
     }
 
-    /// The sockets get what was kept from them.
+    /// The sockets get what was kept from them, and the root's listeners those who would connect.
     fn release(&mut self) {
-        let held = std::mem::take(&mut self.holder).finish();
+        let mut held = std::mem::take(&mut self.holder).finish();
+        if let Some(root) = self.namespaces.first() {
+            held.let_in(root);
+        }
         let sockets = self.sockets.iter().map(|(socket, tuple)| (socket.as_fd(), *tuple));
         log::debug!("{} packets were held, {} brought to their sockets", held.len(), held.release(sockets));
     }

@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use soccr::connection::{ControlBlock, FourTuple, Queues};
 use soccr::criu::image::ImageDir;
 use soccr::criu::image::external::ExternalImage;
-use soccr::criu::image::side::SideImage;
+use soccr::criu::image::side::{SideImage, TreeListener};
 use soccr::criu::image::tcp_stream::TcpStreamImage;
 use soccr::criu::record::{ConnectionRecord, LockRecord, NsId, Phase, Recorder, Store};
 use soccr::criu::tasks::{self, FindError, Finder, FoundConnection, Place, Task};
@@ -17,7 +17,7 @@ use soccr::repair::{Paused, Probe};
 use super::held::Held;
 use crate::agent::error::AgentError;
 use crate::agent::path::Path;
-use crate::agent::{clean, privilege};
+use crate::agent::{clean, listeners, privilege};
 use crate::fault;
 
 /// A dump whose hooks are still to come.
@@ -89,6 +89,7 @@ impl<'a> Saving<'a> {
         fault::point("dump.found")?;
         let elsewhere = found.iter().filter(|connection| connection.ns != self.held.criu_ns);
         self.held.path.add(elsewhere.map(|connection| connection.tuple));
+        self.find_listeners(&found);
         self.record(&found)?;
         fault::point("dump.recorded")?;
         self.lock(&found)?;
@@ -106,6 +107,19 @@ impl<'a> Saving<'a> {
         Ok(())
     }
 
+    /// Of each namespace once.
+    fn find_listeners(&mut self, found: &[FoundConnection]) {
+        let Held { namespaces, listeners, holder, .. } = &mut self.held;
+        if self.options.method != Method::Nftables || holder.newcomers.is_zero() {
+            return;
+        }
+        for ns in namespaces.iter().chain(found.iter().map(|connection| &connection.ns)) {
+            if !listeners.contains_key(ns) {
+                listeners.insert(ns.clone(), listeners::of_tree(ns, |inode| self.finder.knows(inode)));
+            }
+        }
+    }
+
     fn add_tree(&mut self, pid: i32) -> Result<(), AgentError> {
         let mut pids = tasks::frozen_tree(pid, self.criu.pid).map_err(AgentError::Tree)?;
         pids.retain(|pid| self.held.tasks.iter().all(|task| task.pid != *pid));
@@ -118,13 +132,14 @@ impl<'a> Saving<'a> {
     /// Writes down what is about to be changed on this host, while nothing is.
     fn record(&mut self, found: &[FoundConnection]) -> Result<(), AgentError> {
         let locked_by_criu = self.held.tree().own.cloned();
-        if found.is_empty() && locked_by_criu.is_none() {
+        let listening = self.held.listening();
+        if found.is_empty() && locked_by_criu.is_none() && listening.is_empty() {
             return Ok(());
         }
         let recorder = &mut self.held.recorder;
         locked_by_criu.iter().for_each(|ns| recorder.add_criu_lock(ns));
-        for connection in found.iter().filter(|_| self.options.method != Method::Skip) {
-            let ns = NsId::from(&connection.ns);
+        let namespaces = found.iter().map(|connection| &connection.ns).chain(&listening);
+        for ns in namespaces.filter(|_| self.options.method != Method::Skip).map(NsId::from) {
             recorder.add_lock(LockRecord { ns, name: self.lock_name.clone(), method: self.options.method });
         }
         self.held.path.record(&self.options).into_iter().for_each(|lock| recorder.add_lock(lock));
@@ -137,7 +152,8 @@ impl<'a> Saving<'a> {
 
     /// One transaction per namespace, the one that packets pass through first.
     fn lock(&mut self, found: &[FoundConnection]) -> Result<(), AgentError> {
-        let Held { path, holder, locks, criu_ns, .. } = &mut self.held;
+        let listening = self.held.listening();
+        let Held { path, holder, locks, criu_ns, listeners, namespaces, .. } = &mut self.held;
         holder.expect(found.iter().map(|connection| connection.tuple));
         holder.expect_translated(path.translations());
         path.lock(&holder.options(criu_ns, &self.options))?;
@@ -145,12 +161,22 @@ impl<'a> Saving<'a> {
         for connection in found.iter().filter(|connection| connection.tuple.local.port() != 0) {
             tuples.entry(&connection.ns).or_default().push(connection.tuple);
         }
+        for ns in listening.iter().filter(|ns| !locks.contains_key(ns)) {
+            tuples.entry(ns).or_default();
+        }
         for (ns, tuples) in tuples {
             match locks.get_mut(ns) {
                 Some(lock) => lock.add(&tuples)?,
                 None => {
                     let options = holder.options(ns, &self.options);
                     let lock = NetworkLock::lock(ns, &self.lock_name, &tuples, &options)?;
+                    let listeners = listeners.get(ns).map(Vec::as_slice).unwrap_or_default();
+                    // Whom the others are for is known by their addresses only.
+                    let held = namespaces.first() == Some(ns);
+                    if held {
+                        holder.expect_newcomers(listeners);
+                    }
+                    listeners::stop_newcomers(&lock, listeners, holder.newcomers, held);
                     locks.insert(ns.clone(), lock);
                 }
             }
@@ -228,7 +254,12 @@ impl Saved {
     pub fn write_side_image(&mut self) -> Result<(), AgentError> {
         let translations = self.held.path.translations().to_vec();
         let (id, held) = (self.lock_name.id().to_owned(), self.held.holder.held().clone());
-        Ok(SideImage { id, translations, held }.write(&self.images)?)
+        let listeners = self.held.listeners.iter().flat_map(|(ns, listeners)| {
+            let beside_criu = *ns == self.held.criu_ns;
+            listeners.iter().map(move |listener| TreeListener { listener: *listener, beside_criu })
+        });
+        let listeners = listeners.collect();
+        Ok(SideImage { id, translations, held, listeners }.write(&self.images)?)
     }
 
     /// What an agent that died has left: the record tells what is locked and which the tasks are, and they have the

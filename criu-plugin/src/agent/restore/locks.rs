@@ -5,18 +5,19 @@ use std::collections::{HashMap, HashSet};
 use soccr::chain;
 use soccr::connection::FourTuple;
 use soccr::criu::image::inventory::NetworkLock as ImageLock;
+use soccr::criu::image::side::TreeListener;
 use soccr::criu::record::{self, LockRecord, NsId, Phase, Record, RecordError, Recorder};
 use soccr::criu::stock;
 use soccr::criu::tasks::Task;
 use soccr::kernel::diag;
 use soccr::kernel::netns::NetNs;
 use soccr::lock::held::{HeldPackets, Holder};
-use soccr::lock::{self, LockError, LockName, LockOptions, Method, NetworkLock};
+use soccr::lock::{self, Listener, LockError, LockName, LockOptions, Method, NetworkLock};
 
 use super::plan::Plan;
 use crate::agent::error::AgentError;
-use crate::agent::keeper;
 use crate::agent::path::Path;
+use crate::agent::{keeper, listeners};
 
 /// What keeps the connections still until all are built. It ends in [`unlock`](Self::unlock) or
 /// [`put_back`](Self::put_back).
@@ -35,6 +36,7 @@ pub struct Locks {
     path: Path,
     /// What the locks keep from the sockets.
     pub holder: Holder,
+    listeners: Vec<TreeListener>,
 }
 
 /// The lock of one namespace.
@@ -79,8 +81,8 @@ impl Locks {
         let options = LockOptions::from_env()?;
         let mut path = Path::new(&criu_ns, &plan.path_owner()?);
         path.add_translations(recorder.record().translations.iter().chain(&plan.translations).copied());
-        let (held, holder) = (HashMap::new(), Holder::from_env()?);
-        Ok(Self { criu_ns, root_ns: None, options, name, left, recorder, held, path, holder })
+        let (held, holder, listeners) = (HashMap::new(), Holder::from_env()?, plan.listeners.clone());
+        Ok(Self { criu_ns, root_ns: None, options, name, left, recorder, held, path, holder, listeners })
     }
 
     /// How many connections are locked.
@@ -134,7 +136,10 @@ impl Locks {
                 tuples.retain(|tuple| !locked.tuples.contains(tuple));
             }
         }
-        missing.retain(|_, tuples| !tuples.is_empty());
+        missing.retain(|ns, tuples| {
+            let listens = || !self.held.contains_key(ns) && !self.listeners_in(ns).is_empty();
+            !tuples.is_empty() || listens()
+        });
         let new: Vec<&NetNs> = missing.keys().filter(|ns| !self.held.contains_key(ns)).collect();
         if !new.is_empty() && self.options.method != Method::Skip {
             for ns in new {
@@ -153,12 +158,30 @@ impl Locks {
         } else {
             let options = self.holder.options(&ns, &self.options);
             let lock = NetworkLock::lock(&ns, &self.name, &tuples, &options)?;
+            let (listeners, held) = (self.listeners_in(&ns), *self.home() == ns);
+            if held {
+                self.holder.expect_newcomers(&listeners);
+            }
+            listeners::stop_newcomers(&lock, &listeners, self.holder.newcomers, held);
             self.held.insert(ns.clone(), Locked { lock, tuples: tuples.iter().copied().collect() });
         }
         if self.left.interrupted {
             destroy_orphans(&ns, &tuples);
         }
         Ok(())
+    }
+
+    /// In a namespace of the tree's own all those that are not beside criu: nobody else listens there.
+    fn listeners_in(&self, ns: &NetNs) -> Vec<Listener> {
+        let beside = *ns == self.criu_ns;
+        let there = self.listeners.iter().filter(|listener| listener.beside_criu == beside);
+        there.map(|listener| listener.listener).collect()
+    }
+
+    /// The namespace whose newcomers are let in.
+    pub fn home(&self) -> &NetNs {
+        let beside = self.listeners.iter().any(|listener| listener.beside_criu);
+        self.root_ns.as_ref().filter(|_| !beside).unwrap_or(&self.criu_ns)
     }
 
     fn record_of(&self, ns: &NetNs, name: LockName) -> LockRecord {
@@ -258,7 +281,9 @@ impl Locks {
                 let ours = lock.name().clone();
                 lock.keep();
                 let tuples: Vec<FourTuple> = tuples.into_iter().collect();
-                lock::rename(&ns, &ours, name, &tuples, &self.options)?.keep();
+                let dumps = lock::rename(&ns, &ours, name, &tuples, &self.options)?;
+                listeners::stop_newcomers(&dumps, &self.listeners_in(&ns), self.holder.newcomers, false);
+                dumps.keep();
                 // A stock dump's own, as if nothing had been, is none of ours.
                 let is_ours = name.id() == self.recorder.record().id.as_str();
                 Ok(is_ours.then(|| name.clone()))

@@ -10,7 +10,7 @@ use soccr::criu::image::ImageDir;
 use soccr::criu::image::external::ExternalImage;
 use soccr::criu::image::index::{Index, InetConnection};
 use soccr::criu::image::inventory;
-use soccr::criu::image::side::SideImage;
+use soccr::criu::image::side::{SideImage, TreeListener};
 use soccr::criu::record::{ConnectionRecord, Phase, RecordError, RecordId, Recorder};
 use soccr::lock::LockName;
 use soccr::lock::conntrack::Translation;
@@ -35,6 +35,8 @@ pub struct Plan {
     pub translations: Vec<Translation>,
     /// What peers have sent during the dump.
     pub held: HeldPackets,
+    /// Where the tree listens.
+    pub listeners: Vec<TreeListener>,
 }
 
 impl Plan {
@@ -52,8 +54,8 @@ impl Plan {
         })?;
         let images = ImageDir::duplicate(images.as_fd())?;
         let translations = side.as_ref().map(|side| side.translations_of(&index)).unwrap_or_default();
-        let held = side.map(|side| side.held).unwrap_or_default();
-        Ok(Self { images, index, external, dump_locks, our_lock, translations, held })
+        let (held, listeners) = side.map(|side| (side.held, side.listeners)).unwrap_or_default();
+        Ok(Self { images, index, external, dump_locks, our_lock, translations, held, listeners })
     }
 
     /// The addresses of the connections that packets can reach, but for the external ones.
@@ -150,6 +152,7 @@ mod tests {
             our_lock: None,
             translations: Vec::new(),
             held: HeldPackets::default(),
+            listeners: Vec::new(),
         };
         plan.lock_name().unwrap().to_string()
     }

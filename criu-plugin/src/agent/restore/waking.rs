@@ -54,6 +54,7 @@ pub fn wake(mut building: Building<'_>) -> Result<Vec<Task>, Failed<'_>> {
     let _ = fault::point("restore.unlocked");
     let mut held = plan.held;
     held.append(&locks.take_held());
+    held.let_in(locks.home());
     let count = held.release(whole.iter().map(|whole| (whole.socket.as_fd(), whole.tuple)));
     let _ = fault::point("restore.released");
     probe(&whole);
