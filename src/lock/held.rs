@@ -9,6 +9,7 @@
 //! packets are dropped and their senders send them again.
 
 use std::collections::HashMap;
+use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Duration;
@@ -154,8 +155,9 @@ impl Holder {
     }
 }
 
-/// Segments of known connections, in the order in which they came.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+/// Segments of known connections, in the order in which they came. That is also the order in which their timestamps may come:
+/// a segment that is sent again has a later one, and sockets take what comes after it with an earlier one for old (RFC 7323, 5).
+#[derive(Clone, Default, PartialEq, Eq)]
 pub struct HeldPackets {
     /// The sockets, by source and destination of the packets for them.
     wanted: HashMap<(SocketAddr, SocketAddr), FourTuple>,
@@ -166,21 +168,28 @@ pub struct HeldPackets {
     size: Bounds,
 }
 
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Default, PartialEq, Eq)]
 struct Segments {
     list: Vec<Vec<u8>>,
     size: Bounds,
-    /// Where the data in them ends.
-    end: Option<u32>,
 }
 
 impl Segments {
     /// Whether a segment brings nothing new. What is sent again may be cut otherwise than before.
     fn have(&self, head: Head) -> bool {
-        match self.end {
-            Some(end) if head.len > 0 => !after(head.end(), end),
-            _ => self.list.iter().any(|held| Head::of(held) == Some(head)),
+        let held = || self.list.iter().filter_map(|held| Head::of(held));
+        if head.len == 0 {
+            return held().any(|held| held == head);
         }
+        let mut at = head.seq;
+        while after(head.end(), at) {
+            let next = held()
+                .map(|held| (held.seq, held.end()))
+                .find(|(seq, end)| !after(*seq, at) && after(*end, at));
+            let Some((_, end)) = next else { return false };
+            at = end;
+        }
+        true
     }
 }
 
@@ -254,9 +263,6 @@ impl HeldPackets {
             return;
         }
         segments.list.push(segment.to_vec());
-        if head.len > 0 {
-            segments.end = Some(head.end());
-        }
         (segments.size, self.size) = (size, all);
     }
 
@@ -307,6 +313,13 @@ impl HeldPackets {
             }
         }
         count
+    }
+}
+
+/// Without what peers have sent, which no log shall have.
+impl fmt::Debug for HeldPackets {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} packets of {} bytes", self.size.packets, self.size.bytes)
     }
 }
 

@@ -305,6 +305,13 @@ impl Stage {
         Ok(found)
     }
 
+    /// Who holds packets between a dump and its restore.
+    pub fn keepers(&self) -> Result<Vec<Process>> {
+        let mut found = self.processes()?;
+        found.retain(|process| process.name == KEEPER && process.state != 'Z');
+        Ok(found)
+    }
+
     /// Waits until nobody works on the server any more. An agent that somebody has stopped is continued. A criu that was
     /// killed leaves helpers of its own, which it started to learn about the kernel, and tasks that it had just begun
     /// to restore: they are ended.

@@ -184,6 +184,70 @@ fn each_holder_has_its_own_group() {
     });
 }
 
+/// What is beyond the bound is dropped, and its sender sends it again.
+#[test]
+fn beyond_the_bound_nothing_is_lost() {
+    in_own_network(|| {
+        let other = OtherNs::joined();
+        let mut pair = other.connect("10.9.0.2");
+        widen(&mut pair);
+        let (tuple, mut holder) = (tuple_of(&pair.server), holder());
+        holder.expect([tuple]);
+        let options = holder.options(&other.ns, &NFTABLES);
+        let lock = NetworkLock::lock(&other.ns, &name("held"), &[tuple], &options).unwrap();
+        let bytes: Vec<u8> = (0..400_u16).map(|n| n.to_le_bytes()[0]).collect();
+        bytes.iter().for_each(|byte| pair.client.write_all(&[*byte]).unwrap());
+        wait_for_backoff(&pair.client);
+        let held = holder.finish();
+        assert_eq!(held.len(), 256);
+        assert!(lock.unlock().unwrap());
+        assert_eq!(held.release([(pair.server.as_fd(), tuple)]), 256);
+        expect(&mut pair.server, &bytes);
+        pair.flows();
+    });
+}
+
+/// Sends until the congestion window is wide.
+fn widen(pair: &mut Pair) {
+    let bytes = vec![0; 8 << 20];
+    thread::scope(|scope| {
+        scope.spawn(|| pair.client.write_all(&bytes).unwrap());
+        expect(&mut pair.server, &bytes);
+    });
+}
+
+/// Of what was sent before somebody held, the first to be sent again closes the gap.
+#[test]
+fn what_is_held_may_have_gaps() {
+    in_own_network(|| {
+        let tuple = tuple_of(&Pair::over("127.0.0.1:0").server);
+        let mut held = holder().finish();
+        let segment = |seq: u32, len: usize| {
+            let mut segment = vec![0; 20 + len];
+            segment[4..8].copy_from_slice(&seq.to_be_bytes());
+            segment[12] = 5 << 4;
+            segment
+        };
+        let cases = [
+            (30, 10, 1),
+            (50, 10, 2),
+            (10, 10, 3),
+            (35, 5, 3),
+            (30, 30, 4),
+            (40, 20, 4),
+            (10, 25, 5),
+            (10, 50, 5),
+        ];
+        for (seq, len, count) in cases {
+            held.add(tuple, &segment(seq, len));
+            assert_eq!(held.len(), count, "{seq}, {len}");
+        }
+        held.add(tuple, &segment(u32::MAX - 4, 10));
+        held.add(tuple, &segment(u32::MAX - 2, 8));
+        assert_eq!(held.len(), 6, "sequence numbers wrap around");
+    });
+}
+
 /// A peer that never stops sending gets no more of our memory than it may have.
 #[test]
 fn a_connection_has_a_bound() {

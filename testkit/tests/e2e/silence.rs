@@ -1,9 +1,10 @@
 //! What peers send while their server is away is held, and the server has it as soon as it is back.
 
-use std::thread;
 use std::time::{Duration, Instant};
+use std::{fs, thread};
 
-use anyhow::{Result, ensure};
+use anyhow::{Result, anyhow, ensure};
+use nix::sys::signal::{Signal, kill};
 use soccr_testkit::{Client, Fleet, Place, Server, task};
 
 use crate::world::{BUSY, PATIENCE, PLUGIN, SERVER_V4, stage};
@@ -118,4 +119,39 @@ fn nobody_waits_for_a_dump_for_ever() -> Result<()> {
     let server = Server::restored(address, stage.restore(PLUGIN, &images)?.restore()?.0, stage.dir());
     stage.connect(address)?.ping(1000)?;
     stage.wait_until_clean(Some(&server))
+}
+
+/// The keeper holds what nobody else has, but nothing that the peers would not send again.
+#[test]
+fn without_its_keeper_a_dump_is_what_it_was() -> Result<()> {
+    let Some(mut stage) = stage(Place::Host, &[PLUGIN])? else { return Ok(()) };
+    let server = stage.serve(SERVER_V4, &["--mode", "echo"])?;
+    let clients = stage.connect_all(&[server.address], CLIENTS, Client::connect)?;
+    let busy = Fleet::echoes(clients, BUSY)?;
+    let images = stage.images()?;
+    let address = stage.freeze(server, PLUGIN, &images)?;
+    let keepers = stage.keepers()?;
+    ensure!(keepers.len() == 1, "{keepers:?}");
+    kill(keepers[0].pid, Signal::SIGKILL)?;
+    let server = stage.thaw(address, PLUGIN, &images)?;
+    busy.stop(PATIENCE).whole()?;
+    stage.wait_until_clean(Some(&server))?;
+    let left: Vec<_> = fs::read_dir(stage.records())?.collect::<Result<_, _>>()?;
+    ensure!(left.is_empty(), "{left:?}");
+    Ok(())
+}
+
+/// Nobody restores: what was held goes with the lock.
+#[test]
+fn a_keeper_goes_with_its_lock() -> Result<()> {
+    let Some(mut stage) = stage(Place::Host, &[PLUGIN])? else { return Ok(()) };
+    let server = stage.serve(SERVER_V4, &["--mode", "echo"])?;
+    let _client = stage.connect(server.address)?;
+    let images = stage.images()?;
+    stage.freeze(server, PLUGIN, &images)?;
+    ensure!(stage.keepers()?.len() == 1, "nobody holds");
+    let status = stage.status()?;
+    let [id] = status.ids()[..] else { return Err(anyhow!("{status}")) };
+    stage.soccr(&["clean", id])?;
+    stage.wait_until_clean(None)
 }

@@ -5,6 +5,7 @@ use std::os::fd::{AsFd, OwnedFd};
 
 use soccr::chain;
 use soccr::connection::FourTuple;
+use soccr::criu::keeper::Keeper;
 use soccr::criu::record::{self, NsId, Phase, Recorder, State, Store};
 use soccr::criu::stock;
 use soccr::criu::tasks::Task;
@@ -15,7 +16,6 @@ use soccr::repair::Paused;
 
 use super::arrangement::{Arrangement, Namespaces};
 use crate::agent::error::AgentError;
-use crate::agent::keeper::Keeper;
 use crate::agent::path::Path;
 use crate::fault;
 

@@ -16,12 +16,12 @@ mod watching;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::unistd::getppid;
 use soccr::criu::image::ImageDir;
+use soccr::criu::keeper::Keeper;
 use soccr::criu::tasks::Task;
 
 use std::os::fd::AsFd;
 
 use crate::agent::error::AgentError;
-use crate::agent::keeper::Keeper;
 use crate::agent::log::{answering, refuse_all};
 use crate::agent::server::{Answer, Asked, Server};
 use crate::fault;

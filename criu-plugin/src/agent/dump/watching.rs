@@ -3,12 +3,12 @@
 //! criu's last hook comes before it kills or resumes the tasks, and does not say which: after a success they may
 //! still run on (`--leave-running`, a post-dump script that fails). So the agent watches the tasks themselves.
 
+use soccr::criu::keeper::Keeper;
 use soccr::criu::record::Phase;
 use soccr::criu::tasks::{Fate, Task};
 
 use super::arrangement::Arrangement;
 use super::held::Held;
-use crate::agent::keeper::Keeper;
 
 /// All is saved, and the outcome is open.
 #[derive(Debug)]

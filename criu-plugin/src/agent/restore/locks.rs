@@ -6,6 +6,7 @@ use soccr::chain;
 use soccr::connection::FourTuple;
 use soccr::criu::image::inventory::NetworkLock as ImageLock;
 use soccr::criu::image::side::TreeListener;
+use soccr::criu::keeper;
 use soccr::criu::record::{self, LockRecord, NsId, Phase, Record, RecordError, Recorder};
 use soccr::criu::stock;
 use soccr::criu::tasks::Task;
@@ -16,8 +17,8 @@ use soccr::lock::{self, Listener, LockError, LockName, LockOptions, Method, Netw
 
 use super::plan::Plan;
 use crate::agent::error::AgentError;
+use crate::agent::listeners;
 use crate::agent::path::Path;
-use crate::agent::{keeper, listeners};
 
 /// What keeps the connections still until all are built. It ends in [`unlock`](Self::unlock) or
 /// [`put_back`](Self::put_back).
@@ -158,7 +159,8 @@ impl Locks {
         } else {
             let options = self.holder.options(&ns, &self.options);
             let lock = NetworkLock::lock(&ns, &self.name, &tuples, &options)?;
-            let (listeners, held) = (self.listeners_in(&ns), *self.home() == ns);
+            let listeners = listeners::that_are_away(&ns, &self.listeners_in(&ns));
+            let held = *self.home() == ns;
             if held {
                 self.holder.expect_newcomers(&listeners);
             }

@@ -1,4 +1,5 @@
-//! Between a dump and its restore somebody has to hold what peers send: the dump's agent stays for that, as a keeper.
+//! Between a dump and its restore somebody has to hold what peers send: a process that stays for that, the dump's agent, or
+//! whoever was told to [hold](super::hold) connections that are about to come here.
 //!
 //! It holds nothing else: no socket, no folder, no namespace that could go. The restore's agent takes what was held
 //! through a socket beside the record, and the keeper ends. It also ends when the lock is gone, whoever removed it, and
@@ -11,12 +12,12 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use super::image::side;
+use crate::kernel::netns::NetNs;
+use crate::lock::held::{HeldPackets, Holder};
+use crate::lock::{self, LockName, Watch};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::prctl;
-use soccr::criu::image::side;
-use soccr::kernel::netns::NetNs;
-use soccr::lock::held::{HeldPackets, Holder};
-use soccr::lock::{self, LockName, Watch};
 
 /// Neither end waits longer for the other.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -46,7 +47,10 @@ impl Drop for Door {
 }
 
 impl Keeper {
-    /// Keeps what `holder` holds, of the locks with these names in `ns` only.
+    /// Keeps what `holder` holds, of the locks with these names in `ns` only; gives it away at `door`.
+    ///
+    /// # Errors
+    /// The socket cannot be made there, or the namespace not be watched.
     pub fn new(mut holder: Holder, ns: &NetNs, locks: Vec<LockName>, door: PathBuf) -> io::Result<Self> {
         holder.keep_only(ns);
         let watch = Watch::open(ns).map_err(io::Error::other)?;
@@ -56,7 +60,7 @@ impl Keeper {
         Ok(Self { holder, ns: ns.clone(), locks, watch, door })
     }
 
-    /// Holds them to the end.
+    /// Holds them to the end. The process gets a name of its own.
     pub fn serve(mut self) {
         let _ = prctl::set_name(c"soccr-keeper");
         let end = Instant::now() + self.holder.patience;
@@ -88,6 +92,7 @@ fn give(mut to: UnixStream, holder: Holder) {
 }
 
 /// Takes what a keeper behind this door has held, if there is one.
+#[must_use]
 pub fn take(door: &Path) -> HeldPackets {
     let mut bytes = Vec::new();
     match UnixStream::connect(door) {
