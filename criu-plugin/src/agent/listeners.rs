@@ -1,8 +1,11 @@
 //! The listeners of a tree: who connects to them while it is away shall wait, and not be refused.
 
 use std::collections::HashSet;
+use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
+use nix::ifaddrs::getifaddrs;
+use nix::sys::socket::SockaddrStorage;
 use soccr::chain;
 use soccr::kernel::diag;
 use soccr::kernel::netns::NetNs;
@@ -23,6 +26,28 @@ pub fn that_are_away(ns: &NetNs, listeners: &[Listener]) -> Vec<Listener> {
     let there = of_all(ns);
     let taken = |port: u16| there.iter().any(|other| other.local.port() == port);
     listeners.iter().copied().filter(|listener| !taken(listener.local.port())).collect()
+}
+
+/// The same with an address each, as other namespaces see them: of those at any address one for each address of `ns`.
+pub fn addresses(ns: &NetNs, listeners: &[Listener]) -> Vec<Listener> {
+    let own: Vec<IpAddr> = match ns.run(getifaddrs) {
+        Ok(Ok(interfaces)) => interfaces.filter_map(|interface| ip_of(&interface.address?)).collect(),
+        _ => Vec::new(),
+    };
+    let mut all = Vec::new();
+    for listener in listeners {
+        let candidates =
+            if listener.local.ip().is_unspecified() { own.clone() } else { vec![listener.local.ip()] };
+        let ends = candidates.into_iter().map(|ip| SocketAddr::new(ip.to_canonical(), listener.local.port()));
+        let reachable = ends.filter(|end| !end.ip().is_loopback() && listener.hears(*end));
+        all.extend(reachable.map(|local| Listener { local, v6only: true }));
+    }
+    all
+}
+
+fn ip_of(address: &SockaddrStorage) -> Option<IpAddr> {
+    let v4 = address.as_sockaddr_in().map(|address| IpAddr::V4(address.ip()));
+    v4.or(address.as_sockaddr_in6().map(|address| IpAddr::V6(address.ip())))
 }
 
 /// Has who would connect wait. Where that is not possible they are refused, as they would be without us.

@@ -40,8 +40,19 @@ pub struct SideImage {
 pub struct TreeListener {
     /// Where.
     pub listener: Listener,
-    /// Whether its network namespace is the one that criu runs in.
-    pub beside_criu: bool,
+    /// Where that is said.
+    pub place: Place,
+}
+
+/// Which network namespace an address is of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// One of the tree's.
+    Inside = 0,
+    /// The one that criu runs in.
+    BesideCriu = 1,
+    /// That too, through which packets pass to a listener in one of the tree's.
+    OnPath = 2,
 }
 
 impl SideImage {
@@ -115,7 +126,13 @@ impl SideImage {
         }
         if let Some(entry) = item.listener.as_ref() {
             let listener = Listener { local: from_endpoint(&entry.local, "local")?, v6only: entry.v6only() };
-            self.listeners.push(TreeListener { listener, beside_criu: entry.beside_criu() });
+            let place = match entry.place() {
+                0 => Place::Inside,
+                1 => Place::BesideCriu,
+                2 => Place::OnPath,
+                other => return Err(Fault::value("place", format!("{other} is not known"))),
+            };
+            self.listeners.push(TreeListener { listener, place });
         }
         if let Some((tuple, segment)) = held_in(item)? {
             self.held.add(tuple, segment);
@@ -166,11 +183,11 @@ fn held_in(item: &Soccr_item) -> Result<Option<(FourTuple, &[u8])>, Fault> {
     Ok(Some((FourTuple { local, remote }, entry.segment())))
 }
 
-fn to_listener(TreeListener { listener, beside_criu }: &TreeListener) -> Soccr_listener {
+fn to_listener(TreeListener { listener, place }: &TreeListener) -> Soccr_listener {
     Soccr_listener {
         local: MessageField::some(to_endpoint(listener.local)),
         v6only: Some(listener.v6only),
-        beside_criu: Some(*beside_criu),
+        place: Some(*place as u32),
         ..Default::default()
     }
 }
@@ -240,8 +257,9 @@ mod tests {
         };
         let listener = |local: &str, v6only| Listener { local: local.parse().unwrap(), v6only };
         let listeners = vec![
-            TreeListener { listener: listener("0.0.0.0:80", false), beside_criu: true },
-            TreeListener { listener: listener("[fd00::1]:81", true), beside_criu: false },
+            TreeListener { listener: listener("0.0.0.0:80", false), place: Place::BesideCriu },
+            TreeListener { listener: listener("[fd00::1]:81", true), place: Place::Inside },
+            TreeListener { listener: listener("10.9.0.2:82", true), place: Place::OnPath },
         ];
         let image = SideImage {
             id: "soccr-0123456789ab".into(),

@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use soccr::connection::{ControlBlock, FourTuple, Queues};
 use soccr::criu::image::ImageDir;
 use soccr::criu::image::external::ExternalImage;
-use soccr::criu::image::side::{SideImage, TreeListener};
+use soccr::criu::image::side::{self, SideImage, TreeListener};
 use soccr::criu::image::tcp_stream::TcpStreamImage;
 use soccr::criu::record::{ConnectionRecord, LockRecord, NsId, Phase, Recorder, Store};
 use soccr::criu::tasks::{self, FindError, Finder, FoundConnection, Place, Task};
@@ -109,13 +109,17 @@ impl<'a> Saving<'a> {
 
     /// Of each namespace once.
     fn find_listeners(&mut self, found: &[FoundConnection]) {
-        let Held { namespaces, listeners, holder, .. } = &mut self.held;
+        let Held { namespaces, listeners, holder, criu_ns, path, .. } = &mut self.held;
         if self.options.method != Method::Nftables || holder.newcomers.is_zero() {
             return;
         }
         for ns in namespaces.iter().chain(found.iter().map(|connection| &connection.ns)) {
             if !listeners.contains_key(ns) {
-                listeners.insert(ns.clone(), listeners::of_tree(ns, |inode| self.finder.knows(inode)));
+                let there = listeners::of_tree(ns, |inode| self.finder.knows(inode));
+                if ns != criu_ns {
+                    path.add_listeners(ns, &there);
+                }
+                listeners.insert(ns.clone(), there);
             }
         }
     }
@@ -156,7 +160,7 @@ impl<'a> Saving<'a> {
         let Held { path, holder, locks, criu_ns, listeners, namespaces, .. } = &mut self.held;
         holder.expect(found.iter().map(|connection| connection.tuple));
         holder.expect_translated(path.translations());
-        path.lock(&holder.options(criu_ns, &self.options))?;
+        path.lock(&holder.options(criu_ns, &self.options), holder.newcomers)?;
         let mut tuples: HashMap<&NetNs, Vec<FourTuple>> = HashMap::new();
         for connection in found.iter().filter(|connection| connection.tuple.local.port() != 0) {
             tuples.entry(&connection.ns).or_default().push(connection.tuple);
@@ -255,10 +259,13 @@ impl Saved {
         let translations = self.held.path.translations().to_vec();
         let (id, held) = (self.lock_name.id().to_owned(), self.held.holder.held().clone());
         let listeners = self.held.listeners.iter().flat_map(|(ns, listeners)| {
-            let beside_criu = *ns == self.held.criu_ns;
-            listeners.iter().map(move |listener| TreeListener { listener: *listener, beside_criu })
+            let place = if *ns == self.held.criu_ns { side::Place::BesideCriu } else { side::Place::Inside };
+            listeners.iter().map(move |listener| TreeListener { listener: *listener, place })
         });
-        let listeners = listeners.collect();
+        let on_path = self.held.path.listeners.iter();
+        let on_path =
+            on_path.map(|listener| TreeListener { listener: *listener, place: side::Place::OnPath });
+        let listeners = listeners.chain(on_path).collect();
         Ok(SideImage { id, translations, held, listeners }.write(&self.images)?)
     }
 

@@ -5,7 +5,7 @@ use std::collections::{HashMap, HashSet};
 use soccr::chain;
 use soccr::connection::FourTuple;
 use soccr::criu::image::inventory::NetworkLock as ImageLock;
-use soccr::criu::image::side::TreeListener;
+use soccr::criu::image::side::{Place, TreeListener};
 use soccr::criu::keeper;
 use soccr::criu::record::{self, LockRecord, NsId, Phase, Record, RecordError, Recorder};
 use soccr::criu::stock;
@@ -120,13 +120,14 @@ impl Locks {
     pub fn lock_path(&mut self, passing: Vec<FourTuple>) -> Result<(), AgentError> {
         self.holder.expect(passing.iter().copied());
         self.path.add(passing);
+        self.path.listeners = self.listeners_at(Place::OnPath);
         self.holder.expect_translated(self.path.translations());
         if let Some(lock) = self.path.record(&self.options) {
             self.recorder.add_lock(lock);
             self.recorder.set_translations(self.path.translations());
             self.recorder.save(Phase::Restoring)?;
         }
-        Ok(self.path.lock(&self.holder.options(&self.criu_ns, &self.options))?)
+        Ok(self.path.lock(&self.holder.options(&self.criu_ns, &self.options), self.holder.newcomers)?)
     }
 
     /// Locks these connections, those that are not locked yet, each in its namespace. The record comes first.
@@ -175,15 +176,18 @@ impl Locks {
 
     /// In a namespace of the tree's own all those that are not beside criu: nobody else listens there.
     fn listeners_in(&self, ns: &NetNs) -> Vec<Listener> {
-        let beside = *ns == self.criu_ns;
-        let there = self.listeners.iter().filter(|listener| listener.beside_criu == beside);
+        self.listeners_at(if *ns == self.criu_ns { Place::BesideCriu } else { Place::Inside })
+    }
+
+    fn listeners_at(&self, place: Place) -> Vec<Listener> {
+        let there = self.listeners.iter().filter(|listener| listener.place == place);
         there.map(|listener| listener.listener).collect()
     }
 
     /// The namespace whose newcomers are let in.
     pub fn home(&self) -> &NetNs {
-        let beside = self.listeners.iter().any(|listener| listener.beside_criu);
-        self.root_ns.as_ref().filter(|_| !beside).unwrap_or(&self.criu_ns)
+        let beside = self.listeners_at(Place::BesideCriu);
+        self.root_ns.as_ref().filter(|_| beside.is_empty()).unwrap_or(&self.criu_ns)
     }
 
     fn record_of(&self, ns: &NetNs, name: LockName) -> LockRecord {
