@@ -257,9 +257,13 @@ impl HeldPackets {
     /// Adds a segment that somebody else has held. One that is there already, sent once more, adds nothing.
     pub fn add(&mut self, tuple: FourTuple, segment: &[u8]) {
         let Some(head) = Head::of(segment) else { return };
+        let all = self.size.with(segment.len());
+        if !all.within(IN_ALL) {
+            return;
+        }
         let segments = self.segments.entry(tuple.on_wire()).or_default();
-        let (size, all) = (segments.size.with(segment.len()), self.size.with(segment.len()));
-        if segments.have(head) || !size.within(PER_CONNECTION) || !all.within(IN_ALL) {
+        let size = segments.size.with(segment.len());
+        if segments.have(head) || !size.within(PER_CONNECTION) {
             return;
         }
         segments.list.push(segment.to_vec());
