@@ -116,6 +116,22 @@ impl Forge {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).send(&ns, socket, segment)
     }
 
+    /// Sends a socket in `ns`, bound to `device`, segments that its peer has sent before, from the TCP header on. Whether
+    /// they arrive nobody tells.
+    pub(crate) fn replay(
+        &self,
+        ns: &NetNs,
+        device: Vec<u8>,
+        tuple: &FourTuple,
+        segments: Vec<Vec<u8>>,
+    ) -> Result<(), ForgeError> {
+        let wire = tuple.on_wire();
+        let mut tools = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let raw_socket = tools.raw_socket(ns, device, wire.local.is_ipv6())?;
+        let mut packets = segments.into_iter().map(|segment| packet(&wire, segment));
+        Ok(packets.try_for_each(|packet| raw::send(raw_socket, &packet, wire.local))?)
+    }
+
     /// Closes the passages, if any, and reports what goes wrong with it.
     ///
     /// # Errors
@@ -162,10 +178,10 @@ impl Tools {
     }
 
     fn send(&mut self, ns: &NetNs, socket: BorrowedFd<'_>, segment: &Segment) -> Result<(), ForgeError> {
-        let wire = Segment { tuple: segment.tuple.on_wire(), ..*segment };
-        let ipv6 = wire.tuple.local.is_ipv6();
+        let wire = segment.tuple.on_wire();
         let device = sockopt::bound_device(socket)?;
-        match raw::send(self.raw_socket(ns, device, ipv6)?, &wire.packet(), wire.tuple.local) {
+        let raw_socket = self.raw_socket(ns, device, wire.local.is_ipv6())?;
+        match raw::send(raw_socket, &packet(&wire, segment.tcp()), wire.local) {
             // EPERM: a rule drops it on its way out already.
             Ok(()) | Err(SysError { errno: Errno::EPERM, .. }) => Ok(()),
             Err(error) => Err(error.into()),
@@ -214,35 +230,11 @@ const PROTOCOL_TCP: u8 = 6;
 const TTL: u8 = 255;
 
 impl Segment {
-    /// The packet from the IP header on; the tuple must be as on the wire.
-    fn packet(&self) -> Vec<u8> {
-        match (self.tuple.remote.ip(), self.tuple.local.ip()) {
-            (IpAddr::V4(from), IpAddr::V4(to)) => {
-                // The kernel fills in length, identification and checksum.
-                let mut packet = vec![0x45, 0, 0, 40, 0, 0, 0, 0, TTL, PROTOCOL_TCP, 0, 0];
-                packet.extend(from.octets());
-                packet.extend(to.octets());
-                packet.extend(self.tcp(&from.octets(), &to.octets()));
-                packet
-            }
-            (from, to) => {
-                let (from, to) = (v6(from), v6(to));
-                let mut packet = vec![0x60, 0, 0, 0, 0, 20, PROTOCOL_TCP, TTL];
-                packet.extend(from);
-                packet.extend(to);
-                packet.extend(self.tcp(&from, &to));
-                packet
-            }
-        }
-    }
-
-    fn tcp(&self, from: &[u8], to: &[u8]) -> [u8; TCP_HEADER] {
+    fn tcp(&self) -> Vec<u8> {
         const FIN: u8 = 0x01;
         const RST: u8 = 0x04;
         const ACK: u8 = 0x10;
-        let mut header = [0; TCP_HEADER];
-        header[0..2].copy_from_slice(&self.tuple.remote.port().to_be_bytes());
-        header[2..4].copy_from_slice(&self.tuple.local.port().to_be_bytes());
+        let mut header = vec![0; TCP_HEADER];
         header[4..8].copy_from_slice(&self.seq.to_be_bytes());
         header[8..12].copy_from_slice(&self.ack.to_be_bytes());
         header[12] = 5 << 4; // header length in words
@@ -252,11 +244,36 @@ impl Segment {
             Kind::Rst => RST,
         };
         header[14..16].copy_from_slice(&self.window.to_be_bytes());
-        let pseudo = [from, to, &[0, PROTOCOL_TCP, 0, 20]];
-        let sum = checksum(pseudo.into_iter().chain([&header[..]]));
-        header[16..18].copy_from_slice(&sum.to_be_bytes());
         header
     }
+}
+
+/// The packet that brings `tcp`, a header and maybe data, from the peer: from the IP header on. The tuple must be as on the
+/// wire; its ports and the checksum are filled in.
+fn packet(tuple: &FourTuple, mut tcp: Vec<u8>) -> Vec<u8> {
+    tcp[0..2].copy_from_slice(&tuple.remote.port().to_be_bytes());
+    tcp[2..4].copy_from_slice(&tuple.local.port().to_be_bytes());
+    tcp[16..18].fill(0);
+    #[allow(clippy::cast_possible_truncation)] // no packet is longer; who gives more gets an invalid one
+    let len = (tcp.len() as u16).to_be_bytes();
+    let (mut packet, from, to) = match (tuple.remote.ip(), tuple.local.ip()) {
+        // The kernel fills in length, identification and checksum.
+        (IpAddr::V4(from), IpAddr::V4(to)) => (
+            vec![0x45, 0, 0, 0, 0, 0, 0, 0, TTL, PROTOCOL_TCP, 0, 0],
+            from.octets().to_vec(),
+            to.octets().to_vec(),
+        ),
+        (from, to) => {
+            (vec![0x60, 0, 0, 0, len[0], len[1], PROTOCOL_TCP, TTL], v6(from).to_vec(), v6(to).to_vec())
+        }
+    };
+    let pseudo = [&from[..], &to, &[0, PROTOCOL_TCP, len[0], len[1]]];
+    let sum = checksum(pseudo.into_iter().chain([&tcp[..]]));
+    tcp[16..18].copy_from_slice(&sum.to_be_bytes());
+    for part in [from, to, tcp] {
+        packet.extend(part);
+    }
+    packet
 }
 
 fn v6(ip: IpAddr) -> [u8; 16] {
@@ -266,10 +283,11 @@ fn v6(ip: IpAddr) -> [u8; 16] {
     }
 }
 
-/// The Internet checksum (RFC 1071) of parts of even length.
+/// The Internet checksum (RFC 1071) of parts that are, but for the last, of even length; of 64 KiB in all.
 fn checksum<'a>(parts: impl Iterator<Item = &'a [u8]>) -> u16 {
-    let words = parts.flat_map(|part| part.chunks_exact(2));
-    let mut sum: u32 = words.map(|word| u32::from(u16::from_be_bytes([word[0], word[1]]))).sum();
+    let words = parts.flat_map(|part| part.chunks(2));
+    let word = |word: &[u8]| u16::from_be_bytes([word[0], word.get(1).copied().unwrap_or(0)]);
+    let mut sum: u32 = words.map(|bytes| u32::from(word(bytes))).sum();
     while sum > 0xffff {
         sum = (sum & 0xffff) + (sum >> 16);
     }

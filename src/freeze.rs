@@ -117,7 +117,7 @@ pub fn freeze_each<F: AsFd>(
 /// RST, and what arrives while the socket is read fails the freeze. For peers that are known to be silent, and for
 /// sockets whose network is down.
 pub fn freeze_unlocked<F: AsFd>(sockets: impl IntoIterator<Item = F>) -> (Frozen<F>, Vec<Refused<F>>) {
-    freeze_with(sockets, &LockOptions { method: Method::Skip, lease: None })
+    freeze_with(sockets, &LockOptions { method: Method::Skip, lease: None, log: None })
 }
 
 impl<F: AsFd> Frozen<F> {

@@ -11,7 +11,7 @@ use soccr::criu::image::index::{Index, InetConnection};
 use soccr::criu::image::inventory::{Inventory, NetworkLock, release_to_stock};
 use soccr::criu::image::nftables::strip_table;
 use soccr::criu::image::proto::{core, fdinfo, inventory, pstree, sk_packet, tcp_stream};
-use soccr::criu::image::side::{SideImage, Sockets};
+use soccr::criu::image::side::SideImage;
 use soccr::criu::image::tcp_stream::TcpStreamImage;
 use soccr::criu::image::{Fault, ImageDir, ImageError, ImageMessage};
 use soccr::lock::conntrack::{Direction, Translation};
@@ -337,8 +337,7 @@ fn translations_of_other_connections_are_left_out() {
     let side = SideImage {
         id: "soccr-0123456789ab".into(),
         translations: vec![others, ours],
-        run_id: None,
-        sockets: Sockets::default(),
+        ..SideImage::default()
     };
     assert_eq!(side.translations_of(&index), [ours]);
 }

@@ -64,13 +64,19 @@ pub fn hold(arguments: &HoldArguments) -> Result<bool> {
     let mut options = LockOptions::from_env()?;
     options.lease = arguments.lease.or(options.lease);
     let held = hold::hold(&images.dir, &ns, &options);
-    let Hold { id, connections } = held.with_context(|| arguments.images.display().to_string())?;
+    let Hold { id, connections, keeper } = held.with_context(|| arguments.images.display().to_string())?;
     let told = Told { id: id.to_string(), connections, netns: ns.to_string() };
     if arguments.json {
         print_json(&told)?;
     } else {
         let Told { id, connections, netns } = told;
         writeln!(crate::out(), "{id}: {connections} connections held in {netns} until their restore")?;
+    }
+    if let Some(keeper) = keeper {
+        crate::out().flush()?;
+        // This process ends here, and another one goes on.
+        nix::unistd::daemon(false, false).context("nobody holds what their peers send")?;
+        keeper.serve();
     }
     Ok(true)
 }

@@ -22,7 +22,7 @@ use soccr::lock::{self, LockName, LockOptions, Method, NetworkLock};
 use soccr::repair::four_tuple;
 use support::{Soccr, connected, expect_bytes, in_own_network, pattern, program};
 
-const NFTABLES: LockOptions = LockOptions { method: Method::Nftables, lease: None };
+const NFTABLES: LockOptions = LockOptions { method: Method::Nftables, lease: None, log: None };
 
 /// The folder of the records, and one for images.
 struct Host {

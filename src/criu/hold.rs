@@ -11,21 +11,25 @@ use super::image::external::ExternalImage;
 use super::image::index::Index;
 use super::image::side::SideImage;
 use super::image::{ImageDir, ImageError, inventory};
+use super::keeper::Keeper;
 use super::record::{
     ConnectionRecord, LockRecord, NsId, Phase, RECORD_VARIABLE, RecordError, RecordId, Recorder, Store,
 };
 use crate::four_tuple::FourTuple;
 use crate::kernel::netns::NetNs;
 use crate::lock::conntrack::Translation;
-use crate::lock::{LockError, LockName, LockOptions, METHOD_VARIABLE, Method, NetworkLock};
+use crate::lock::held::Holder;
+use crate::lock::{BadOption, LockError, LockName, LockOptions, METHOD_VARIABLE, Method, NetworkLock};
 
 /// What is held.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct Hold {
     /// The record's id.
     pub id: RecordId,
     /// How many connections.
     pub connections: usize,
+    /// Who holds what their peers send until the restore, once it is told to. Where there is none, that is dropped.
+    pub keeper: Option<Keeper>,
 }
 
 /// Connections cannot be held.
@@ -55,6 +59,9 @@ pub enum HoldError {
     /// The record.
     #[error(transparent)]
     Record(#[from] RecordError),
+    /// A variable.
+    #[error(transparent)]
+    Option(#[from] BadOption),
     /// The lock.
     #[error(transparent)]
     Lock(#[from] LockError),
@@ -78,9 +85,10 @@ pub fn hold(images: &ImageDir, ns: &NetNs, options: &LockOptions) -> Result<Hold
     if known(&id)? {
         return Err(HoldError::Known(id));
     }
-    let own = std::process::id().cast_signed();
+    let (mut holder, own) = (Holder::from_env()?, std::process::id().cast_signed());
     let mut recorder = Recorder::new(id.as_str(), Phase::Dumped, images.as_fd(), own)?;
     let connections = held.connections.len();
+    let tuples: Vec<FourTuple> = held.connections.iter().map(ConnectionRecord::tuple).collect();
     recorder.add_connections(held.connections);
     recorder.add_lock(LockRecord { ns: NsId::from(ns), name: name.clone(), method: options.method });
     recorder.set_translations(&held.translations);
@@ -88,14 +96,22 @@ pub fn hold(images: &ImageDir, ns: &NetNs, options: &LockOptions) -> Result<Hold
     if !known(&id)? {
         return Err(HoldError::NoRecord);
     }
-    match NetworkLock::lock_on_path(ns, &name, &packets, options) {
+    holder.expect(tuples);
+    holder.expect_translated(&held.translations);
+    match NetworkLock::lock_on_path(ns, &name, &packets, &holder.options(ns, options)) {
         Ok(lock) => lock.map(NetworkLock::keep).ok_or(HoldError::Method)?,
         Err(error) => {
             recorder.remove()?;
             return Err(error.into());
         }
     }
-    Ok(Hold { id, connections })
+    let door = recorder.held().filter(|_| holder.listens());
+    let keeper = door.map(|door| Keeper::new(holder, ns, vec![name], door));
+    let keeper = keeper.transpose().unwrap_or_else(|error| {
+        log::warn!("what peers send until the restore is dropped: {error}");
+        None
+    });
+    Ok(Hold { id, connections, keeper })
 }
 
 /// The record that a hold of these images has, or their dump on this host, and whether they have no connection at all;

@@ -3,6 +3,7 @@
 
 pub mod hold;
 pub mod image;
+pub mod keeper;
 pub mod record;
 pub mod stock;
 pub mod tasks;

@@ -122,6 +122,58 @@ pub struct Filter {
 /// # Errors
 /// ENOENT where the kernel has no `tcp_diag`, EPROTONOSUPPORT where it has no socket monitor.
 pub fn for_each(filter: Filter, mut each: impl FnMut(Seen)) -> SysResult<()> {
+    dump(filter, |message| seen(message).map(&mut each))
+}
+
+/// A socket that waits for connections.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Listener {
+    /// Where, maybe at any address.
+    pub local: SocketAddr,
+    /// Whether one of IPv6 at any address leaves IPv4 to others.
+    pub v6only: bool,
+    /// The interface that it is bound to, or 0.
+    pub device: u32,
+    /// Its inode.
+    pub inode: u32,
+}
+
+/// The listeners of the current network namespace.
+///
+/// # Errors
+/// As [`for_each`].
+pub fn listeners() -> SysResult<Vec<Listener>> {
+    let mut listeners = Vec::new();
+    for family in [Family::Ipv4, Family::Ipv6] {
+        let found = dump(Filter { family, kind: Kind::Listening, local_port: None }, |message| {
+            listeners.push(listener(message)?);
+            Some(())
+        });
+        match found {
+            Err(SysError { errno: Errno::ENOENT, .. }) if family == Family::Ipv6 => {}
+            other => other?,
+        }
+    }
+    Ok(listeners)
+}
+
+fn listener(message: &[u8]) -> Option<Listener> {
+    const SKV6ONLY: u16 = 11;
+    let port = u16::from_be_bytes(message.get(4..6)?.try_into().ok()?);
+    let ip = match i32::from(*message.first()?) {
+        libc::AF_INET => IpAddr::from(<[u8; 4]>::try_from(message.get(8..12)?).ok()?),
+        _ => IpAddr::from(<[u8; 16]>::try_from(message.get(8..24)?).ok()?),
+    };
+    let word = |at: usize| Some(u32::from_ne_bytes(message.get(at..at + 4)?.try_into().ok()?));
+    let v6only = Attributes::new(message.get(REPLY..)?)
+        .flatten()
+        .any(|(kind, value)| kind == SKV6ONLY && value.bytes() != [0]);
+    let local = SocketAddr::new(ip, port);
+    Some(Listener { local, v6only, device: word(40)?, inode: word(REPLY - 4)? })
+}
+
+/// Shows `each` the messages about all TCP sockets of a filter; `None` from it says that one makes no sense.
+fn dump(filter: Filter, mut each: impl FnMut(&[u8]) -> Option<()>) -> SysResult<()> {
     const CALL: &str = "list sockets";
     const NLM_F_DUMP: u16 = 0x300;
     const NLMSG_DONE: u16 = 3;
@@ -145,7 +197,7 @@ pub fn for_each(filter: Filter, mut each: impl FnMut(Seen)) -> SysResult<()> {
         for message in Messages::new(buffer.get(..len).unwrap_or_default()) {
             let Message { header, payload } = message.map_err(|_| malformed)?;
             match header.kind {
-                SOCK_DIAG_BY_FAMILY => each(seen(payload).ok_or(malformed)?),
+                SOCK_DIAG_BY_FAMILY => each(payload).ok_or(malformed)?,
                 NLMSG_DONE => return Ok(()),
                 NLMSG_ERROR => return Err(SysError { call: CALL, errno: error_of(payload) }),
                 _ => {}

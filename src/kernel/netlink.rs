@@ -1,9 +1,9 @@
 //! Netlink sockets: whole messages in, whole messages out.
 
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use nix::errno::Errno;
-use nix::sys::socket::{MsgFlags, send};
+use nix::sys::socket::{MsgFlags, NetlinkAddr, bind, send};
 
 use super::sockopt::{self, Buffer};
 use super::{SysError, SysResult};
@@ -76,6 +76,22 @@ impl NetlinkSocket {
         }
     }
 
+    /// Gives the kernel room for so many bytes of messages that come unasked, more than it has, as far as it allows.
+    pub fn set_receive_room(&self, bytes: i32) {
+        let _ = sockopt::set_buffer_size(self.fd.as_fd(), Buffer::Receive, bytes);
+    }
+
+    /// Has the kernel tell of what happens to one of its subsystems (`NFNLGRP_*`, `RTNLGRP_*`, up to 32). Only a socket
+    /// with an address is told: one without has port 0, by which the kernel knows itself.
+    ///
+    /// # Errors
+    /// EPERM: it tells only who has CAP_NET_ADMIN.
+    pub fn subscribe(&self, group: u32) -> SysResult<()> {
+        let address = NetlinkAddr::new(0, 1 << (group - 1));
+        bind(self.fd.as_raw_fd(), &address)
+            .map_err(|errno| SysError { call: "subscribe to netlink messages", errno })
+    }
+
     /// Receives the next datagram of the kernel's answer, `None` when there is no more. Never
     /// waits: the kernel puts every answer to a request in the queue before it returns from the
     /// request, and the next part of a dump before it returns from this call.
@@ -120,5 +136,12 @@ impl NetlinkSocket {
             )
         };
         Ok((usize::try_from(len).map_err(|_| Errno::last())?, from.nl_pid))
+    }
+}
+
+/// Readable when something has come.
+impl AsFd for NetlinkSocket {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
     }
 }

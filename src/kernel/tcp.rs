@@ -254,6 +254,8 @@ pub fn has_upper_layer(fd: BorrowedFd<'_>) -> SysResult<bool> {
 pub struct Info {
     /// The state.
     pub state: u8,
+    /// How often in a row the timer has sent something again.
+    pub retransmits: u8,
     /// `TCPI_OPT_*` bits.
     pub options: u8,
     /// Shift of the peer's windows.
@@ -318,6 +320,7 @@ pub fn info(fd: BorrowedFd<'_>) -> SysResult<Info> {
     let (snd_wscale, rcv_wscale) = if cfg!(target_endian = "little") { (low, high) } else { (high, low) };
     Ok(Info {
         state: value.state,
+        retransmits: value.retransmits,
         options: value.options,
         snd_wscale,
         rcv_wscale,

@@ -22,12 +22,18 @@
 
 pub mod conntrack;
 mod error;
+pub mod held;
 mod iptables;
 mod name;
 mod nft;
 mod options;
+mod packet_log;
 pub mod passage;
+mod watch;
 pub(crate) mod xtables;
+
+use std::net::SocketAddr;
+use std::time::Duration;
 
 use crate::four_tuple::FourTuple;
 use crate::kernel::netns::NetNs;
@@ -38,9 +44,31 @@ pub(crate) use nft::fuzzing::read_answers;
 pub(crate) use nft::whole;
 pub use nft::{MARK, NftError};
 pub(crate) use options::variable;
-pub use options::{BadOption, LEASE_VARIABLE, LockOptions, METHOD_VARIABLE, Method};
+pub use options::{
+    BadOption, HOLD_NEW_VARIABLE, HOLD_VARIABLE, LEASE_VARIABLE, LockOptions, METHOD_VARIABLE, Method,
+};
 pub use passage::Passage;
+pub use watch::Watch;
 pub use xtables::XtablesError;
+
+/// Where connections are accepted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Listener {
+    /// The address, maybe any, and the port.
+    pub local: SocketAddr,
+    /// Whether one at any address of IPv6 leaves IPv4 to others.
+    pub v6only: bool,
+}
+
+impl Listener {
+    /// Whether a connection to this address, as packets have it, would be this one's.
+    #[must_use]
+    pub fn hears(&self, to: SocketAddr) -> bool {
+        let own = self.local.ip().to_canonical();
+        let any = own.is_unspecified() && (own.is_ipv4() == to.is_ipv4() || (own.is_ipv6() && !self.v6only));
+        self.local.port() == to.port() && (own == to.ip() || any)
+    }
+}
 
 /// A lock that was found in a namespace.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -78,7 +106,7 @@ impl NetworkLock {
         options: &LockOptions,
     ) -> Result<Self, LockError> {
         match options.method {
-            Method::Nftables => nft::lock(ns, name, tuples, &nft::AT_SOCKET, options.lease)?,
+            Method::Nftables => nft::lock(ns, name, tuples, &nft::AT_SOCKET, options)?,
             Method::Iptables if options.lease.is_some() => return Err(LockError::LeaseNeedsNftables),
             Method::Iptables => iptables::lock(ns, name, tuples)?,
             Method::Skip => log::warn!("{ns}: connections are not locked ({METHOD_VARIABLE}=skip)"),
@@ -102,7 +130,7 @@ impl NetworkLock {
         if options.method != Method::Nftables {
             return Ok(None);
         }
-        nft::lock(ns, name, tuples, &nft::ON_PATH, options.lease)?;
+        nft::lock(ns, name, tuples, &nft::ON_PATH, options)?;
         Ok(Some(Self::adopt(ns, name, options)))
     }
 
@@ -121,6 +149,29 @@ impl NetworkLock {
             Method::Nftables => nft::add(&self.ns, &self.name, tuples),
             Method::Iptables => iptables::add(&self.ns, &self.name, tuples),
             Method::Skip => Ok(()),
+        }
+    }
+
+    /// Has who would connect to these listeners wait: each SYN is dropped, so that it is sent again. After `time` the kernel
+    /// lets them through by itself, to whoever listens then. With `held`, what is dropped goes to the
+    /// [log](LockOptions::log), too. A lock that is [made](Self::lock) anew under this name stops nobody.
+    ///
+    /// iptables, which knows no end, stops nobody.
+    ///
+    /// # Errors
+    /// [`LockError`]; nothing was changed then.
+    pub fn stop_newcomers(
+        &self,
+        listeners: &[Listener],
+        time: Duration,
+        held: bool,
+    ) -> Result<(), LockError> {
+        let log = self.options.log.filter(|_| held);
+        match self.options.method {
+            Method::Nftables if !listeners.is_empty() && !time.is_zero() => {
+                nft::stop_newcomers(&self.ns, &self.name, listeners, time, log)
+            }
+            _ => Ok(()),
         }
     }
 
@@ -188,7 +239,7 @@ pub fn rename(
 ) -> Result<NetworkLock, LockError> {
     match options.method {
         Method::Nftables => {
-            nft::rename(ns, from, to, tuples, options.lease)?;
+            nft::rename(ns, from, to, tuples, options)?;
             Ok(NetworkLock::adopt(ns, to, options))
         }
         Method::Iptables | Method::Skip => {
@@ -199,6 +250,14 @@ pub fn rename(
             Ok(new)
         }
     }
+}
+
+/// Whether the nf_tables lock `name` is there.
+///
+/// # Errors
+/// [`LockError`].
+pub fn is_there(ns: &NetNs, name: &LockName) -> Result<bool, LockError> {
+    nft::is_there(ns, name)
 }
 
 /// All locks in `ns`: those of soccr, and those that stock CRIU made in nf_tables.

@@ -8,6 +8,16 @@ pub const METHOD_VARIABLE: &str = "SOCCR_LOCK";
 /// The environment variable that gives the lease, such as `90`, `90s`, `10m` or `1h`.
 pub const LEASE_VARIABLE: &str = "SOCCR_LOCK_LEASE";
 
+/// The environment variable that tells for how long after a dump packets are held for its restore; `0` or `off`: they are
+/// dropped. See [`held`](super::held).
+pub const HOLD_VARIABLE: &str = "SOCCR_HOLD";
+/// The environment variable that tells for how long after the freeze who would connect to the tree's listeners is kept
+/// waiting, where nobody listens; `0` or `off`: not at all.
+pub const HOLD_NEW_VARIABLE: &str = "SOCCR_HOLD_NEW";
+const HOLD_NEW_TIME: Duration = Duration::from_secs(30);
+/// A peer sends again and again for about so long (`net.ipv4.tcp_retries2`), and then gives up.
+const HOLD_TIME: Duration = Duration::from_secs(15 * 60);
+
 /// What keeps the connections' packets away.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 #[cfg_attr(feature = "criu", derive(serde::Serialize, serde::Deserialize), serde(rename_all = "lowercase"))]
@@ -30,6 +40,9 @@ pub struct LockOptions {
     /// After this time the kernel ends the lock by itself, whatever has become of us; `None`: never.
     /// Connections without a socket are reset from then on when their peers send. nf_tables only.
     pub lease: Option<Duration>,
+    /// A group of the netfilter log, which gets a copy of each packet that is dropped (see
+    /// [`Holder`](super::held::Holder)). nf_tables only.
+    pub log: Option<u16>,
 }
 
 /// An environment variable has a value that means nothing.
@@ -73,7 +86,8 @@ impl LockOptions {
     /// # Errors
     /// [`BadOption`].
     pub fn from_env() -> Result<Self, BadOption> {
-        Ok(Self { method: Method::from_env()?, lease: Self::lease_of(&variable(LEASE_VARIABLE))? })
+        let (method, lease) = (Method::from_env()?, Self::lease_of(&variable(LEASE_VARIABLE))?);
+        Ok(Self { method, lease, log: None })
     }
 
     /// A lease such as `90`, `90s`, `10m` or `1h`; none where the text is empty.
@@ -95,11 +109,30 @@ pub(crate) fn variable(name: &str) -> String {
 }
 
 fn parse_lease(value: &str) -> Result<Option<Duration>, BadOption> {
-    if value.is_empty() {
-        return Ok(None);
+    if value.is_empty() { Ok(None) } else { parse_time(LEASE_VARIABLE, value).map(Some) }
+}
+
+/// What `SOCCR_HOLD` says.
+pub(super) fn hold_time() -> Result<Duration, BadOption> {
+    time_or_off(HOLD_VARIABLE, HOLD_TIME)
+}
+
+/// What `SOCCR_HOLD_NEW` says.
+pub(super) fn hold_new_time() -> Result<Duration, BadOption> {
+    time_or_off(HOLD_NEW_VARIABLE, HOLD_NEW_TIME)
+}
+
+fn time_or_off(name: &'static str, default: Duration) -> Result<Duration, BadOption> {
+    match variable(name).as_str() {
+        "" => Ok(default),
+        "0" | "off" => Ok(Duration::ZERO),
+        value => parse_time(name, value),
     }
+}
+
+fn parse_time(variable: &'static str, value: &str) -> Result<Duration, BadOption> {
     let bad = || BadOption {
-        variable: LEASE_VARIABLE,
+        variable,
         value: value.into(),
         expected: "a whole number above 0 of seconds, or with s, m or h behind it",
     };
@@ -110,7 +143,7 @@ fn parse_lease(value: &str) -> Result<Option<Duration>, BadOption> {
         _ => (value, 1),
     };
     let seconds = number.parse::<u32>().ok().filter(|n| *n > 0).ok_or_else(bad)?;
-    Ok(Some(Duration::from_secs(u64::from(seconds) * unit)))
+    Ok(Duration::from_secs(u64::from(seconds) * unit))
 }
 
 #[cfg(test)]

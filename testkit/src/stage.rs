@@ -251,6 +251,9 @@ impl Stage {
     }
 }
 
+/// Who holds packets between a dump and its restore.
+const KEEPER: &str = "soccr-keeper";
+
 /// What `--external` says of the wire whose inner end is in a dumped namespace.
 const VETH: &str = "veth[eth0]:wire@br0";
 
@@ -303,7 +306,15 @@ impl Stage {
     /// The processes of the plugin.
     pub fn agents(&self) -> Result<Vec<Process>> {
         let mut found = self.processes()?;
-        found.retain(|process| process.name.starts_with("soccr-") && process.state != 'Z');
+        let works = |name: &str| name.starts_with("soccr-") && name != KEEPER;
+        found.retain(|process| works(&process.name) && process.state != 'Z');
+        Ok(found)
+    }
+
+    /// Who holds packets between a dump and its restore.
+    pub fn keepers(&self) -> Result<Vec<Process>> {
+        let mut found = self.processes()?;
+        found.retain(|process| process.name == KEEPER && process.state != 'Z');
         Ok(found)
     }
 

@@ -151,7 +151,7 @@ fn the_kernels_own_answers_are_understood() {
             FourTuple { local: local.parse().unwrap(), remote: remote.parse().unwrap() }
         });
         let name = LockName::criu("corpus").unwrap();
-        let options = LockOptions { method: Method::Nftables, lease: None };
+        let options = LockOptions { method: Method::Nftables, lease: None, log: None };
         let lock = NetworkLock::lock(&NetNs::current().unwrap(), &name, &tuples, &options).unwrap();
         let table = name.as_str();
         for (file, request) in [

@@ -54,7 +54,7 @@ impl Victim {
         near.set_read_timeout(None).unwrap();
         assert_eq!(near.peek(&mut [0; 6]).unwrap(), 6);
         let tuple = FourTuple { local: near.local_addr().unwrap(), remote: near.peer_addr().unwrap() };
-        let options = LockOptions { method: Method::Nftables, lease: None };
+        let options = LockOptions { method: Method::Nftables, lease: None, log: None };
         let name = LockName::criu("hostile").unwrap();
         let lock = NetworkLock::lock(&NetNs::current().unwrap(), &name, &[tuple], &options).unwrap();
         near.write_all(b"unacknowledged").unwrap();

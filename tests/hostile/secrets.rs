@@ -84,7 +84,7 @@ fn queues_are_never_logged() {
         let domain = sockopt::domain(near.as_fd()).unwrap();
         let paused = Paused::pause(near).unwrap();
         let tuple = paused.four_tuple().unwrap();
-        let options = LockOptions { method: Method::Nftables, lease: None };
+        let options = LockOptions { method: Method::Nftables, lease: None, log: None };
         let name = LockName::criu("secret").unwrap();
         let lock = NetworkLock::lock(&NetNs::current().unwrap(), &name, &[tuple], &options).unwrap();
         let mut queues = Queues::default();

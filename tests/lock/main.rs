@@ -1,12 +1,15 @@
 //! The network lock, in namespaces of its own; needs nft, iptables and ip to look at the results.
 
+mod held;
 mod net;
+mod newcomers;
 mod passage;
 mod path;
 mod stock;
 #[path = "../support/mod.rs"]
 #[allow(dead_code)] // this test program uses its part
 mod support;
+mod watch;
 
 use std::io::Write;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
@@ -20,8 +23,8 @@ use soccr::kernel::netns::NetNs;
 use soccr::lock::{self, LockError, LockName, LockOptions, MARK, Method, NetworkLock, NftError};
 use support::in_own_network;
 
-const NFTABLES: LockOptions = LockOptions { method: Method::Nftables, lease: None };
-const IPTABLES: LockOptions = LockOptions { method: Method::Iptables, lease: None };
+const NFTABLES: LockOptions = LockOptions { method: Method::Nftables, lease: None, log: None };
+const IPTABLES: LockOptions = LockOptions { method: Method::Iptables, lease: None, log: None };
 
 fn here() -> NetNs {
     NetNs::current().unwrap()
@@ -111,7 +114,7 @@ fn iptables_between_namespaces() {
 fn skip_does_nothing() {
     in_own_network(|| {
         let mut pair = Pair::over("127.0.0.1:0");
-        let options = LockOptions { method: Method::Skip, lease: None };
+        let options = LockOptions { method: Method::Skip, lease: None, log: None };
         let lock = NetworkLock::lock(&here(), &name("skip"), &[pair.tuple()], &options).unwrap();
         pair.flows();
         assert!(lock.unlock().unwrap());

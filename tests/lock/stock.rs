@@ -239,7 +239,7 @@ fn what_only_looks_like_its_lock_of_a_namespace_stays() {
         }
         let tuple = Pair::over("127.0.0.1:0").tuple();
         nft(&TABLE.map(|step| step.replace("CRIU-", "soccr-")).each_ref().map(String::as_str));
-        let options = LockOptions { method: Method::Nftables, lease: None };
+        let options = LockOptions { method: Method::Nftables, lease: None, log: None };
         NetworkLock::lock(&here(), &name("ours"), &[tuple], &options).unwrap().keep();
         sh("iptables -N CRIU; iptables -A CRIU -p tcp -j DROP; iptables -A INPUT -j CRIU");
         let before = ruleset();

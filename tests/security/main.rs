@@ -21,7 +21,7 @@ use soccr::kernel::netns::{NetNs, NetNsError};
 use soccr::lock::{self, LockName, LockOptions, Method, NetworkLock};
 use support::{connected, in_own_network};
 
-const NFTABLES: LockOptions = LockOptions { method: Method::Nftables, lease: None };
+const NFTABLES: LockOptions = LockOptions { method: Method::Nftables, lease: None, log: None };
 
 /// A process that says when it is ready, and ends with this value.
 struct Helper(Child);

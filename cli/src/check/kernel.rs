@@ -163,7 +163,7 @@ fn raw_socket() -> Result<()> {
 fn network_lock(method: Method) -> Result<()> {
     let local = SocketAddr::from(([127, 0, 0, 1], 1));
     let tuple = FourTuple { local, remote: SocketAddr::from(([127, 0, 0, 1], 2)) };
-    let options = LockOptions { method, lease: None };
+    let options = LockOptions { method, lease: None, log: None };
     NetworkLock::lock(&NetNs::current()?, &LockName::soccr("check")?, &[tuple], &options)?.unlock()?;
     Ok(())
 }

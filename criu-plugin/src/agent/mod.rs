@@ -10,6 +10,7 @@
 mod clean;
 mod dump;
 mod error;
+mod listeners;
 mod log;
 mod path;
 mod privilege;

@@ -4,12 +4,17 @@
 //! lock inside. On this side of the wire they can be locked all the time, from the dump on; those of connections that are
 //! translated here (published ports, masquerading) by the addresses of both sides.
 
+use std::collections::HashSet;
+use std::time::Duration;
+
 use soccr::chain;
 use soccr::connection::FourTuple;
 use soccr::criu::record::{LockRecord, NsId};
 use soccr::kernel::netns::NetNs;
 use soccr::lock::conntrack::{self, Translation};
-use soccr::lock::{LockError, LockName, LockOptions, Method, NetworkLock};
+use soccr::lock::{Listener, LockError, LockName, LockOptions, Method, NetworkLock};
+
+use super::listeners;
 
 /// What is to be locked on the way.
 #[derive(Debug)]
@@ -19,6 +24,8 @@ pub struct Path {
     /// As the sockets see them.
     tuples: Vec<FourTuple>,
     translations: Vec<Translation>,
+    /// What packets to the listeners have for their destination here.
+    pub listeners: Vec<Listener>,
     /// How many of the connections are locked.
     locked: usize,
     lock: Option<NetworkLock>,
@@ -27,8 +34,8 @@ pub struct Path {
 impl Path {
     /// The way through `ns` of the connections that are locked by `name` at their sockets. Nothing is locked yet.
     pub fn new(ns: &NetNs, name: &LockName) -> Self {
-        let (tuples, translations) = (Vec::new(), Vec::new());
-        Self { ns: ns.clone(), name: name.on_path(), tuples, translations, locked: 0, lock: None }
+        let (tuples, translations, listeners) = (Vec::new(), Vec::new(), Vec::new());
+        Self { ns: ns.clone(), name: name.on_path(), tuples, translations, listeners, locked: 0, lock: None }
     }
 
     /// A way on which an agent that died has locked.
@@ -50,6 +57,19 @@ impl Path {
         }
     }
 
+    /// These listeners in other namespaces are reached through here: by their addresses, those at any address by all that
+    /// their namespace has, and by what is translated to one of them.
+    pub fn add_listeners(&mut self, ns: &NetNs, inside: &[Listener]) {
+        let inside = listeners::addresses(ns, inside);
+        let published = |listener: &Listener| {
+            let to_it = self.translations.iter().filter(|it| listener.hears(it.reply.source));
+            to_it.map(|it| Listener { local: it.original.destination, v6only: true }).collect::<Vec<_>>()
+        };
+        let published: HashSet<Listener> = inside.iter().flat_map(published).collect();
+        self.listeners.extend(inside);
+        self.listeners.extend(published);
+    }
+
     /// These are translated here.
     pub fn add_translations(&mut self, translations: impl IntoIterator<Item = Translation>) {
         for translation in translations {
@@ -69,9 +89,14 @@ impl Path {
         self.lock.is_some()
     }
 
+    /// The lock's name, if there is one.
+    pub fn locked_by(&self) -> Option<&LockName> {
+        self.lock.as_ref().map(NetworkLock::name)
+    }
+
     /// What the record is to tell before anything is locked; `None` when nothing will be.
     pub fn record(&self, options: &LockOptions) -> Option<LockRecord> {
-        let locks = !self.tuples.is_empty() || self.lock.is_some();
+        let locks = !(self.tuples.is_empty() && self.listeners.is_empty()) || self.lock.is_some();
         let method = options.method;
         (locks && method == Method::Nftables).then(|| LockRecord {
             ns: NsId::from(&self.ns),
@@ -80,9 +105,11 @@ impl Path {
         })
     }
 
-    /// Locks what was added. A lock of this name that is there is replaced at one stroke.
-    pub fn lock(&mut self, options: &LockOptions) -> Result<(), LockError> {
-        if self.tuples.len() == self.locked {
+    /// Locks what was added, and has who would connect wait for that time. A lock of this name that is there is replaced
+    /// at one stroke.
+    pub fn lock(&mut self, options: &LockOptions, newcomers: Duration) -> Result<(), LockError> {
+        let listens = self.lock.is_none() && !self.listeners.is_empty();
+        if self.tuples.len() == self.locked && !listens {
             return Ok(());
         }
         let sides = self.translations.iter().flat_map(|t| [t.original.tuple(), t.reply.tuple()]);
@@ -93,6 +120,9 @@ impl Path {
             replaced.keep(); // it has become the new one
         }
         self.locked = self.tuples.len();
+        if let Some(lock) = &self.lock {
+            listeners::stop_newcomers(lock, &self.listeners, newcomers, false);
+        }
         if self.lock.is_none() {
             log::warn!("{}: only nf_tables locks connections on their way", self.ns);
         }

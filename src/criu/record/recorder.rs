@@ -3,6 +3,7 @@
 use std::collections::HashSet;
 use std::net::IpAddr;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::path::PathBuf;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use nix::sys::stat::fstat;
@@ -246,6 +247,12 @@ impl Recorder {
     /// As [`save`](Self::save).
     pub fn enter(&mut self, phase: Phase) -> Result<(), RecordError> {
         if self.written && self.record.phase != phase { self.save(phase) } else { Ok(()) }
+    }
+
+    /// Where who holds packets for the record's restore listens; `None` while there is no record.
+    #[must_use]
+    pub fn held(&self) -> Option<PathBuf> {
+        self.store.as_ref().filter(|_| self.written).map(|store| store.held(&self.record.id))
     }
 
     /// Removes the record: all is undone.

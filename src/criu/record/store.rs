@@ -24,6 +24,9 @@ pub const FOLDER_VARIABLE: &str = "SOCCR_RUN_DIR";
 /// Written under such a name first, with the writer's pid and start time, then renamed.
 const TEMPORARY: &str = ".new-";
 
+/// The socket behind which packets are held for this record's restore.
+const HELD: &str = ".held-";
+
 /// The folder of the records.
 #[derive(Debug)]
 pub struct Store {
@@ -194,11 +197,18 @@ impl Store {
         parts.iter().try_for_each(|part| file.write_all(part))
     }
 
+    /// Where who holds packets for the restore of this record listens.
+    #[must_use]
+    pub fn held(&self, id: &RecordId) -> PathBuf {
+        self.path.join(format!("{HELD}{id}"))
+    }
+
     /// Removes the record; that it is not there is no error.
     ///
     /// # Errors
     /// [`RecordError::Io`]: it is still there.
     pub fn remove(&self, id: &RecordId) -> Result<(), RecordError> {
+        let _ = self.unlink(&format!("{HELD}{id}")); // nobody listens there if it is there
         self.unlink(id.as_str()).map_err(|errno| RecordError::Io {
             call: "remove the record",
             path: self.path.join(id.as_str()),

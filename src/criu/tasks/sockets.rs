@@ -116,6 +116,12 @@ impl Finder {
         Ok(found)
     }
 
+    /// Whether the socket with this inode was come across.
+    #[must_use]
+    pub fn knows(&self, inode: u64) -> bool {
+        self.walker.inodes.contains(&inode)
+    }
+
     /// The connection behind a descriptor: `None` for another kind of file, for a socket without a peer, and
     /// for a connection that was found before.
     ///

@@ -22,10 +22,12 @@ attributes! {
     verdict { CODE = 1 }
     expr { NAME = 1, DATA = 2 }
     immediate { DREG = 1, DATA = 2 }
+    bitwise { SREG = 1, DREG = 2, LEN = 3, MASK = 4, XOR = 5 }
     cmp { SREG = 1, OP = 2, DATA = 3 }
     lookup { SET = 1, SREG = 2, SET_ID = 4 }
     payload { DREG = 1, BASE = 2, OFFSET = 3, LEN = 4 }
     meta { DREG = 1, KEY = 2 }
+    log { GROUP = 1 }
     /// Of an error message, after the header that it answers.
     error { MSG = 1 }
 }

@@ -14,7 +14,7 @@ pub(super) const COMMIT: &str = "commit a transaction of nf_tables";
 const RECEIVE_BUFFER: usize = 64 * 1024;
 
 /// Whether the kernel did a transaction: it acknowledges the last of `steps`, or refuses some.
-pub(super) fn verdict(
+pub(in crate::lock) fn verdict(
     mut receive: impl FnMut(&mut [u8]) -> SysResult<Option<usize>>,
     steps: &[&'static str],
 ) -> Result<(), NftError> {

@@ -16,7 +16,7 @@ const REQUEST: u16 = netlink_flag(libc::NLM_F_REQUEST);
 const ACK: u16 = netlink_flag(libc::NLM_F_ACK);
 const DUMP: u16 = netlink_flag(libc::NLM_F_DUMP);
 
-pub(super) const fn netlink_flag(flag: libc::c_int) -> u16 {
+pub const fn netlink_flag(flag: libc::c_int) -> u16 {
     assert!(flag > 0 && flag <= 0xffff);
     #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // asserted above
     {

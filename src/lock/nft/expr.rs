@@ -45,16 +45,36 @@ impl Expressions<'_> {
             w.put_u32(abi::meta::KEY, number(key));
             w.put_u32(abi::meta::DREG, register);
         });
-        self.expression("cmp", |w| {
-            w.put_u32(abi::cmp::SREG, register);
-            w.put_u32(abi::cmp::OP, number(libc::NFT_CMP_EQ));
-            w.nest(abi::cmp::DATA, |w| w.put(abi::data::VALUE, value));
-        });
+        self.is(value);
     }
 
     /// Goes on only for packets that soccr sent.
     pub fn marked(&mut self) {
         self.meta_is(libc::NFT_META_MARK, &MARK.to_ne_bytes());
+    }
+
+    /// Goes on only for the first packet of whoever connects: of the flags FIN, SYN, RST and ACK only SYN is set.
+    pub fn opens_a_connection(&mut self) {
+        const FLAGS: u32 = 13;
+        let register = number(libc::NFT_REG_1);
+        self.load(register, Base::Transport, FLAGS, 1);
+        self.expression("bitwise", |w| {
+            w.put_u32(abi::bitwise::SREG, register);
+            w.put_u32(abi::bitwise::DREG, register);
+            w.put_u32(abi::bitwise::LEN, 1);
+            w.nest(abi::bitwise::MASK, |w| w.put(abi::data::VALUE, &[0x17]));
+            w.nest(abi::bitwise::XOR, |w| w.put(abi::data::VALUE, &[0]));
+        });
+        self.is(&[0x02]);
+    }
+
+    /// Goes on only where the first register has this value.
+    fn is(&mut self, value: &[u8]) {
+        self.expression("cmp", |w| {
+            w.put_u32(abi::cmp::SREG, number(libc::NFT_REG_1));
+            w.put_u32(abi::cmp::OP, number(libc::NFT_CMP_EQ));
+            w.nest(abi::cmp::DATA, |w| w.put(abi::data::VALUE, value));
+        });
     }
 
     /// Loads `len` bytes at `offset` of a header into a register.
@@ -78,6 +98,11 @@ impl Expressions<'_> {
             w.put_u32(abi::lookup::SREG, register);
             w.put_u32(abi::lookup::SET_ID, set_id);
         });
+    }
+
+    /// Gives a copy of the packet to whoever reads this group of the netfilter log, if anybody does.
+    pub fn log(&mut self, group: u16) {
+        self.expression("log", |w| w.put(abi::log::GROUP, &group.to_be_bytes()));
     }
 
     /// Ends the rule.

@@ -1,7 +1,7 @@
 //! The network lock in nf_tables, over netlink.
 
 mod abi;
-mod answer;
+pub(super) mod answer;
 mod client;
 mod error;
 mod expr;
@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use nix::errno::Errno;
 
-use super::{LockError, LockInfo, LockName, Method};
+use super::{Listener, LockError, LockInfo, LockName, LockOptions, Method};
 use crate::four_tuple::FourTuple;
 use crate::kernel::netns::NetNs;
 pub(super) use crate::kernel::wire;
@@ -22,7 +22,7 @@ use table::{Keys, Policy};
 
 use wire::{Attributes, Malformed};
 
-pub(super) use client::{Client, Transaction};
+pub(super) use client::{Client, Transaction, netlink_flag};
 pub use error::NftError;
 pub use expr::MARK;
 pub(super) use table::{AT_SOCKET, ON_PATH};
@@ -33,22 +33,29 @@ pub(super) fn lock(
     name: &LockName,
     tuples: &[FourTuple],
     policy: &Policy,
-    lease: Option<Duration>,
+    options: &LockOptions,
 ) -> Result<(), LockError> {
     let keys = Keys::of(tuples)?;
-    let set = || {
+    let set = |options: &LockOptions| {
         let client = Client::open(ns)?;
         let mut new = Transaction::new();
-        table::create(&mut new, name.as_str(), &keys, policy, lease);
+        table::create(&mut new, name.as_str(), &keys, policy, options);
         match client.commit(new) {
             Err(e) if e.is(Errno::EEXIST) => (),
             other => return other,
         }
         let mut replacement = Transaction::new();
-        table::replace(&mut replacement, name.as_str(), &keys, policy, lease);
+        table::replace(&mut replacement, name.as_str(), &keys, policy, options);
         client.commit(replacement)
     };
-    set().map_err(|e| failed("set", name, ns, e))
+    let result = match set(options) {
+        Err(e) if e.is(Errno::ENOENT) && options.log.is_some() => {
+            log::warn!("{ns}: packets are dropped and not held: this kernel has no nft_log");
+            set(&LockOptions { log: None, ..*options })
+        }
+        other => other,
+    };
+    result.map_err(|e| failed("set", name, ns, e))
 }
 
 /// See [`super::NetworkLock::add`].
@@ -59,20 +66,34 @@ pub(super) fn add(ns: &NetNs, name: &LockName, tuples: &[FourTuple]) -> Result<(
     commit(ns, transaction).map_err(|e| failed("add to", name, ns, e))
 }
 
+/// See [`super::NetworkLock::stop_newcomers`].
+pub(super) fn stop_newcomers(
+    ns: &NetNs,
+    name: &LockName,
+    listeners: &[Listener],
+    time: Duration,
+    log: Option<u16>,
+) -> Result<(), LockError> {
+    let policy = if name.is_on_path() { &ON_PATH } else { &AT_SOCKET };
+    let mut transaction = Transaction::new();
+    table::stop_newcomers(&mut transaction, name.as_str(), listeners, policy, time, log);
+    commit(ns, transaction).map_err(|e| failed("add listeners to", name, ns, e))
+}
+
 /// See [`super::rename`].
 pub(super) fn rename(
     ns: &NetNs,
     from: &LockName,
     to: &LockName,
     tuples: &[FourTuple],
-    lease: Option<Duration>,
+    options: &LockOptions,
 ) -> Result<(), LockError> {
     if from == to {
-        return lock(ns, to, tuples, &AT_SOCKET, lease);
+        return lock(ns, to, tuples, &AT_SOCKET, options);
     }
     let keys = Keys::of(tuples)?;
     let mut transaction = Transaction::new();
-    table::replace(&mut transaction, to.as_str(), &keys, &AT_SOCKET, lease);
+    table::replace(&mut transaction, to.as_str(), &keys, &AT_SOCKET, options);
     table::delete(&mut transaction, from.as_str());
     commit(ns, transaction).map_err(|e| failed("rename", from, ns, e))
 }
@@ -122,6 +143,11 @@ fn list_tables(ns: &NetNs) -> Result<Vec<LockInfo>, NftError> {
         Ok(LockInfo { method: Method::Nftables, name, entries })
     };
     names.into_iter().map(info).collect()
+}
+
+/// See [`super::is_there`].
+pub(super) fn is_there(ns: &NetNs, name: &LockName) -> Result<bool, LockError> {
+    has_table(ns, table::FAMILY, name.as_str()).map_err(|e| failed("look for", name, ns, e))
 }
 
 /// Whether there is a table of this family and name. A kernel without nf_tables has none.

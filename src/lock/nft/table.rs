@@ -15,7 +15,8 @@
 //! ```
 //!
 //! Which packets are locked ([`Keys`], the sets) is kept apart from what happens to them and where
-//! ([`Policy`], the chains), so that another policy needs no other sets.
+//! ([`Policy`], the chains), so that another policy needs no other sets. Where somebody holds the packets that come in, those rules
+//! have `log group N` before `drop`: he gets a copy, and if he is gone nothing else changes.
 
 use std::time::Duration;
 
@@ -24,8 +25,9 @@ use super::client::Transaction;
 use super::expr::{Base, Expressions, Verdict, number};
 use super::wire::Writer;
 use crate::four_tuple::FourTuple;
-use crate::lock::LockError;
-use std::net::SocketAddr;
+use crate::lock::{Listener, LockError, LockOptions};
+use std::collections::BTreeSet;
+use std::net::{IpAddr, SocketAddr};
 
 /// `NFPROTO_INET`: the table sees IPv4 and IPv6.
 #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // the constant is 1
@@ -37,6 +39,16 @@ struct Hook {
     chain: &'static str,
     hook: libc::c_int,
     priority: i32,
+    /// Whether who would connect is stopped here.
+    newcomers: bool,
+}
+
+impl Hook {
+    /// Whether what is dropped here may be held. Who sends from this host is told that its packet was dropped on the way
+    /// out, and does not count it as sent: an acknowledgement would be one of what was never sent, which TCP ignores for good.
+    fn comes_in(&self) -> bool {
+        matches!(self.hook, libc::NF_INET_PRE_ROUTING | libc::NF_INET_LOCAL_IN)
+    }
 }
 
 /// What becomes of locked packets, and where.
@@ -51,8 +63,8 @@ pub struct Policy {
 /// rewritten back on the way in (`srcnat`, 100). Before `mangle` (-150), the mark is still ours, too.
 pub const AT_SOCKET: Policy = Policy {
     hooks: &[
-        Hook { chain: "output", hook: libc::NF_INET_LOCAL_OUT, priority: -300 },
-        Hook { chain: "input", hook: libc::NF_INET_LOCAL_IN, priority: 300 },
+        Hook { chain: "output", hook: libc::NF_INET_LOCAL_OUT, priority: -300, newcomers: false },
+        Hook { chain: "input", hook: libc::NF_INET_LOCAL_IN, priority: 300, newcomers: true },
     ],
     verdict: Verdict::Drop,
 };
@@ -62,9 +74,9 @@ pub const AT_SOCKET: Policy = Policy {
 /// goes to the socket after the last (`srcnat`, 100). A forward hook would miss the peers on this host.
 pub const ON_PATH: Policy = Policy {
     hooks: &[
-        Hook { chain: "prerouting", hook: libc::NF_INET_PRE_ROUTING, priority: -300 },
-        Hook { chain: "output", hook: libc::NF_INET_LOCAL_OUT, priority: -300 },
-        Hook { chain: "postrouting", hook: libc::NF_INET_POST_ROUTING, priority: 300 },
+        Hook { chain: "prerouting", hook: libc::NF_INET_PRE_ROUTING, priority: -300, newcomers: true },
+        Hook { chain: "output", hook: libc::NF_INET_LOCAL_OUT, priority: -300, newcomers: true },
+        Hook { chain: "postrouting", hook: libc::NF_INET_POST_ROUTING, priority: 300, newcomers: true },
     ],
     verdict: Verdict::Drop,
 };
@@ -109,6 +121,66 @@ const V6: Selector = Selector {
     destination: 24,
     address_len: 16,
 };
+
+/// A set of listeners: of one address each, or of all that a port has.
+struct Door {
+    set: &'static str,
+    id: u32,
+    selector: &'static Selector,
+    any_address: bool,
+}
+
+/// All of them.
+const DOORS: [Door; 4] = [
+    Door { set: "listeners4", id: 3, selector: &V4, any_address: false },
+    Door { set: "listeners6", id: 4, selector: &V6, any_address: false },
+    Door { set: "ports4", id: 5, selector: &V4, any_address: true },
+    Door { set: "ports6", id: 6, selector: &V6, any_address: true },
+];
+
+impl Door {
+    /// The listener's element, if it belongs here. One of IPv6 at any address hears IPv4 as well, unless told otherwise.
+    fn key(&self, listener: &Listener) -> Option<Vec<u8>> {
+        let Listener { local, v6only } = *listener;
+        let (ip, is_v4) = (local.ip().to_canonical(), self.selector.address_len == 4);
+        let hears = ip.is_ipv4() == is_v4 || (is_v4 && ip.is_unspecified() && !v6only);
+        if !hears || ip.is_unspecified() != self.any_address {
+            return None;
+        }
+        let mut key = match ip {
+            _ if self.any_address => Vec::new(),
+            IpAddr::V4(ip) => ip.octets().to_vec(),
+            IpAddr::V6(ip) => ip.octets().to_vec(),
+        };
+        key.extend(local.port().to_be_bytes());
+        key.resize(if self.any_address { 2 } else { key.len().next_multiple_of(4) }, 0);
+        Some(key)
+    }
+
+    fn create_set(&self, transaction: &mut Transaction, table: &str, time: Duration) {
+        let Selector { address, address_len, .. } = *self.selector;
+        let key = if self.any_address {
+            (abi::datatype::INET_SERVICE, 2)
+        } else {
+            (address << abi::datatype::BITS | abi::datatype::INET_SERVICE, address_len + 4)
+        };
+        new_set(transaction, table, (self.set, self.id), key, None, Some(time));
+    }
+
+    fn matches(&self, e: &mut Expressions<'_>) {
+        let Selector { destination, address_len, .. } = *self.selector;
+        self.selector.is_tcp(e);
+        e.opens_a_connection();
+        let first = number(libc::NFT_REG32_00);
+        let mut port = first;
+        if !self.any_address {
+            e.load(register(first), Base::Network, destination, address_len);
+            port += address_len / 4;
+        }
+        e.load(register(port), Base::Transport, 2, 2);
+        e.in_set(register(first), self.set, self.id);
+    }
+}
 
 /// The names of the sets, here and in stock CRIU's tables.
 pub const SETS: [&str; 2] = [V4.set, V6.set];
@@ -180,12 +252,12 @@ pub fn replace(
     name: &str,
     keys: &Keys,
     policy: &Policy,
-    lease: Option<Duration>,
+    options: &LockOptions,
 ) {
     // Deleting what is not there would fail, so it is made first; nothing of this shows outside.
     create_table(transaction, name, libc::NLM_F_CREATE);
     delete(transaction, name);
-    create(transaction, name, keys, policy, lease);
+    create(transaction, name, keys, policy, options);
 }
 
 /// Adds the steps that make the table `name`, which must not exist.
@@ -194,16 +266,46 @@ pub fn create(
     name: &str,
     keys: &Keys,
     policy: &Policy,
-    lease: Option<Duration>,
+    options: &LockOptions,
 ) {
     create_table(transaction, name, libc::NLM_F_CREATE | libc::NLM_F_EXCL);
     for (selector, keys) in [(&V4, keys.v4.len()), (&V6, keys.v6.len())] {
-        create_set(transaction, name, selector, keys, lease);
+        create_set(transaction, name, selector, keys, options.lease);
     }
     add(transaction, name, keys);
     for hook in policy.hooks {
         create_chain(transaction, name, hook);
-        create_rules(transaction, name, hook.chain, policy.verdict);
+        let log = options.log.filter(|_| hook.comes_in());
+        create_rules(transaction, name, hook.chain, policy.verdict, log);
+    }
+}
+
+/// Adds the steps that have the table `name` stop, for `time`, who would connect to these listeners.
+pub fn stop_newcomers(
+    transaction: &mut Transaction,
+    name: &str,
+    listeners: &[Listener],
+    policy: &Policy,
+    time: Duration,
+    log: Option<u16>,
+) {
+    for door in &DOORS {
+        let keys: BTreeSet<Vec<u8>> = listeners.iter().filter_map(|listener| door.key(listener)).collect();
+        if keys.is_empty() {
+            continue;
+        }
+        door.create_set(transaction, name, time);
+        let keys: Vec<Vec<u8>> = keys.into_iter().collect();
+        for chunk in keys.chunks(ELEMENTS_PER_MESSAGE) {
+            add_elements(transaction, name, door.set, chunk);
+        }
+        for hook in policy.hooks.iter().filter(|hook| hook.newcomers) {
+            rule(transaction, name, hook.chain, |e| {
+                door.matches(e);
+                log.filter(|_| hook.comes_in()).into_iter().for_each(|group| e.log(group));
+                e.verdict(policy.verdict);
+            });
+        }
     }
 }
 
@@ -217,10 +319,10 @@ pub fn delete(transaction: &mut Transaction, name: &str) {
 /// Adds the steps that put more elements into the table `name`; those already there are left alone.
 pub fn add(transaction: &mut Transaction, name: &str, keys: &Keys) {
     for chunk in keys.v4.chunks(ELEMENTS_PER_MESSAGE) {
-        add_elements(transaction, name, &V4, chunk);
+        add_elements(transaction, name, V4.set, chunk);
     }
     for chunk in keys.v6.chunks(ELEMENTS_PER_MESSAGE) {
-        add_elements(transaction, name, &V6, chunk);
+        add_elements(transaction, name, V6.set, chunk);
     }
 }
 
@@ -241,15 +343,28 @@ fn create_set(
     lease: Option<Duration>,
 ) {
     const ROOM: usize = 1 << 15;
+    let size = (keys > 0).then(|| u32::try_from(4 * keys + ROOM).ok()).flatten();
+    let Selector { set, id, key_len, .. } = *selector;
+    new_set(transaction, table, (set, id), (selector.key_type(), key_len), size, lease);
+}
+
+fn new_set(
+    transaction: &mut Transaction,
+    table: &str,
+    (name, id): (&str, u32),
+    (key_type, key_len): (u32, u32),
+    size: Option<u32>,
+    lease: Option<Duration>,
+) {
     let flags = libc::NLM_F_CREATE | libc::NLM_F_EXCL;
     transaction.step("create a set of connections", libc::NFT_MSG_NEWSET, flags, FAMILY, |w| {
         w.put_str(abi::set::TABLE, table);
-        w.put_str(abi::set::NAME, selector.set);
-        w.put_u32(abi::set::ID, selector.id);
-        w.put_u32(abi::set::KEY_TYPE, selector.key_type());
-        w.put_u32(abi::set::KEY_LEN, selector.key_len);
+        w.put_str(abi::set::NAME, name);
+        w.put_u32(abi::set::ID, id);
+        w.put_u32(abi::set::KEY_TYPE, key_type);
+        w.put_u32(abi::set::KEY_LEN, key_len);
         w.put_u32(abi::set::FLAGS, if lease.is_some() { number(libc::NFT_SET_TIMEOUT) } else { 0 });
-        if let Some(size) = (keys > 0).then(|| u32::try_from(4 * keys + ROOM).ok()).flatten() {
+        if let Some(size) = size {
             w.nest(abi::set::DESCRIPTION, |w| w.put_u32(abi::set_description::SIZE, size));
         }
         if let Some(lease) = lease {
@@ -259,17 +374,12 @@ fn create_set(
     });
 }
 
-fn add_elements<const K: usize>(
-    transaction: &mut Transaction,
-    table: &str,
-    selector: &Selector,
-    keys: &[[u8; K]],
-) {
+fn add_elements(transaction: &mut Transaction, table: &str, set: &str, keys: &[impl AsRef<[u8]>]) {
     let step = "add connections to the lock's set";
     transaction.step(step, libc::NFT_MSG_NEWSETELEM, libc::NLM_F_CREATE, FAMILY, |w| {
         w.put_str(abi::element_list::TABLE, table);
-        w.put_str(abi::element_list::SET, selector.set);
-        w.nest(abi::element_list::ELEMENTS, |w| keys.iter().for_each(|key| element(w, key)));
+        w.put_str(abi::element_list::SET, set);
+        w.nest(abi::element_list::ELEMENTS, |w| keys.iter().for_each(|key| element(w, key.as_ref())));
     });
 }
 
@@ -290,7 +400,7 @@ fn create_chain(transaction: &mut Transaction, table: &str, hook: &Hook) {
     });
 }
 
-fn create_rules(transaction: &mut Transaction, table: &str, chain: &str, verdict: Verdict) {
+fn create_rules(transaction: &mut Transaction, table: &str, chain: &str, verdict: Verdict, log: Option<u16>) {
     rule(transaction, table, chain, |e| {
         e.marked();
         e.verdict(Verdict::Accept);
@@ -298,6 +408,7 @@ fn create_rules(transaction: &mut Transaction, table: &str, chain: &str, verdict
     for selector in [&V4, &V6] {
         rule(transaction, table, chain, |e| {
             selector.matches(e);
+            log.into_iter().for_each(|group| e.log(group));
             e.verdict(verdict);
         });
     }
@@ -320,12 +431,17 @@ impl Selector {
             .fold(0, |all, one| all << abi::datatype::BITS | one)
     }
 
-    /// Goes on only for the set's TCP packets. `nft` prints these expressions as
-    /// `ip saddr . tcp sport . ip daddr . tcp dport @conns4`, as it does stock CRIU's.
-    fn matches(&self, e: &mut Expressions<'_>) {
+    /// Goes on only for TCP packets of this family.
+    fn is_tcp(&self, e: &mut Expressions<'_>) {
         e.meta_is(libc::NFT_META_NFPROTO, &[self.nfproto]);
         #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // the constant is 6
         e.meta_is(libc::NFT_META_L4PROTO, &[libc::IPPROTO_TCP as u8]);
+    }
+
+    /// Goes on only for the set's TCP packets. `nft` prints these expressions as
+    /// `ip saddr . tcp sport . ip daddr . tcp dport @conns4`, as it does stock CRIU's.
+    fn matches(&self, e: &mut Expressions<'_>) {
+        self.is_tcp(e);
         // A key lies in consecutive registers of four bytes each. The first is named NFT_REG_1, a
         // name for sixteen bytes, because `nft` reads the rule back only when it is.
         let first = number(libc::NFT_REG32_00);

@@ -3,6 +3,8 @@
 
 use std::net::SocketAddr;
 use std::process::Stdio;
+use std::thread;
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use soccr_testkit::netns::{End, veth};
@@ -102,6 +104,43 @@ fn its_peers_notice_nothing_when_its_network_is_made_anew() -> Result<()> {
         client.ping(1000)?;
     }
     leftovers::no_rules(&network.container)?;
+    network.down(host)?;
+    stage.wait_until_clean(Some(&server))
+}
+
+/// Who connects while its network is down waits, by the container's address and by a published port that some connection uses.
+#[test]
+fn who_connects_meanwhile_waits() -> Result<()> {
+    let Some(stage) = stage(Place::External, &[PLUGIN])? else { return Ok(()) };
+    let host = wire(&stage)?;
+    let network = Network::up(host)?;
+    let server = Server::start(&network.container, INSIDE.parse()?, stage.dir(), ["--mode", "echo"])?;
+    let mut known = clients(&stage.peer, PUBLISHED)?;
+    known.iter_mut().try_for_each(|client| client.ping(1000))?;
+
+    let (images, address) = (stage.images()?, server.address);
+    let external = format!("net[{}]:inner", network.container.inode());
+    let call = stage.criu.dump(PLUGIN, server.pid(), &images).inside(host).args(["--external", &external]);
+    call.dump_and_wait(server.task)?;
+    network.down(host)?;
+    let connect = |to: &str| -> Result<Client> {
+        let to = to.parse()?;
+        stage.peer.run(|| Client::connect(to))
+    };
+    let (network, server, new) = thread::scope(|scope| -> Result<_> {
+        let new = [INSIDE, PUBLISHED].map(|to| scope.spawn(move || connect(to)));
+        // Who is refused is so at once.
+        thread::sleep(Duration::from_millis(500));
+        ensure!(new.iter().all(|new| !new.is_finished()), "somebody does not wait");
+        let network = Network::up(host)?;
+        let call = stage.criu.restore(PLUGIN, &images).inside(host).inherit(&network.container, "inner")?;
+        let server = Server::restored(address, call.restore()?.0, stage.dir());
+        let new = new.map(|new| new.join().expect("it does not panic"));
+        Ok((network, server, new.into_iter().collect::<Result<Vec<_>>>()?))
+    })?;
+    for mut client in known.into_iter().chain(new) {
+        client.ping(1000)?;
+    }
     network.down(host)?;
     stage.wait_until_clean(Some(&server))
 }

@@ -14,4 +14,5 @@ mod options;
 mod outcomes;
 mod pluginhost;
 mod promises;
+mod silence;
 mod world;

@@ -1,5 +1,7 @@
 //! A server moves to another host with its addresses, while its clients send.
 
+use std::time::{Duration, Instant};
+
 use anyhow::{Result, ensure};
 use soccr_testkit::stage::{V4, V6};
 use soccr_testkit::task::wait_until;
@@ -9,6 +11,9 @@ use tempfile::TempDir;
 use crate::world::{BUSY, PATIENCE, PLUGIN, criu};
 
 const CLIENTS: usize = 20;
+const SLACK: Duration = Duration::from_millis(500);
+/// For so long at least the server is nowhere.
+const AWAY: Duration = Duration::from_millis(1000);
 
 struct Scene {
     lan: Lan,
@@ -75,10 +80,14 @@ fn to_and_fro(scene: Scene, is_clean: impl Fn(&Lan) -> Result<()>) -> Result<()>
     for _ in 0..4 {
         let at_target = Capture::start(lan.there().host())?;
         let way = Way { side: PLUGIN, hold: true };
+        let started = Instant::now();
         let task = lan.migrate(server.task, way, || {
-            wait_until("a client sends to the new host", PATIENCE, || Ok(at_target.segments() > 0))
+            wait_until("a client sends to the new host", PATIENCE, || {
+                Ok(at_target.segments() > 0 && started.elapsed() > AWAY)
+            })
         })?;
         server = Server::restored(server.address, task, dir.path());
+        catches_up(&busy)?;
         at_target.stop()?;
         is_clean(&lan)?;
         all_flow(&busy)?;
@@ -87,6 +96,19 @@ fn to_and_fro(scene: Scene, is_clean: impl Fn(&Lan) -> Result<()>) -> Result<()>
     let seen = capture.stop()?;
     ensure!(seen.resets.is_empty(), "{} resets, the first a {}", seen.resets.len(), seen.resets[0]);
     ensure!(clients.iter().all(|client| client.received() > 0), "a client never got anything");
+    Ok(())
+}
+
+/// What clients have sent while the server moved is echoed before any of their timers could have brought it: the next
+/// retransmission of one that has made two is 0.8 s away.
+fn catches_up(busy: &Fleet<Client>) -> Result<()> {
+    let back = Instant::now();
+    let sent: Vec<u64> = busy.members().iter().map(|member| member.client.sent()).collect();
+    let received = || busy.members().iter().map(|member| member.client.received()).collect::<Vec<_>>();
+    let all = || received().iter().zip(&sent).all(|(received, sent)| received >= sent);
+    wait_until("all is echoed", PATIENCE, || Ok(all()))?;
+    println!("all is echoed after {:?}", back.elapsed());
+    ensure!(back.elapsed() <= SLACK, "all is echoed after {:?}", back.elapsed());
     Ok(())
 }
 

@@ -94,7 +94,7 @@ impl Beside<'_> {
         let run_id = Inventory::read(self.images)?.dump_run_id;
         let sockets = std::mem::take(&mut self.extras).into_sockets();
         // Nothing on this host has the dump's name: there is neither a lock nor a record.
-        SideImage { id: String::new(), run_id, translations: Vec::new(), sockets }.write(self.images)?;
+        SideImage { run_id, sockets, ..SideImage::default() }.write(self.images)?;
         log::info!(
             "CRIU carries the connections itself (--tcp-established without --tcp-close); soccr.img has what CRIU's images \
              lack. With tcp-close in its configuration (soccr enable) the plugin carries them, and locks them without a gap"

@@ -5,11 +5,13 @@ use std::os::fd::{AsFd, OwnedFd};
 
 use soccr::chain;
 use soccr::connection::FourTuple;
+use soccr::criu::keeper::Keeper;
 use soccr::criu::record::{self, NsId, Phase, Recorder, State, Store};
 use soccr::criu::stock;
 use soccr::criu::tasks::Task;
 use soccr::kernel::netns::NetNs;
-use soccr::lock::{self, LockName, Method, NetworkLock};
+use soccr::lock::held::Holder;
+use soccr::lock::{self, Listener, LockName, Method, NetworkLock};
 use soccr::repair::Paused;
 
 use super::arrangement::{Arrangement, Namespaces};
@@ -34,6 +36,10 @@ pub struct Held {
     pub locks: HashMap<NetNs, NetworkLock>,
     /// The same on the way to namespaces other than criu's.
     pub path: Path,
+    /// What the locks keep from the sockets.
+    pub holder: Holder,
+    /// Where the tree listens.
+    pub listeners: HashMap<NetNs, Vec<Listener>>,
     /// Who can undo all this if we cannot.
     pub recorder: Recorder,
 }
@@ -44,13 +50,20 @@ impl Held {
         let (tasks, namespaces, sockets) = (Vec::new(), Vec::new(), Vec::new());
         let criu_ns = NetNs::of_task(criu.pid.cast_unsigned())?;
         let path = Path::new(&criu_ns, lock);
-        Ok(Self { tasks, namespaces, criu_ns, sockets, locks: HashMap::new(), path, recorder })
+        let (locks, holder, listeners) = (HashMap::new(), Holder::from_env()?, HashMap::new());
+        Ok(Self { tasks, namespaces, criu_ns, sockets, locks, path, holder, listeners, recorder })
     }
 
     /// Criu's network namespace, and the root's.
     pub fn tree(&self) -> Namespaces<'_> {
         let own = self.namespaces.first().filter(|root| **root != self.criu_ns);
         Namespaces { criu: &self.criu_ns, own }
+    }
+
+    /// The namespaces in which the tree listens.
+    pub fn listening(&self) -> Vec<NetNs> {
+        let listening = self.listeners.iter().filter(|(_, listeners)| !listeners.is_empty());
+        listening.map(|(ns, _)| ns.clone()).collect()
     }
 
     /// One more task, and the namespace that it lives in.
@@ -74,6 +87,7 @@ impl Held {
     /// removes that itself, unless it was killed, or fails after it has locked.
     pub fn let_live(mut self) -> Vec<Task> {
         let unlocked = self.unlock() & self.remove_criu_locks();
+        self.release();
         self.end_record(unlocked)
     }
 
@@ -97,6 +111,16 @@ impl Held {
             }
         }
         unlocked
+    }
+
+    /// The sockets get what was kept from them, and the root's listeners those who would connect.
+    fn release(&mut self) {
+        let mut held = std::mem::take(&mut self.holder).finish();
+        if let Some(root) = self.namespaces.first() {
+            held.let_in(root);
+        }
+        let sockets = self.sockets.iter().map(|(socket, tuple)| (socket.as_fd(), *tuple));
+        log::debug!("{} packets were held, {} brought to their sockets", held.len(), held.release(sockets));
     }
 
     /// Whether CRIU's own locks are gone.
@@ -134,9 +158,11 @@ impl Held {
         self.tasks
     }
 
-    /// The tasks are dead: the connections leave this host without a word, and the locks become what was arranged.
-    pub fn leave(mut self, arrangement: Arrangement) -> Vec<Task> {
+    /// The tasks are dead: the connections leave this host without a word, and the locks become what was arranged. Also
+    /// gives who holds what their peers send until the restore, if anybody can.
+    pub fn leave(mut self, arrangement: Arrangement) -> (Vec<Task>, Option<Keeper>) {
         self.close_silently();
+        let staying = self.staying_beside_criu(&arrangement);
         self.path.keep();
         for (ns, lock) in std::mem::take(&mut self.locks) {
             if arrangement.ours_stays(&ns) {
@@ -161,7 +187,22 @@ impl Held {
         if record.locks.is_empty() && record::is_undone(record) {
             self.forget_record();
         }
-        self.tasks
+        let keeper = self.keeper(staying);
+        (self.tasks, keeper)
+    }
+
+    /// Our locks in criu's namespace that wait for the restore. Other namespaces may go with their tasks, and must not be
+    /// kept.
+    fn staying_beside_criu(&self, arrangement: &Arrangement) -> Vec<LockName> {
+        let at_sockets = self.locks.get(&self.criu_ns).filter(|_| arrangement.ours_stays(&self.criu_ns));
+        at_sockets.map(NetworkLock::name).into_iter().chain(self.path.locked_by()).cloned().collect()
+    }
+
+    fn keeper(&mut self, locks: Vec<LockName>) -> Option<Keeper> {
+        let holder = std::mem::take(&mut self.holder);
+        let door = self.recorder.held().filter(|_| !locks.is_empty() && holder.listens())?;
+        let keeper = Keeper::new(holder, &self.criu_ns, locks, door);
+        keeper.inspect_err(|error| log::warn!("nobody holds packets until the restore: {error}")).ok()
     }
 
     /// Ours are the last descriptors of the sockets: in repair mode a socket is closed without a word to the peer.

@@ -19,6 +19,7 @@ mod writer;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::unistd::getppid;
 use soccr::criu::image::ImageDir;
+use soccr::criu::keeper::Keeper;
 use soccr::criu::tasks::Task;
 
 use std::os::fd::AsFd;
@@ -29,6 +30,7 @@ use crate::agent::server::{Answer, Asked, Server};
 use crate::fault;
 use crate::protocol::Request;
 use arrangement::Arrangement;
+use held::Held;
 use saving::{Saved, Saving};
 use watching::{Looked, Watching};
 
@@ -62,8 +64,29 @@ enum Progress<'a> {
     TakenOver(Saved),
     /// exit() was called after a success: the tasks will die or run on.
     Watching(Watching),
-    /// All is done. These were the tasks.
-    Over(Vec<Task>),
+    /// All is done. These were the tasks; and what peers send to the dead ones is held.
+    Over(Vec<Task>, Option<Keeper>),
+}
+
+impl Progress<'_> {
+    fn held(&self) -> Option<&Held> {
+        match self {
+            Self::Saving(saving) => Some(&saving.held),
+            Self::TakenOver(saved) => Some(&saved.held),
+            Self::Watching(watching) => Some(&watching.held),
+            Self::Over(..) => None,
+        }
+    }
+
+    /// Takes the packets that were held meanwhile; the kernel does not keep many.
+    fn read_held(&mut self) {
+        match self {
+            Self::Saving(saving) => saving.held.holder.read(),
+            Self::TakenOver(saved) => saved.held.holder.read(),
+            Self::Watching(watching) => watching.held.holder.read(),
+            Self::Over(..) => {}
+        }
+    }
 }
 
 /// One dump, as criu's hooks and the tasks' fate drive it.
@@ -89,7 +112,9 @@ impl<'a> Dump<'a> {
 
     fn run(mut self, mut progress: Progress<'_>) {
         while !self.may_leave(&progress) {
-            progress = match self.wait(&progress) {
+            let event = self.wait(&progress);
+            progress.read_held();
+            progress = match event {
                 Event::Asked(asked) => self.serve(progress, asked),
                 Event::CriuGone => self.criu_gone(progress),
                 Event::Look => progress,
@@ -99,12 +124,18 @@ impl<'a> Dump<'a> {
         for answer in self.waiting {
             answer.finish(true);
         }
+        // Who is criu's child must not stay: it is waited for.
+        if let Progress::Over(_, Some(keeper)) = progress
+            && getppid().as_raw() != self.criu.pid
+        {
+            keeper.serve();
+        }
     }
 
     /// The agent stays as long as criu may ask: one that is gone before is one that was killed. But a criu whose child
     /// it is (the first process of a PID namespace) waits for all its children before it asks.
     fn may_leave(&self, progress: &Progress<'_>) -> bool {
-        let Progress::Over(tasks) = progress else { return false };
+        let Progress::Over(tasks, _) = progress else { return false };
         let awaited = || tasks.iter().all(Task::gone) && getppid().as_raw() == self.criu.pid;
         !self.criu_lives || !self.waiting.is_empty() || awaited()
     }
@@ -126,6 +157,8 @@ impl<'a> Dump<'a> {
             let alive = watching.tasks().iter().find(|task| !task.gone());
             fds.extend(alive.map(|task| PollFd::new(task.pidfd(), PollFlags::POLLIN)));
         }
+        let logs = progress.held().into_iter().flat_map(|held| held.holder.fds());
+        fds.extend(logs.map(|log| PollFd::new(log, PollFlags::POLLIN)));
         if poll(&mut fds, timeout).is_err() {
             return Event::Look;
         }
@@ -171,21 +204,21 @@ impl<'a> Dump<'a> {
     fn criu_gone<'d>(&mut self, progress: Progress<'d>) -> Progress<'d> {
         self.criu_lives = false;
         match progress {
-            Progress::Saving(saving) => Progress::Over(saving.into_held().let_live()),
-            Progress::TakenOver(saved) => Progress::Over(saved.held.let_live()),
+            Progress::Saving(saving) => Progress::Over(saving.into_held().let_live(), None),
+            Progress::TakenOver(saved) => Progress::Over(saved.held.let_live(), None),
             other => other,
         }
     }
 
     /// exit(): the images are whole, or the dump has failed.
     fn end<'d>(&self, progress: Progress<'d>, ret: i32) -> (Progress<'d>, Result<(), AgentError>) {
-        let (saved, taken_over) = match progress {
+        let (mut saved, taken_over) = match progress {
             Progress::Saving(saving) => (saving.into_saved(), false),
             Progress::TakenOver(saved) => (saved, true),
             other => return (other, Ok(())),
         };
         if ret != 0 {
-            return (Progress::Over(saved.held.let_live()), Ok(()));
+            return (Progress::Over(saved.held.let_live(), None), Ok(()));
         }
         let arranged = fault::point("dump.end").map_err(AgentError::from).and_then(|()| {
             let (images, lock, tree) = (&saved.images, &saved.lock_name, saved.held.tree());
@@ -203,7 +236,7 @@ impl<'a> Dump<'a> {
             Ok(Some(arrangement)) => (arrangement, Ok(())),
             Ok(None) => {
                 log::info!("CRIU carries the connections itself");
-                return (Progress::Over(saved.held.stand_aside()), Ok(()));
+                return (Progress::Over(saved.held.stand_aside(), None), Ok(()));
             }
             // CRIU kills the tasks all the same: the images are as they are, and the locks are needed.
             Err(error) => (Arrangement::as_it_is(), Err(error)),
@@ -228,7 +261,7 @@ impl<'a> Dump<'a> {
                 }
                 Progress::Watching(watching)
             }
-            Looked::Settled(tasks) => Progress::Over(tasks),
+            Looked::Settled(tasks, keeper) => Progress::Over(tasks, keeper),
         }
     }
 }

@@ -7,7 +7,7 @@ use soccr::connection::{ControlBlock, FourTuple, Queues};
 use soccr::criu::image::ImageDir;
 use soccr::criu::image::external::ExternalImage;
 use soccr::criu::image::inventory::{self, Inventory};
-use soccr::criu::image::side::{SideImage, Sockets};
+use soccr::criu::image::side::{self, SideImage, Sockets, TreeListener};
 use soccr::criu::record::{ConnectionRecord, LockRecord, NsId, Phase, Recorder, Store};
 use soccr::criu::tasks::{self, FindError, Finder, Found, FoundConnection, OwnerMap, Place, Task};
 use soccr::kernel::netns::NetNs;
@@ -21,7 +21,7 @@ use super::writer::{self, Image};
 use crate::agent::error::AgentError;
 use crate::agent::path::Path;
 use crate::agent::profile::Profile;
-use crate::agent::{clean, privilege};
+use crate::agent::{clean, listeners, privilege};
 use crate::fault;
 
 /// A dump whose hooks are still to come.
@@ -33,7 +33,8 @@ pub struct Saving<'a> {
     options: LockOptions,
     finder: Finder,
     extras: Extras,
-    held: Held,
+    /// What is held until the outcome.
+    pub held: Held,
 }
 
 /// A dump of which all is saved.
@@ -110,6 +111,7 @@ impl<'a> Saving<'a> {
         fault::point("dump.found")?;
         let elsewhere = found.iter().filter(|connection| connection.ns != self.held.criu_ns);
         self.held.path.add(elsewhere.map(|connection| connection.tuple));
+        self.find_listeners(&found);
         profile.lap("find");
         self.record(&found)?;
         profile.lap("record");
@@ -125,6 +127,23 @@ impl<'a> Saving<'a> {
         Ok(())
     }
 
+    /// Of each namespace once.
+    fn find_listeners(&mut self, found: &[FoundConnection]) {
+        let Held { namespaces, listeners, holder, criu_ns, path, .. } = &mut self.held;
+        if self.options.method != Method::Nftables || holder.newcomers.is_zero() {
+            return;
+        }
+        for ns in namespaces.iter().chain(found.iter().map(|connection| &connection.ns)) {
+            if !listeners.contains_key(ns) {
+                let there = listeners::of_tree(ns, |inode| self.finder.knows(inode));
+                if ns != criu_ns {
+                    path.add_listeners(ns, &there);
+                }
+                listeners.insert(ns.clone(), there);
+            }
+        }
+    }
+
     fn add_tree(&mut self, pid: i32) -> Result<(), AgentError> {
         let mut pids = tasks::frozen_tree(pid, self.criu.pid).map_err(AgentError::Tree)?;
         pids.retain(|pid| self.held.tasks.iter().all(|task| task.pid != *pid));
@@ -137,13 +156,14 @@ impl<'a> Saving<'a> {
     /// Writes down what is about to be changed on this host, while nothing is.
     fn record(&mut self, found: &[FoundConnection]) -> Result<(), AgentError> {
         let locked_by_criu = self.held.tree().own.cloned();
-        if found.is_empty() && locked_by_criu.is_none() {
+        let listening = self.held.listening();
+        if found.is_empty() && locked_by_criu.is_none() && listening.is_empty() {
             return Ok(());
         }
         let recorder = &mut self.held.recorder;
         locked_by_criu.iter().for_each(|ns| recorder.add_criu_lock(ns));
-        for connection in found.iter().filter(|_| self.options.method != Method::Skip) {
-            let ns = NsId::from(&connection.ns);
+        let namespaces = found.iter().map(|connection| &connection.ns).chain(&listening);
+        for ns in namespaces.filter(|_| self.options.method != Method::Skip).map(NsId::from) {
             recorder.add_lock(LockRecord { ns, name: self.lock_name.clone(), method: self.options.method });
         }
         self.held.path.record(&self.options).into_iter().for_each(|lock| recorder.add_lock(lock));
@@ -156,17 +176,32 @@ impl<'a> Saving<'a> {
 
     /// One transaction per namespace, the one that packets pass through first.
     fn lock(&mut self, found: &[FoundConnection]) -> Result<(), AgentError> {
-        self.held.path.lock(&self.options)?;
+        let listening = self.held.listening();
+        let Held { path, holder, locks, criu_ns, listeners, namespaces, .. } = &mut self.held;
+        holder.expect(found.iter().map(|connection| connection.tuple));
+        holder.expect_translated(path.translations());
+        path.lock(&holder.options(criu_ns, &self.options), holder.newcomers)?;
         let mut tuples: HashMap<&NetNs, Vec<FourTuple>> = HashMap::new();
         for connection in found.iter().filter(|connection| connection.tuple.local.port() != 0) {
             tuples.entry(&connection.ns).or_default().push(connection.tuple);
         }
+        for ns in listening.iter().filter(|ns| !locks.contains_key(ns)) {
+            tuples.entry(ns).or_default();
+        }
         for (ns, tuples) in tuples {
-            match self.held.locks.get_mut(ns) {
+            match locks.get_mut(ns) {
                 Some(lock) => lock.add(&tuples)?,
                 None => {
-                    let lock = NetworkLock::lock(ns, &self.lock_name, &tuples, &self.options)?;
-                    self.held.locks.insert(ns.clone(), lock);
+                    let options = holder.options(ns, &self.options);
+                    let lock = NetworkLock::lock(ns, &self.lock_name, &tuples, &options)?;
+                    let listeners = listeners.get(ns).map(Vec::as_slice).unwrap_or_default();
+                    // Whom the others are for is known by their addresses only.
+                    let held = namespaces.first() == Some(ns);
+                    if held {
+                        holder.expect_newcomers(listeners);
+                    }
+                    listeners::stop_newcomers(&lock, listeners, holder.newcomers, held);
+                    locks.insert(ns.clone(), lock);
                 }
             }
         }
@@ -241,13 +276,21 @@ impl<'a> Saving<'a> {
 
 impl Saved {
     /// Writes what CRIU's images have no field for.
-    pub fn write_side_image(&self) -> Result<(), AgentError> {
+    pub fn write_side_image(&mut self) -> Result<(), AgentError> {
         let translations = self.held.path.translations().to_vec();
-        let id = self.lock_name.id().to_owned();
+        let (id, held) = (self.lock_name.id().to_owned(), self.held.holder.held().clone());
         let inventory = self.images.contains(inventory::NAME).then(|| Inventory::read(&self.images));
         let run_id = inventory.transpose()?.and_then(|inventory| inventory.dump_run_id);
+        let listeners = self.held.listeners.iter().flat_map(|(ns, listeners)| {
+            let place = if *ns == self.held.criu_ns { side::Place::BesideCriu } else { side::Place::Inside };
+            listeners.iter().map(move |listener| TreeListener { listener: *listener, place })
+        });
+        let on_path = self.held.path.listeners.iter();
+        let on_path =
+            on_path.map(|listener| TreeListener { listener: *listener, place: side::Place::OnPath });
+        let listeners = listeners.chain(on_path).collect();
         let sockets = self.sockets.clone();
-        Ok(SideImage { id, run_id, translations, sockets }.write(&self.images)?)
+        Ok(SideImage { id, run_id, translations, sockets, held, listeners }.write(&self.images)?)
     }
 
     /// What an agent that died has left: the record tells what is locked and which the tasks are, and they have the

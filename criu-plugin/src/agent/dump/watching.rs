@@ -3,6 +3,7 @@
 //! criu's last hook comes before it kills or resumes the tasks, and does not say which: after a success they may
 //! still run on (`--leave-running`, a post-dump script that fails). So the agent watches the tasks themselves.
 
+use soccr::criu::keeper::Keeper;
 use soccr::criu::record::Phase;
 use soccr::criu::tasks::{Fate, Task};
 
@@ -12,7 +13,8 @@ use super::held::Held;
 /// All is saved, and the outcome is open.
 #[derive(Debug)]
 pub struct Watching {
-    held: Held,
+    /// What is held until the outcome.
+    pub held: Held,
     arrangement: Arrangement,
     /// So many looks in a row must find a task running.
     convincing: u32,
@@ -29,7 +31,7 @@ pub enum Looked {
     /// They are left stopped: dead or alive later on.
     Stopped(Watching),
     /// They are dead or run on, and what that means is carried out.
-    Settled(Vec<Task>),
+    Settled(Vec<Task>, Option<Keeper>),
 }
 
 impl Watching {
@@ -64,9 +66,10 @@ impl Watching {
         let settled = |fate: &Fate| matches!(fate, Fate::Stopped | Fate::Gone);
         self.stopped = false;
         if fates.iter().all(|fate| *fate == Fate::Gone) {
-            Looked::Settled(self.held.leave(self.arrangement))
+            let (tasks, keeper) = self.held.leave(self.arrangement);
+            Looked::Settled(tasks, keeper)
         } else if self.running >= self.convincing {
-            Looked::Settled(self.held.let_live())
+            Looked::Settled(self.held.let_live(), None)
         } else if fates.iter().all(settled) {
             self.stopped = true;
             self.held.note(Phase::LeftStopped);

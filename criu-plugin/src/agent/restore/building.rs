@@ -91,7 +91,9 @@ impl<'a> Building<'a> {
         tuples.extend(self.plan.external.keys());
         self.locks.refuse_living(&tuples)?;
         self.locks.lock_path(self.plan.passing())?;
-        self.locks.lock(HashMap::from([(self.locks.criu_ns().clone(), tuples)]))
+        self.locks.lock(HashMap::from([(self.locks.criu_ns().clone(), tuples)]))?;
+        self.plan.held.append(&self.locks.take_kept());
+        Ok(())
     }
 
     /// POST_FORKING: the root task is there, and no other has entered a namespace of its own.

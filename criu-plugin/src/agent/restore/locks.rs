@@ -5,16 +5,20 @@ use std::collections::{HashMap, HashSet};
 use soccr::chain;
 use soccr::connection::FourTuple;
 use soccr::criu::image::inventory::NetworkLock as ImageLock;
+use soccr::criu::image::side::{Place, TreeListener};
+use soccr::criu::keeper;
 use soccr::criu::record::{self, LockRecord, NsId, Phase, Record, RecordError, Recorder};
 use soccr::criu::stock;
 use soccr::criu::tasks::Task;
 use soccr::kernel::diag;
 use soccr::kernel::netns::NetNs;
 use soccr::lock::conntrack;
-use soccr::lock::{self, LockError, LockName, LockOptions, Method, NetworkLock};
+use soccr::lock::held::{HeldPackets, Holder};
+use soccr::lock::{self, Listener, LockError, LockName, LockOptions, Method, NetworkLock};
 
 use super::plan::Plan;
 use crate::agent::error::AgentError;
+use crate::agent::listeners;
 use crate::agent::path::Path;
 
 /// What keeps the connections still until all are built. It ends in [`unlock`](Self::unlock) or
@@ -32,6 +36,9 @@ pub struct Locks {
     held: HashMap<NetNs, Locked>,
     /// The lock on the way to namespaces other than criu's.
     path: Path,
+    /// What the locks keep from the sockets.
+    pub holder: Holder,
+    listeners: Vec<TreeListener>,
 }
 
 /// The lock of one namespace.
@@ -82,7 +89,8 @@ impl Locks {
         let options = LockOptions::from_env()?;
         let mut path = Path::new(&criu_ns, &plan.path_owner()?);
         path.add_translations(recorder.record().translations.iter().chain(&plan.translations).copied());
-        Ok(Self { criu_ns, root_ns: None, options, name, left, recorder, held: HashMap::new(), path })
+        let (held, holder, listeners) = (HashMap::new(), Holder::from_env()?, plan.listeners.clone());
+        Ok(Self { criu_ns, root_ns: None, options, name, left, recorder, held, path, holder, listeners })
     }
 
     /// How many connections are locked.
@@ -117,13 +125,16 @@ impl Locks {
 
     /// Locks these connections where their packets pass through criu's own namespace. The record comes first.
     pub fn lock_path(&mut self, passing: Vec<FourTuple>) -> Result<(), AgentError> {
+        self.holder.expect(passing.iter().copied());
         self.path.add(passing);
+        self.path.listeners = self.listeners_at(Place::OnPath);
+        self.holder.expect_translated(self.path.translations());
         if let Some(lock) = self.path.record(&self.options) {
             self.recorder.add_lock(lock);
             self.recorder.set_translations(self.path.translations());
             self.recorder.save(Phase::Restoring)?;
         }
-        Ok(self.path.lock(&self.options)?)
+        Ok(self.path.lock(&self.holder.options(&self.criu_ns, &self.options), self.holder.newcomers)?)
     }
 
     /// Locks these connections, those that are not locked yet, each in its namespace. The record comes first.
@@ -134,7 +145,10 @@ impl Locks {
                 tuples.retain(|tuple| !locked.tuples.contains(tuple));
             }
         }
-        missing.retain(|_, tuples| !tuples.is_empty());
+        missing.retain(|ns, tuples| {
+            let listens = || !self.held.contains_key(ns) && !self.listeners_in(ns).is_empty();
+            !tuples.is_empty() || listens()
+        });
         let new: Vec<&NetNs> = missing.keys().filter(|ns| !self.held.contains_key(ns)).collect();
         if !new.is_empty() && self.options.method != Method::Skip {
             for ns in new {
@@ -146,17 +160,41 @@ impl Locks {
     }
 
     fn lock_in(&mut self, ns: NetNs, tuples: Vec<FourTuple>) -> Result<(), AgentError> {
+        self.holder.expect(tuples.iter().copied());
         if let Some(locked) = self.held.get_mut(&ns) {
             locked.lock.add(&tuples)?;
             locked.tuples.extend(&tuples);
         } else {
-            let lock = NetworkLock::lock(&ns, &self.name, &tuples, &self.options)?;
+            let options = self.holder.options(&ns, &self.options);
+            let lock = NetworkLock::lock(&ns, &self.name, &tuples, &options)?;
+            let listeners = listeners::that_are_away(&ns, &self.listeners_in(&ns));
+            let held = *self.home() == ns;
+            if held {
+                self.holder.expect_newcomers(&listeners);
+            }
+            listeners::stop_newcomers(&lock, &listeners, self.holder.newcomers, held);
             self.held.insert(ns.clone(), Locked { lock, tuples: tuples.iter().copied().collect() });
         }
         if self.left.interrupted {
             destroy_orphans(&ns, &tuples);
         }
         Ok(())
+    }
+
+    /// In a namespace of the tree's own all those that are not beside criu: nobody else listens there.
+    fn listeners_in(&self, ns: &NetNs) -> Vec<Listener> {
+        self.listeners_at(if *ns == self.criu_ns { Place::BesideCriu } else { Place::Inside })
+    }
+
+    fn listeners_at(&self, place: Place) -> Vec<Listener> {
+        let there = self.listeners.iter().filter(|listener| listener.place == place);
+        there.map(|listener| listener.listener).collect()
+    }
+
+    /// The namespace whose newcomers are let in.
+    pub fn home(&self) -> &NetNs {
+        let beside = self.listeners_at(Place::BesideCriu);
+        self.root_ns.as_ref().filter(|_| beside.is_empty()).unwrap_or(&self.criu_ns)
     }
 
     fn record_of(&self, ns: &NetNs, name: LockName) -> LockRecord {
@@ -199,6 +237,16 @@ impl Locks {
             log::error!("{problem}");
         }
         Ok(())
+    }
+
+    /// What was held since the dump. From here on our own locks hold.
+    pub fn take_kept(&self) -> HeldPackets {
+        self.recorder.held().filter(|_| self.left.waits).map(|door| keeper::take(&door)).unwrap_or_default()
+    }
+
+    /// What the locks have kept from the sockets.
+    pub fn take_held(&mut self) -> HeldPackets {
+        std::mem::take(&mut self.holder).finish()
     }
 
     fn unlock_path(&mut self) -> Result<(), LockError> {
@@ -250,7 +298,9 @@ impl Locks {
                 let ours = lock.name().clone();
                 lock.keep();
                 let tuples: Vec<FourTuple> = tuples.into_iter().collect();
-                lock::rename(&ns, &ours, name, &tuples, &self.options)?.keep();
+                let dumps = lock::rename(&ns, &ours, name, &tuples, &self.options)?;
+                listeners::stop_newcomers(&dumps, &self.listeners_in(&ns), self.holder.newcomers, false);
+                dumps.keep();
                 // A stock dump's own, as if nothing had been, is none of ours.
                 let is_ours = name.id() == self.recorder.record().id.as_str();
                 Ok(is_ours.then(|| name.clone()))

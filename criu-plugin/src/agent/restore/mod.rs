@@ -47,7 +47,11 @@ pub fn serve(images: ImageDir, criu: i32, server: &Server) {
     fault::actors(Some(criu.pid), None);
     let mut progress = Progress::Idle(images);
     loop {
-        match wait(&criu, server, &progress) {
+        let event = wait(&criu, server, &progress);
+        if let Progress::Building(building) | Progress::Failed(building) = &mut progress {
+            building.locks.holder.read();
+        }
+        match event {
             Event::Asked(asked) => {
                 let last = matches!(asked.request, Request::RestoreEnd(_));
                 progress = progress.serve(&criu, asked);
@@ -95,6 +99,9 @@ fn wait(criu: &Task, server: &Server, progress: &Progress<'_>) -> Event {
     {
         let Some(running) = tasks.iter().find(|task| !task.gone()) else { return Event::TasksGone };
         fds.push(PollFd::new(running.pidfd(), PollFlags::POLLIN));
+    }
+    if let Progress::Building(building) | Progress::Failed(building) = progress {
+        fds.extend(building.locks.holder.fds().map(|log| PollFd::new(log, PollFlags::POLLIN)));
     }
     let timeout = if progress.can_work_ahead() { PollTimeout::ZERO } else { PollTimeout::NONE };
     match poll(&mut fds, timeout) {

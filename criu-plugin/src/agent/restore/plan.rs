@@ -10,10 +10,11 @@ use soccr::criu::image::ImageDir;
 use soccr::criu::image::external::ExternalImage;
 use soccr::criu::image::index::{Index, InetConnection};
 use soccr::criu::image::inventory;
-use soccr::criu::image::side::{SideImage, Sockets};
+use soccr::criu::image::side::{SideImage, Sockets, TreeListener};
 use soccr::criu::record::{ConnectionRecord, Phase, RecordError, RecordId, Recorder};
 use soccr::lock::LockName;
 use soccr::lock::conntrack::Translation;
+use soccr::lock::held::HeldPackets;
 
 use crate::agent::error::AgentError;
 
@@ -34,6 +35,10 @@ pub struct Plan {
     pub sockets: Sockets,
     /// The connections that were translated on their way.
     pub translations: Vec<Translation>,
+    /// What peers have sent during the dump.
+    pub held: HeldPackets,
+    /// Where the tree listens.
+    pub listeners: Vec<TreeListener>,
 }
 
 impl Plan {
@@ -51,8 +56,10 @@ impl Plan {
         })?;
         let images = ImageDir::duplicate(images.as_fd())?;
         let translations = side.as_ref().map(|side| side.translations_of(&index)).unwrap_or_default();
-        let sockets = side.map(|side| side.sockets_of(&index)).unwrap_or_default();
-        Ok(Self { images, index, external, dump_locks, our_lock, sockets, translations })
+        let side = side.filter(|side| side.belongs_to(&index));
+        let (sockets, held, listeners) =
+            side.map(|side| (side.sockets, side.held, side.listeners)).unwrap_or_default();
+        Ok(Self { images, index, external, dump_locks, our_lock, sockets, translations, held, listeners })
     }
 
     /// The addresses of the connections that packets can reach, but for the external ones.
@@ -149,6 +156,8 @@ mod tests {
             our_lock: None,
             sockets: Sockets::default(),
             translations: Vec::new(),
+            held: HeldPackets::default(),
+            listeners: Vec::new(),
         };
         plan.lock_name().unwrap().to_string()
     }

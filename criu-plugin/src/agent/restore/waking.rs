@@ -49,19 +49,24 @@ pub fn wake(mut building: Building<'_>) -> Result<Vec<Task>, Failed<'_>> {
     profile.lap("leave repair");
     // From here on packets pass: the tasks must live, and whatever fails is only told.
     log::commit();
-    let Building { mut locks, tree, .. } = building;
+    let Building { mut locks, tree, plan, .. } = building;
     if let Err(error) = locks.unlock() {
         ::log::error!("the connections stay locked, see soccr status: {}", chain(&error));
         return Ok(tree.restored);
     }
     let _ = fault::point("restore.unlocked");
     profile.lap("unlock");
+    let mut held = plan.held;
+    held.append(&locks.take_held());
+    held.let_in(locks.home());
+    let count = held.release(whole.iter().map(|whole| (whole.socket.as_fd(), whole.tuple)));
+    let _ = fault::point("restore.released");
     probe(&whole);
     let _ = fault::point("restore.awake");
     profile.lap("wake");
     locks.forget_record();
     if !whole.is_empty() {
-        ::log::info!("{} TCP connections go on", whole.len());
+        ::log::info!("{} TCP connections go on, with {count} packets that were held for them", whole.len());
     }
     Ok(tree.restored)
 }

@@ -12,12 +12,15 @@ use super::index::Index;
 use super::{Fault, ImageDir, ImageError};
 use crate::encoding::container::push_message;
 use crate::encoding::decode::decode;
-use crate::encoding::proto::soccr::{Soccr_direction, Soccr_dump_entry, Soccr_item, Soccr_translation};
+use crate::encoding::proto::soccr::{
+    Soccr_direction, Soccr_dump_entry, Soccr_held, Soccr_item, Soccr_listener, Soccr_translation,
+};
 use crate::encoding::wire::{self, NotAField, Value};
 use crate::encoding::{from_endpoint, to_endpoint};
 use crate::four_tuple::FourTuple;
-use crate::lock::LockName;
 use crate::lock::conntrack::{Direction, Translation};
+use crate::lock::held::HeldPackets;
+use crate::lock::{Listener, LockName};
 pub use sockets::{SocketExtra, Sockets};
 
 /// The file's name.
@@ -25,7 +28,7 @@ pub const NAME: &str = "soccr.img";
 const VERSION: u32 = 2;
 
 /// The image.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct SideImage {
     /// Names the dump, and its record on the host where it was made.
     pub id: String,
@@ -35,6 +38,30 @@ pub struct SideImage {
     pub translations: Vec<Translation>,
     /// What CRIU's images do not tell of sockets.
     pub sockets: Sockets,
+    /// What the connections' peers have sent during the dump.
+    pub held: HeldPackets,
+    /// Where the tree listens.
+    pub listeners: Vec<TreeListener>,
+}
+
+/// A listener of the tree.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TreeListener {
+    /// Where.
+    pub listener: Listener,
+    /// Where that is said.
+    pub place: Place,
+}
+
+/// Which network namespace an address is of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// One of the tree's.
+    Inside = 0,
+    /// The one that criu runs in.
+    BesideCriu = 1,
+    /// That too, through which packets pass to a listener in one of the tree's.
+    OnPath = 2,
 }
 
 impl SideImage {
@@ -74,10 +101,10 @@ impl SideImage {
         self.translations.iter().filter(of_these).copied().collect()
     }
 
-    /// What it tells of the sockets in `index`: nothing, if other images were in this folder when it was written.
+    /// Whether it was written with the images of this index, or other ones were in this folder then.
     #[must_use]
-    pub fn sockets_of(self, index: &Index) -> Sockets {
-        if self.run_id == index.dump_run_id { self.sockets } else { Sockets::default() }
+    pub fn belongs_to(&self, index: &Index) -> bool {
+        self.run_id == index.dump_run_id
     }
 
     /// Reads the image; `None` if it is not there, as in images that stock CRIU made.
@@ -91,12 +118,7 @@ impl SideImage {
             let fault = Fault::value("version", format!("{} is not known", entry.version()));
             return Err(reader.bad_message(fault));
         }
-        let mut image = Self {
-            id: entry.id().to_owned(),
-            run_id: entry.run_id,
-            translations: Vec::new(),
-            sockets: Sockets::default(),
-        };
+        let mut image = Self { id: entry.id().to_owned(), run_id: entry.run_id, ..Self::default() };
         let mut allowance = Allowance::new();
         while let Some(item) = reader.next_bytes()? {
             let taken = image.take(item, &mut allowance);
@@ -106,10 +128,15 @@ impl SideImage {
     }
 
     fn items(&self) -> impl Iterator<Item = Soccr_item> {
-        self.translations.iter().map(|translation| Soccr_item {
+        let translations = self.translations.iter().map(|translation| Soccr_item {
             translation: MessageField::some(to_translation(translation)),
             ..Default::default()
-        })
+        });
+        let listeners = self.listeners.iter().map(|listener| Soccr_item {
+            listener: MessageField::some(to_listener(listener)),
+            ..Default::default()
+        });
+        translations.chain(held_items(self.held.iter())).chain(listeners)
     }
 
     /// What a later version has written is passed over.
@@ -117,9 +144,25 @@ impl SideImage {
         if let Some(socket) = socket(item).map_err(|e| (e.0, Fault::Wire))? {
             return self.sockets.take(socket, 4 + item.len(), allowance).map_err(|fault| (0, fault));
         }
-        let item: Soccr_item = decode(item)?;
+        self.take_message(&decode(item)?).map_err(|fault| (0, fault))
+    }
+
+    fn take_message(&mut self, item: &Soccr_item) -> Result<(), Fault> {
         if let Some(entry) = item.translation.as_ref() {
-            self.translations.push(from_translation(entry).map_err(|fault| (0, fault))?);
+            self.translations.push(from_translation(entry)?);
+        }
+        if let Some(entry) = item.listener.as_ref() {
+            let listener = Listener { local: from_endpoint(&entry.local, "local")?, v6only: entry.v6only() };
+            let place = match entry.place() {
+                0 => Place::Inside,
+                1 => Place::BesideCriu,
+                2 => Place::OnPath,
+                other => return Err(Fault::value("place", format!("{other} is not known"))),
+            };
+            self.listeners.push(TreeListener { listener, place });
+        }
+        if let Some((tuple, segment)) = held_in(item)? {
+            self.held.add(tuple, segment);
         }
         Ok(())
     }
@@ -147,10 +190,70 @@ fn push_socket(image: &mut Vec<u8>, message: &[u8]) {
     image.extend_from_slice(&item);
 }
 
+/// Held packets as the image has them, and those of newcomers, for another process of this host.
+#[must_use]
+pub fn held_to_bytes(held: &HeldPackets) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    for item in held_items(held.iter().chain(held.newcomers())) {
+        push_message(&mut bytes, &item).expect("segments are short");
+    }
+    bytes
+}
+
+/// What [`held_to_bytes`] gave, as far as it is whole.
+#[must_use]
+pub fn held_from_bytes(mut bytes: &[u8]) -> HeldPackets {
+    let mut held = HeldPackets::default();
+    while let Some((len, rest)) = bytes.split_first_chunk::<4>()
+        && let Ok(len) = usize::try_from(u32::from_ne_bytes(*len))
+        && let Some((message, rest)) = rest.split_at_checked(len)
+        && let Ok(item) = decode::<Soccr_item>(message)
+        && let Ok(Some((tuple, segment))) = held_in(&item)
+    {
+        if !held.add_newcomer(tuple, segment) {
+            held.add(tuple, segment);
+        }
+        bytes = rest;
+    }
+    held
+}
+
+fn held_items<'a>(held: impl Iterator<Item = (FourTuple, &'a [u8])>) -> impl Iterator<Item = Soccr_item> {
+    held.map(|(tuple, segment)| Soccr_item {
+        held: MessageField::some(to_held(&tuple, segment)),
+        ..Default::default()
+    })
+}
+
+fn held_in(item: &Soccr_item) -> Result<Option<(FourTuple, &[u8])>, Fault> {
+    let Some(entry) = item.held.as_ref() else { return Ok(None) };
+    let local = from_endpoint(&entry.local, "local")?;
+    let remote = from_endpoint(&entry.remote, "remote")?;
+    Ok(Some((FourTuple { local, remote }, entry.segment())))
+}
+
+fn to_listener(TreeListener { listener, place }: &TreeListener) -> Soccr_listener {
+    Soccr_listener {
+        local: MessageField::some(to_endpoint(listener.local)),
+        v6only: Some(listener.v6only),
+        place: Some(*place as u32),
+        ..Default::default()
+    }
+}
+
 fn to_translation(translation: &Translation) -> Soccr_translation {
     Soccr_translation {
         original: MessageField::some(to_direction(translation.original)),
         reply: MessageField::some(to_direction(translation.reply)),
+        ..Default::default()
+    }
+}
+
+fn to_held(tuple: &FourTuple, segment: &[u8]) -> Soccr_held {
+    Soccr_held {
+        local: MessageField::some(to_endpoint(tuple.local)),
+        remote: MessageField::some(to_endpoint(tuple.remote)),
+        segment: Some(segment.to_vec()),
         ..Default::default()
     }
 }
@@ -208,11 +311,26 @@ mod tests {
         let extra = SocketExtra { owner: Owner { uid: 1000, gid: 0 }, options: vec![option] };
         sockets.add(8, &SocketExtra::default());
         sockets.add(7, &extra);
-        let image =
-            SideImage { id: "soccr-0123456789ab".into(), run_id: None, translations: vec![v4, v6], sockets };
+        let listener = |local: &str, v6only| Listener { local: local.parse().unwrap(), v6only };
+        let listeners = vec![
+            TreeListener { listener: listener("0.0.0.0:80", false), place: Place::BesideCriu },
+            TreeListener { listener: listener("[fd00::1]:81", true), place: Place::Inside },
+            TreeListener { listener: listener("10.9.0.2:82", true), place: Place::OnPath },
+        ];
+        let image = SideImage {
+            id: "soccr-0123456789ab".into(),
+            run_id: None,
+            translations: vec![v4, v6],
+            sockets,
+            held: held(),
+            listeners,
+        };
         image.write(&dir).unwrap();
+        assert_eq!(held_from_bytes(&held_to_bytes(&image.held)), image.held);
         let read = SideImage::read(&dir).unwrap().unwrap();
         assert_eq!(read.translations, image.translations);
+        assert_eq!(read.held, image.held);
+        assert_eq!(read.listeners, image.listeners);
         assert_eq!(read.sockets.get(7).unwrap(), Some(extra));
         assert_eq!(read.sockets.get(8).unwrap(), Some(SocketExtra::default()));
         assert_eq!(read.sockets.get(9).unwrap(), None);
@@ -230,6 +348,19 @@ mod tests {
         assert!(take(&[0x08, 0x08]).is_ok());
         assert!(take(&[0x08, 0x08]).is_err());
         assert!(take(&[0x10, 0x08]).is_err());
+    }
+
+    fn held() -> HeldPackets {
+        let mut held = HeldPackets::default();
+        let tuple =
+            |local: &str| FourTuple { local: local.parse().unwrap(), remote: "10.9.0.1:1".parse().unwrap() };
+        let mut segment = vec![0x50; 30];
+        held.add(tuple("10.9.0.2:80"), &segment);
+        segment[7] += 10;
+        held.add(tuple("10.9.0.2:80"), &segment);
+        held.add(tuple("[::ffff:10.9.0.2]:81"), &segment);
+        assert_eq!(held.len(), 3);
+        held
     }
 
     #[test]

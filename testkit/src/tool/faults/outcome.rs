@@ -117,8 +117,11 @@ pub fn of_restore(
         return restored(scene, address, fleet, images, cleaned);
     }
     ensure!(status.states().is_empty(), "soccr status: {status}");
-    let alive = name_and_state(pid).is_some_and(|(_, state)| state != 'Z');
-    if !alive {
+    let lives = || name_and_state(pid).is_some_and(|(_, state)| state != 'Z');
+    if killed {
+        wait_until("the killed task has ended", PATIENCE, || Ok(!lives()))?;
+    }
+    if !lives() {
         drop(fleet);
         ensure!(killed, "the server is gone, and no record says that the dump waits for its restore");
         drop(Task::adopt(pid));

@@ -1,0 +1,108 @@
+//! Between a dump and its restore somebody has to hold what peers send: a process that stays for that, the dump's agent, or
+//! whoever was told to [hold](super::hold) connections that are about to come here.
+//!
+//! It holds nothing else: no socket, no folder, no namespace that could go. The restore's agent takes what was held
+//! through a socket beside the record, and the keeper ends. It also ends when the lock is gone, whoever removed it, and
+//! when it has waited for as long as `SOCCR_HOLD` says.
+
+use std::fs;
+use std::io::{self, Read, Write};
+use std::os::fd::AsFd;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use super::image::side;
+use crate::kernel::netns::NetNs;
+use crate::lock::held::{HeldPackets, Holder};
+use crate::lock::{self, LockName, Watch};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::prctl;
+
+/// Neither end waits longer for the other.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// Holds packets until somebody takes them.
+#[derive(Debug)]
+pub struct Keeper {
+    holder: Holder,
+    ns: NetNs,
+    /// While one of them is there.
+    locks: Vec<LockName>,
+    watch: Watch,
+    door: Door,
+}
+
+/// Where the packets are given away.
+#[derive(Debug)]
+struct Door {
+    socket: UnixListener,
+    path: PathBuf,
+}
+
+impl Drop for Door {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.path);
+    }
+}
+
+impl Keeper {
+    /// Keeps what `holder` holds, of the locks with these names in `ns` only; gives it away at `door`.
+    ///
+    /// # Errors
+    /// The socket cannot be made there, or the namespace not be watched.
+    pub fn new(mut holder: Holder, ns: &NetNs, locks: Vec<LockName>, door: PathBuf) -> io::Result<Self> {
+        holder.keep_only(ns);
+        let watch = Watch::open(ns).map_err(io::Error::other)?;
+        let _ = fs::remove_file(&door);
+        let door = Door { socket: UnixListener::bind(&door)?, path: door };
+        door.socket.set_nonblocking(true)?;
+        Ok(Self { holder, ns: ns.clone(), locks, watch, door })
+    }
+
+    /// Holds them to the end. The process gets a name of its own.
+    pub fn serve(mut self) {
+        let _ = prctl::set_name(c"soccr-keeper");
+        let end = Instant::now() + self.holder.patience;
+        let mut changed = true;
+        while !changed || self.is_locked() {
+            let Some(left) = end.checked_duration_since(Instant::now()) else { return };
+            let mut fds = vec![
+                PollFd::new(self.door.socket.as_fd(), PollFlags::POLLIN),
+                PollFd::new(self.watch.as_fd(), PollFlags::POLLIN),
+            ];
+            fds.extend(self.holder.fds().map(|log| PollFd::new(log, PollFlags::POLLIN)));
+            let _ = poll(&mut fds, PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX));
+            if let Ok((to, _)) = self.door.socket.accept() {
+                return give(to, self.holder);
+            }
+            self.holder.read();
+            changed = self.watch.changed();
+        }
+    }
+
+    fn is_locked(&self) -> bool {
+        self.locks.iter().any(|name| lock::is_there(&self.ns, name).unwrap_or(true))
+    }
+}
+
+fn give(mut to: UnixStream, holder: Holder) {
+    let _ = to.set_nonblocking(false).and_then(|()| to.set_write_timeout(Some(PATIENCE)));
+    let _ = to.write_all(&side::held_to_bytes(&holder.finish()));
+}
+
+/// Takes what a keeper behind this door has held, if there is one.
+#[must_use]
+pub fn take(door: &Path) -> HeldPackets {
+    let mut bytes = Vec::new();
+    match UnixStream::connect(door) {
+        Ok(mut keeper) => {
+            let timeout = keeper.set_read_timeout(Some(PATIENCE));
+            if let Err(error) = timeout.and_then(|()| keeper.read_to_end(&mut bytes)) {
+                log::warn!("what peers have sent since the dump they have to send again: {error}");
+            }
+        }
+        Err(_) => drop(fs::remove_file(door)), // a keeper that was killed has left it
+    }
+    side::held_from_bytes(&bytes)
+}

@@ -1,0 +1,418 @@
+//! Packets that a lock keeps from their sockets, and that are brought to them when it is gone.
+//!
+//! What a lock drops its sender has to send again, and it waits longer each time: after a lock of three seconds a
+//! connection may stay silent for as long again. So whoever locks can hold what is dropped: the lock's rules give a copy
+//! of each packet to the [netfilter log](LockOptions::log), and after the unlocking the engine
+//! [forges](crate::forge) the same segments. The peers hear at once that all has come.
+//!
+//! Nothing depends on it: where the kernel has no such log, where the holder died, or where it holds all that it may,
+//! packets are dropped and their senders send them again.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::net::{IpAddr, SocketAddr};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::time::Duration;
+
+use super::Listener;
+use super::conntrack::Translation;
+use super::options::{BadOption, LockOptions, Method, hold_new_time, hold_time};
+use super::packet_log::PacketLog;
+use crate::chain;
+use crate::forge::Forge;
+use crate::four_tuple::FourTuple;
+use crate::kernel::netns::NetNs;
+use crate::kernel::sockopt;
+
+/// What one connection may have held. Without acknowledgements its peer does not send more than a window.
+const PER_CONNECTION: Bounds = Bounds { packets: 256, bytes: 1 << 20 };
+const IN_ALL: Bounds = Bounds { packets: 1 << 16, bytes: 32 << 20 };
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Bounds {
+    packets: usize,
+    bytes: usize,
+}
+
+impl Bounds {
+    fn with(self, bytes: usize) -> Self {
+        Self { packets: self.packets + 1, bytes: self.bytes + bytes }
+    }
+
+    fn within(self, most: Self) -> bool {
+        self.packets <= most.packets && self.bytes <= most.bytes
+    }
+}
+
+/// Reads what the locks of some namespaces drop.
+#[derive(Debug, Default)]
+pub struct Holder {
+    /// How long it is worth it; zero: not at all.
+    pub patience: Duration,
+    /// For how long who would connect is kept waiting; zero: not at all.
+    pub newcomers: Duration,
+    logs: Vec<(NetNs, PacketLog)>,
+    /// Namespaces that have no log.
+    deaf: Vec<NetNs>,
+    packets: HeldPackets,
+}
+
+impl Holder {
+    /// Holds packets for so long; for no time, it holds none.
+    #[must_use]
+    pub fn new(patience: Duration) -> Self {
+        Self { patience, ..Self::default() }
+    }
+
+    /// Holds packets for as long as `SOCCR_HOLD` and `SOCCR_HOLD_NEW` say.
+    ///
+    /// # Errors
+    /// [`BadOption`].
+    pub fn from_env() -> Result<Self, BadOption> {
+        Ok(Self { newcomers: hold_new_time()?, ..Self::new(hold_time()?) })
+    }
+
+    /// The same options for a lock in `ns` whose packets are to be held.
+    pub fn options(&mut self, ns: &NetNs, options: &LockOptions) -> LockOptions {
+        let holds = options.method == Method::Nftables && !self.patience.is_zero();
+        let log = if holds { self.group_in(ns) } else { None };
+        LockOptions { log, ..*options }
+    }
+
+    fn group_in(&mut self, ns: &NetNs) -> Option<u16> {
+        if let Some((_, log)) = self.logs.iter().find(|(known, _)| known == ns) {
+            return Some(log.group());
+        }
+        if self.deaf.contains(ns) {
+            return None;
+        }
+        match PacketLog::open(ns) {
+            Ok(log) => {
+                let group = log.group();
+                self.logs.push((ns.clone(), log));
+                Some(group)
+            }
+            Err(error) => {
+                log::warn!("{ns}: packets are dropped and not held: {}", chain(&error));
+                self.deaf.push(ns.clone());
+                None
+            }
+        }
+    }
+
+    /// Holds what comes for these sockets.
+    pub fn expect(&mut self, tuples: impl IntoIterator<Item = FourTuple>) {
+        tuples.into_iter().for_each(|tuple| self.packets.expect(tuple));
+    }
+
+    /// Holds the SYNs of who would connect to these listeners.
+    pub fn expect_newcomers(&mut self, listeners: &[Listener]) {
+        self.packets.listeners.extend(listeners);
+    }
+
+    /// Knows packets by the addresses that they have before they are translated.
+    pub fn expect_translated(&mut self, translations: &[Translation]) {
+        translations.iter().for_each(|translation| self.packets.expect_translated(translation));
+    }
+
+    /// Holds from now on only what is dropped in this namespace.
+    pub fn keep_only(&mut self, ns: &NetNs) {
+        for (_, log) in self.logs.extract_if(.., |(other, _)| other != ns) {
+            log.finish(|packet| self.packets.take(packet));
+        }
+    }
+
+    /// Whether anything can be held.
+    #[must_use]
+    pub fn listens(&self) -> bool {
+        !self.logs.is_empty()
+    }
+
+    /// The logs, to be waited for.
+    pub fn fds(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        self.logs.iter().map(|(_, log)| log.as_fd())
+    }
+
+    /// Takes what has come.
+    pub fn read(&mut self) {
+        for (_, log) in &mut self.logs {
+            log.read(|packet| self.packets.take(packet));
+        }
+    }
+
+    /// What is held by now.
+    pub fn held(&mut self) -> &HeldPackets {
+        self.read();
+        &self.packets
+    }
+
+    /// All that was held.
+    pub fn finish(mut self) -> HeldPackets {
+        for (_, log) in self.logs.drain(..) {
+            log.finish(|packet| self.packets.take(packet));
+        }
+        self.packets
+    }
+}
+
+/// Segments of known connections, in the order in which they came. That is also the order in which their timestamps may come:
+/// a segment that is sent again has a later one, and sockets take what comes after it with an earlier one for old (RFC 7323, 5).
+#[derive(Clone, Default, PartialEq, Eq)]
+pub struct HeldPackets {
+    /// The sockets, by source and destination of the packets for them.
+    wanted: HashMap<(SocketAddr, SocketAddr), FourTuple>,
+    segments: HashMap<FourTuple, Segments>,
+    listeners: Vec<Listener>,
+    /// The SYNs of who would connect.
+    newcomers: HashMap<FourTuple, Vec<u8>>,
+    size: Bounds,
+}
+
+#[derive(Clone, Default, PartialEq, Eq)]
+struct Segments {
+    list: Vec<Vec<u8>>,
+    size: Bounds,
+}
+
+impl Segments {
+    /// Whether a segment brings nothing new. What is sent again may be cut otherwise than before.
+    fn have(&self, head: Head) -> bool {
+        let held = || self.list.iter().filter_map(|held| Head::of(held));
+        if head.len == 0 {
+            return held().any(|held| held == head);
+        }
+        let mut at = head.seq;
+        while after(head.end(), at) {
+            let next = held()
+                .map(|held| (held.seq, held.end()))
+                .find(|(seq, end)| !after(*seq, at) && after(*end, at));
+            let Some((_, end)) = next else { return false };
+            at = end;
+        }
+        true
+    }
+}
+
+impl HeldPackets {
+    fn expect(&mut self, tuple: FourTuple) {
+        let tuple = tuple.on_wire();
+        self.wanted.insert((unscoped(tuple.remote), unscoped(tuple.local)), tuple);
+    }
+
+    fn expect_translated(&mut self, Translation { original, reply }: &Translation) {
+        // Which end is here: the one that was connected to, or the one that connected.
+        for (packet, other) in [(original, reply), (reply, original)] {
+            if let Some(tuple) = self.wanted.get(&(other.destination, other.source)) {
+                self.wanted.insert((packet.source, packet.destination), *tuple);
+            }
+        }
+    }
+
+    /// How many packets there are.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.size.packets
+    }
+
+    /// Whether there is none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The SYNs of who would connect, by the connection that their listener would get.
+    pub fn newcomers(&self) -> impl Iterator<Item = (FourTuple, &[u8])> {
+        self.newcomers.iter().map(|(tuple, syn)| (*tuple, syn.as_slice()))
+    }
+
+    /// The sockets, each with its segments from the TCP header on, in their order.
+    pub fn iter(&self) -> impl Iterator<Item = (FourTuple, &[u8])> {
+        self.segments
+            .iter()
+            .flat_map(|(tuple, segments)| segments.list.iter().map(|segment| (*tuple, segment.as_slice())))
+    }
+
+    /// Takes a packet from the IP header on, if it is for one of the sockets and may be held.
+    fn take(&mut self, packet: &[u8]) {
+        let Some((source, destination, segment)) = tcp_in(packet) else { return };
+        if let Some(tuple) = self.wanted.get(&(source, destination)).copied() {
+            self.add(tuple, segment);
+        } else if self.listeners.iter().any(|listener| listener.hears(destination)) {
+            self.add_newcomer(FourTuple { local: destination, remote: source }, segment);
+        }
+    }
+
+    /// Adds a SYN that somebody else has held; `false`: it is none. Of one that was sent more than once the first counts.
+    pub fn add_newcomer(&mut self, tuple: FourTuple, segment: &[u8]) -> bool {
+        let opens = Head::of(segment).is_some_and(|head| head.flags & (SYN | ACK | RST | FIN) == SYN);
+        let all = self.size.with(segment.len());
+        let fits = all.within(IN_ALL) && !is_link_local(&tuple);
+        if opens && fits && !self.newcomers.contains_key(&tuple) {
+            self.newcomers.insert(tuple, segment.to_vec());
+            self.size = all;
+        }
+        opens
+    }
+
+    /// Adds a segment that somebody else has held. One that is there already, sent once more, adds nothing.
+    pub fn add(&mut self, tuple: FourTuple, segment: &[u8]) {
+        let Some(head) = Head::of(segment) else { return };
+        let all = self.size.with(segment.len());
+        if !all.within(IN_ALL) {
+            return;
+        }
+        let segments = self.segments.entry(tuple.on_wire()).or_default();
+        let size = segments.size.with(segment.len());
+        if segments.have(head) || !size.within(PER_CONNECTION) {
+            return;
+        }
+        segments.list.push(segment.to_vec());
+        (segments.size, self.size) = (size, all);
+    }
+
+    /// Adds what `later` has held.
+    pub fn append(&mut self, later: &Self) {
+        later.iter().for_each(|(tuple, segment)| self.add(tuple, segment));
+        for (tuple, syn) in later.newcomers() {
+            self.add_newcomer(tuple, syn);
+        }
+    }
+
+    /// Brings the listeners in `ns`, which nothing locks any more, who would connect to them.
+    pub fn let_in(&mut self, ns: &NetNs) -> usize {
+        let (forge, newcomers) = (Forge::new(), std::mem::take(&mut self.newcomers));
+        let brought = newcomers.into_iter().filter(|(tuple, syn)| {
+            let replayed = forge.replay(ns, Vec::new(), tuple, vec![syn.clone()]);
+            replayed.inspect_err(|error| log::debug!("{tuple}: has to ask again: {}", chain(error))).is_ok()
+        });
+        brought.count()
+    }
+
+    /// Brings each of these sockets, which nothing locks any more, the segments that were held for it. Gives their number.
+    ///
+    /// What does not reach its socket is sent again by the peer, as if it had not been held.
+    pub fn release<'a>(self, sockets: impl IntoIterator<Item = (BorrowedFd<'a>, FourTuple)>) -> usize {
+        let (mut segments, forge, mut count) = (self.segments, Forge::new(), 0);
+        if segments.is_empty() {
+            return 0;
+        }
+        let mut targets: HashMap<FourTuple, Vec<(BorrowedFd<'_>, FourTuple)>> = HashMap::new();
+        for (socket, tuple) in sockets {
+            targets.entry(tuple.on_wire()).or_default().push((socket, tuple));
+        }
+        for (wire, sockets) in targets {
+            // Connections of two namespaces can have the same addresses, and nobody knows whose a segment is.
+            let ([(socket, tuple)], Some(held)) = (sockets.as_slice(), segments.remove(&wire)) else {
+                continue;
+            };
+            if !is_reachable(*socket, tuple) {
+                continue;
+            }
+            let packets = held.list.len();
+            let at = NetNs::of_socket(*socket).ok().zip(sockopt::bound_device(*socket).ok());
+            let Some((ns, device)) = at else { continue };
+            match forge.replay(&ns, device, tuple, held.list) {
+                Ok(()) => count += packets,
+                Err(error) => log::debug!("{tuple}: what was held has to be sent again: {}", chain(&error)),
+            }
+        }
+        count
+    }
+}
+
+/// Without what peers have sent, which no log shall have.
+impl fmt::Debug for HeldPackets {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} packets of {} bytes", self.size.packets, self.size.bytes)
+    }
+}
+
+/// A forged segment comes in from the loopback device. A socket that is bound to another one by its index would not get
+/// it, and the stack would answer with RST. (An IPv4 address stands for its device.)
+fn is_reachable(socket: BorrowedFd<'_>, tuple: &FourTuple) -> bool {
+    tuple.on_wire().local.is_ipv4()
+        || (sockopt::bound_device(socket).is_ok_and(|device| device.is_empty()) && !is_link_local(tuple))
+}
+
+fn is_link_local(tuple: &FourTuple) -> bool {
+    [tuple.local, tuple.remote].iter().any(|end| match end.ip() {
+        IpAddr::V6(ip) => ip.is_unicast_link_local(),
+        IpAddr::V4(_) => false,
+    })
+}
+
+/// Packets do not tell the interface index that the sockets of link-local addresses have.
+fn unscoped(end: SocketAddr) -> SocketAddr {
+    SocketAddr::new(end.ip(), end.port())
+}
+
+const TCP_HEADER: usize = 20;
+
+/// Source, destination, and all from the TCP header on; `None` of fragments, of what is cut short, and of what is no TCP.
+fn tcp_in(packet: &[u8]) -> Option<(SocketAddr, SocketAddr, &[u8])> {
+    const TCP: u8 = 6;
+    let word = |at: usize| Some(u16::from_be_bytes([*packet.get(at)?, *packet.get(at + 1)?]));
+    let (source, destination, segment): (IpAddr, IpAddr, _) = match packet.first()? >> 4 {
+        4 => {
+            let (header, total) = (usize::from(packet[0] & 0xf) * 4, usize::from(word(2)?));
+            let is_fragment = word(6)? & 0x3fff != 0;
+            if is_fragment || header < 20 || *packet.get(9)? != TCP {
+                return None;
+            }
+            let address = |at: usize| Some(<[u8; 4]>::try_from(packet.get(at..at + 4)?).ok()?.into());
+            (address(12)?, address(16)?, packet.get(header..total)?)
+        }
+        6 => {
+            if *packet.get(6)? != TCP {
+                return None; // extension headers are rare
+            }
+            let address = |at: usize| Some(<[u8; 16]>::try_from(packet.get(at..at + 16)?).ok()?.into());
+            (address(8)?, address(24)?, packet.get(40..40 + usize::from(word(4)?))?)
+        }
+        _ => return None,
+    };
+    Head::of(segment)?;
+    let port = |at: usize| u16::from_be_bytes([segment[at], segment[at + 1]]);
+    Some((SocketAddr::new(source, port(0)), SocketAddr::new(destination, port(2)), segment))
+}
+
+/// What tells segments of one connection apart.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Head {
+    seq: u32,
+    ack: u32,
+    flags: u8,
+    window: u16,
+    /// In sequence numbers: a SYN and a FIN have one each.
+    len: u32,
+}
+
+impl Head {
+    /// `None` of what is no segment.
+    fn of(segment: &[u8]) -> Option<Self> {
+        let header = usize::from(segment.get(12)? >> 4) * 4;
+        if header < TCP_HEADER {
+            return None;
+        }
+        let data = u32::try_from(segment.len().checked_sub(header)?).ok()?;
+        let word = |at: usize| Some(u32::from_be_bytes(segment.get(at..at + 4)?.try_into().ok()?));
+        let flags = *segment.get(13)?;
+        let window = u16::from_be_bytes([*segment.get(14)?, *segment.get(15)?]);
+        let len = data + u32::from(flags & FIN != 0) + u32::from(flags & SYN != 0);
+        Some(Self { seq: word(4)?, ack: word(8)?, flags, window, len })
+    }
+
+    fn end(self) -> u32 {
+        self.seq.wrapping_add(self.len)
+    }
+}
+
+const FIN: u8 = 0x01;
+const SYN: u8 = 0x02;
+const RST: u8 = 0x04;
+const ACK: u8 = 0x10;
+
+/// Whether `a` comes after `b`, as sequence numbers go (RFC 9293, 3.4).
+fn after(a: u32, b: u32) -> bool {
+    a.wrapping_sub(b).cast_signed() > 0
+}
