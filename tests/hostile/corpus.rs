@@ -89,7 +89,13 @@ fn side_bytes() -> Vec<u8> {
         let options = vec![SocketOption { level: 6, name: 8, value: vec![7, 0, 0, 0] }];
         sockets.add(inode, &SocketExtra { owner: Owner { uid: inode, gid: 0 }, options });
     }
-    let side = SideImage { id: "soccr-1".into(), run_id: Some("1-2".into()), translations, sockets };
+    let side = SideImage {
+        id: "soccr-1".into(),
+        run_id: Some("1-2".into()),
+        translations,
+        sockets,
+        ..SideImage::default()
+    };
     side.write(&ImageDir::open(folder.path()).unwrap()).unwrap();
     std::fs::read(folder.path().join(side::NAME)).unwrap()
 }
