@@ -1,36 +1,47 @@
-//! Forged segments: how a FIN gets into a receive queue.
+//! Forged segments: how a FIN gets into a receive queue, and ECN into a connection.
 //!
 //! Repair mode fills a receive queue with bytes, but the kernel has no call that puts the peer's FIN behind
-//! them, nor one that acknowledges ours. So the engine sends the socket the segment that its peer would have
-//! sent, through a raw socket and the host's own stack. The segment carries [`MARK`], which the network
-//! lock lets pass; other people's firewall rules may not, and then a passage is opened through them for the
+//! them, nor one that acknowledges ours, nor one that says that SYN segments have agreed on ECN. So the engine sends
+//! the socket the segment that its peer would have sent, through a raw socket and the host's own stack. The segment
+//! carries [`MARK`], which the network lock lets pass; other people's firewall rules may not, and then a passage is opened through them for the
 //! moment ([`crate::lock::passage`]).
 
+use std::error::Error;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 
-use crate::connection::{FourTuple, State};
+use crate::connection::{FourTuple, Negotiated, OPT_SACK, State};
+use crate::kernel::ecn::AskForEcn;
 use crate::kernel::netns::{NetNs, NetNsError};
 use crate::kernel::{SysError, raw, sockopt, tcp};
 use crate::lock::{LockError, Passage};
 
 pub use crate::lock::MARK;
 
-/// A segment from the peer: FIN and ACK, or ACK alone.
+/// A segment from the peer.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Segment {
     pub tuple: FourTuple,
-    pub fin: bool,
-    /// The peer's sequence: our rcv_nxt.
+    pub kind: Kind,
+    /// The peer's sequence.
     pub seq: u32,
     /// What the peer acknowledges.
     pub ack: u32,
     /// The peer's window as the header has it, scaled.
     pub window: u16,
+}
+
+/// What a segment does, besides acknowledging.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Kind {
+    Ack,
+    Fin,
+    /// Answers a SYN that asks for ECN, and agrees to this.
+    SynAck(Negotiated),
 }
 
 /// A forged segment could not be brought to its socket.
@@ -46,12 +57,15 @@ pub enum ForgeError {
     /// The network namespace could not be entered.
     #[error("cannot work in the socket's network namespace")]
     Namespace(#[from] NetNsError),
+    /// A [`Step`] said so.
+    #[error("stopped at {0}")]
+    Stopped(&'static str, #[source] Box<dyn Error + Send + Sync>),
     /// The socket did not react.
     #[error(
         "the forged {segment} did not reach the socket, which stays in state {state}: a firewall rule drops it"
     )]
     Lost {
-        /// "FIN" or "ACK".
+        /// "FIN", "ACK" or "SYN-ACK".
         segment: &'static str,
         /// The state's number.
         state: u8,
@@ -64,16 +78,34 @@ impl From<LockError> for ForgeError {
     }
 }
 
+/// Hears of each step of a connection that is opened by SYN segments, by name, and can stop it there.
+pub type Step = fn(&'static str) -> Result<(), Box<dyn Error + Send + Sync>>;
+
 /// Forges segments; keeps its raw sockets, one per network namespace, device and IP version, and any passage that it
 /// had to open, until it is dropped. Connections are restored from few namespaces at a time, and most need no forge at
 /// all: lists cost nothing then. Threads that restore at the same time share one, and take turns.
 #[derive(Debug, Default)]
-pub struct Forge(Mutex<Tools>);
+pub struct Forge {
+    tools: Mutex<Tools>,
+    step: Option<Step>,
+}
 
 #[derive(Debug, Default)]
 struct Tools {
     sockets: Vec<RawSocket>,
     passages: Vec<(NetNs, Passage)>,
+    ecn: Ecn,
+}
+
+/// What has SYN segments ask for ECN.
+#[derive(Debug, Default)]
+enum Ecn {
+    /// No connection had it yet.
+    #[default]
+    Unused,
+    Asked(AskForEcn),
+    /// Only the settings of the namespace, or the route.
+    AsConfigured,
 }
 
 #[derive(Debug)]
@@ -92,6 +124,20 @@ impl Forge {
         Self::default()
     }
 
+    /// A forge that tells of its steps.
+    #[must_use]
+    pub fn with_steps(step: Step) -> Self {
+        Self { step: Some(step), ..Self::default() }
+    }
+
+    pub(crate) fn step(&self, name: &'static str) -> Result<(), ForgeError> {
+        self.step.map_or(Ok(()), |step| step(name)).map_err(|source| ForgeError::Stopped(name, source))
+    }
+
+    fn tools(&self) -> MutexGuard<'_, Tools> {
+        self.tools.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Sends the segment to `socket` until its state is `reaches`.
     pub(crate) fn deliver(
         &self,
@@ -99,7 +145,17 @@ impl Forge {
         segment: &Segment,
         reaches: State,
     ) -> Result<(), ForgeError> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).deliver(socket, segment, reaches)
+        self.tools().deliver(socket, segment, reaches)
+    }
+
+    /// A connect() that sends a SYN, which asks for ECN. Where that is not allowed it does so if the namespace is
+    /// configured to.
+    pub(crate) fn connect_with_ecn(
+        &self,
+        socket: BorrowedFd<'_>,
+        remote: SocketAddr,
+    ) -> Result<(), SysError> {
+        self.tools().ecn.connect(socket, remote)
     }
 
     /// Closes the passages, if any, and reports what goes wrong with it.
@@ -108,7 +164,7 @@ impl Forge {
     /// The first rule that cannot be removed.
     pub fn finish(self) -> Result<(), LockError> {
         let mut result = Ok(());
-        for (_, passage) in self.0.into_inner().unwrap_or_else(PoisonError::into_inner).passages {
+        for (_, passage) in self.tools.into_inner().unwrap_or_else(PoisonError::into_inner).passages {
             result = result.and(passage.close());
         }
         result
@@ -133,7 +189,7 @@ impl Tools {
             }
         }
         let state = tcp::info(socket)?.state;
-        Err(ForgeError::Lost { segment: if segment.fin { "FIN" } else { "ACK" }, state })
+        Err(ForgeError::Lost { segment: segment.kind.name(), state })
     }
 
     fn send_and_see(
@@ -165,6 +221,23 @@ impl Tools {
     }
 }
 
+impl Ecn {
+    fn connect(&mut self, socket: BorrowedFd<'_>, remote: SocketAddr) -> Result<(), SysError> {
+        if let Self::Unused = self {
+            *self = AskForEcn::attach().map_or_else(Self::not_allowed, Self::Asked);
+        }
+        match self {
+            Self::Asked(ask) => ask.during(socket, || tcp::connect(socket, remote)),
+            Self::Unused | Self::AsConfigured => tcp::connect(socket, remote),
+        }
+    }
+
+    fn not_allowed(error: SysError) -> Self {
+        log::info!("connections have ECN only where net.ipv4.tcp_ecn is 1: {error}");
+        Self::AsConfigured
+    }
+}
+
 fn open(ns: &NetNs, device: &[u8], ipv6: bool) -> Result<OwnedFd, ForgeError> {
     let socket = ns.run(|| raw::open(ipv6))??;
     sockopt::set_mark(socket.as_fd(), MARK)?;
@@ -190,7 +263,6 @@ fn arrived(socket: BorrowedFd<'_>, reaches: State) -> Result<bool, ForgeError> {
     }
 }
 
-const TCP_HEADER: usize = 20;
 const PROTOCOL_TCP: u8 = 6;
 /// The most that IP knows: a socket with IP_MINTTL would drop less.
 const TTL: u8 = 255;
@@ -201,7 +273,7 @@ impl Segment {
         match (self.tuple.remote.ip(), self.tuple.local.ip()) {
             (IpAddr::V4(from), IpAddr::V4(to)) => {
                 // The kernel fills in length, identification and checksum.
-                let mut packet = vec![0x45, 0, 0, 40, 0, 0, 0, 0, TTL, PROTOCOL_TCP, 0, 0];
+                let mut packet = vec![0x45, 0, 0, 0, 0, 0, 0, 0, TTL, PROTOCOL_TCP, 0, 0];
                 packet.extend(from.octets());
                 packet.extend(to.octets());
                 packet.extend(self.tcp(&from.octets(), &to.octets()));
@@ -209,31 +281,79 @@ impl Segment {
             }
             (from, to) => {
                 let (from, to) = (v6(from), v6(to));
-                let mut packet = vec![0x60, 0, 0, 0, 0, 20, PROTOCOL_TCP, TTL];
+                let tcp = self.tcp(&from, &to);
+                let mut packet = vec![0x60, 0, 0, 0, 0, length(&tcp), PROTOCOL_TCP, TTL];
                 packet.extend(from);
                 packet.extend(to);
-                packet.extend(self.tcp(&from, &to));
+                packet.extend(tcp);
                 packet
             }
         }
     }
 
-    fn tcp(&self, from: &[u8], to: &[u8]) -> [u8; TCP_HEADER] {
-        const FIN: u8 = 0x01;
-        const ACK: u8 = 0x10;
-        let mut header = [0; TCP_HEADER];
+    fn tcp(&self, from: &[u8], to: &[u8]) -> Vec<u8> {
+        let mut header = vec![0; 20];
         header[0..2].copy_from_slice(&self.tuple.remote.port().to_be_bytes());
         header[2..4].copy_from_slice(&self.tuple.local.port().to_be_bytes());
         header[4..8].copy_from_slice(&self.seq.to_be_bytes());
         header[8..12].copy_from_slice(&self.ack.to_be_bytes());
-        header[12] = 5 << 4; // header length in words
-        header[13] = if self.fin { FIN | ACK } else { ACK };
+        header[13] = self.kind.flags();
         header[14..16].copy_from_slice(&self.window.to_be_bytes());
-        let pseudo = [from, to, &[0, PROTOCOL_TCP, 0, 20]];
+        if let Kind::SynAck(negotiated) = &self.kind {
+            header.extend(syn_options(negotiated));
+        }
+        header[12] = length(&header) / 4 << 4; // in words
+        let pseudo = [from, to, &[0, PROTOCOL_TCP, 0, length(&header)]];
         let sum = checksum(pseudo.into_iter().chain([&header[..]]));
         header[16..18].copy_from_slice(&sum.to_be_bytes());
         header
     }
+}
+
+impl Kind {
+    fn flags(self) -> u8 {
+        const FIN: u8 = 0x01;
+        const SYN: u8 = 0x02;
+        const ACK: u8 = 0x10;
+        const ECE: u8 = 0x40;
+        match self {
+            Self::Ack => ACK,
+            Self::Fin => FIN | ACK,
+            Self::SynAck(_) => SYN | ACK | ECE,
+        }
+    }
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Ack => "ACK",
+            Self::Fin => "FIN",
+            Self::SynAck(_) => "SYN-ACK",
+        }
+    }
+}
+
+/// The options of a SYN segment (RFC 9293, 7323, 2018), in whole words. TSval is 0: the kernel takes that for a peer
+/// that has not told its clock yet, and believes the first that it tells.
+fn syn_options(negotiated: &Negotiated) -> Vec<u8> {
+    const NOP: u8 = 1;
+    let [high, low] = u16::try_from(negotiated.mss_clamp).unwrap_or(u16::MAX).to_be_bytes();
+    let mut options = vec![2, 4, high, low];
+    if negotiated.mask & OPT_SACK != 0 {
+        options.extend([NOP, NOP, 4, 2]);
+    }
+    if negotiated.timestamp.is_some() {
+        options.extend([NOP, NOP, 8, 10]);
+        options.extend([0; 8]);
+    }
+    if let Some(scale) = negotiated.wscale {
+        options.extend([NOP, 3, 3, scale.snd]);
+    }
+    options
+}
+
+/// Of a header, which has at most 60 bytes.
+fn length(header: &[u8]) -> u8 {
+    u8::try_from(header.len()).unwrap_or(u8::MAX)
 }
 
 fn v6(ip: IpAddr) -> [u8; 16] {

@@ -5,7 +5,8 @@
 //!
 //! 1. bind() and both sequences, each as far back as its queue is long (and one more for a FIN): what is
 //!    appended to a queue moves its sequence forward again;
-//! 2. connect(); only a SYN_SENT socket does this outside repair mode, since its SYN has yet to be answered;
+//! 2. connect(). Outside repair mode, so that a SYN goes into the lock, only for two: SYN_SENT, since its SYN has yet to be
+//!    answered; and a connection with ECN, which nothing but SYN segments agrees on: a forged SYN-ACK answers (module `forge`);
 //! 3. what the SYN segments agreed on, then the clock of the timestamps;
 //! 4. the receive queue, the part of the send queue that was sent, and outside repair mode the part that was
 //!    not, which the kernel treats as written just now;
@@ -21,8 +22,9 @@ use std::os::fd::{AsFd, BorrowedFd};
 
 use nix::errno::Errno;
 
-use crate::connection::{ControlBlock, FourTuple, OPT_SACK, State, Window};
-use crate::forge::{self, Forge, ForgeError, Segment};
+use crate::chain;
+use crate::connection::{ControlBlock, FourTuple, OPT_ECN, OPT_SACK, State, Window};
+use crate::forge::{self, Forge, ForgeError, Kind, Segment};
 use crate::kernel::netns::NetNs;
 use crate::kernel::tcp::{Direction, Queue, Repair, RepairOption};
 use crate::kernel::{SysError, addr, diag, sockopt, tcp};
@@ -62,8 +64,8 @@ pub enum RestoreError {
         /// The last call.
         source: SysError,
     },
-    /// The peer's FIN or ACK could not be brought in.
-    #[error("cannot restore {tuple}: the peer's FIN or ACK cannot be forged")]
+    /// A segment of the peer could not be brought in.
+    #[error("cannot restore {tuple}: a segment of the peer cannot be forged")]
     Forge {
         /// The connection.
         tuple: FourTuple,
@@ -139,8 +141,8 @@ struct Restoring<'a> {
 
 impl Restoring<'_> {
     fn run(&self, recv: &[u8], send: &[u8]) -> Result<(), RestoreError> {
-        self.sys(self.sequences())?;
-        self.sys(self.connect())?;
+        self.sys(self.bind())?;
+        self.open()?;
         self.local_address()?;
         self.sys(self.options())?;
         // Before the bytes of the send queue are cut into segments.
@@ -156,16 +158,86 @@ impl Restoring<'_> {
         result.map_err(|source| RestoreError::Sys { tuple: *self.tuple, source })
     }
 
-    fn sequences(&self) -> Result<(), SysError> {
-        let tcp = self.tcp;
-        self.bind()?;
-        // The SYN that connect() will send takes a sequence number as a FIN does.
-        let syn_or_fin = u32::from(tcp.state.fin_sent() || tcp.state == State::SynSent);
+    fn forged(&self, result: Result<(), ForgeError>) -> Result<(), RestoreError> {
+        result.map_err(|source| RestoreError::Forge { tuple: *self.tuple, source })
+    }
+
+    /// Both sequences, and the state in which queues can be filled.
+    fn open(&self) -> Result<(), RestoreError> {
+        if self.tcp.state == State::SynSent {
+            self.sys(self.send_syn())?;
+            return self.sys(tcp::set_repair(self.fd, Repair::On));
+        }
+        if self.has_ecn() {
+            match self.open_with_ecn() {
+                Ok(()) => return Ok(()),
+                Err(error) => log::warn!("{} goes on without ECN: {}", self.tuple, chain(&error)),
+            }
+            self.sys(self.disconnect())?;
+        }
+        let (sent, received) = self.first_sequences();
+        self.sys(self.set_sequences(sent, received))?;
+        self.sys(self.connect(|| tcp::connect(self.fd, self.tuple.remote)))
+    }
+
+    /// CLOSE has no use for it.
+    fn has_ecn(&self) -> bool {
+        self.tcp.negotiated.mask & OPT_ECN != 0 && self.tcp.state != State::Close
+    }
+
+    fn open_with_ecn(&self) -> Result<(), RestoreError> {
+        self.sys(self.send_syn())?;
+        self.forged(self.forge.step("restore.syn-sent"))?;
+        let (sent, received) = self.first_sequences();
+        self.deliver(Kind::SynAck(self.tcp.negotiated), received.wrapping_sub(1), sent, State::Established)?;
+        self.forged(self.forge.step("restore.syn-acked"))?;
+        self.sys(tcp::set_repair(self.fd, Repair::On))?;
+        if u32::from(self.sys(tcp::info(self.fd))?.options) & OPT_ECN == 0 {
+            log::warn!("{} goes on without ECN: its SYN did not ask for it", self.tuple);
+        }
+        Ok(())
+    }
+
+    /// A SYN, which takes a sequence number as a FIN does. It ends in the lock, outside repair mode where it is to be
+    /// answered.
+    fn send_syn(&self) -> Result<(), SysError> {
+        let (sent, received) = self.first_sequences();
+        self.set_sequences(sent.wrapping_sub(1), received)?;
+        tcp::set_repair(self.fd, Repair::OffNoProbe)?;
+        self.connect(|| {
+            sockopt::with_nonblocking(self.fd, || {
+                if self.has_ecn() {
+                    self.forge.connect_with_ecn(self.fd, self.tuple.remote)
+                } else {
+                    tcp::connect(self.fd, self.tuple.remote)
+                }
+            })
+        })
+    }
+
+    fn set_sequences(&self, sent: u32, received: u32) -> Result<(), SysError> {
         tcp::select_queue(self.fd, Queue::Send)?;
-        tcp::set_queue_seq(self.fd, tcp.write_seq.wrapping_sub(syn_or_fin).wrapping_sub(tcp.send_len))?;
-        let peer_fin = u32::from(tcp.state.fin_received());
+        tcp::set_queue_seq(self.fd, sent)?;
         tcp::select_queue(self.fd, Queue::Receive)?;
-        tcp::set_queue_seq(self.fd, tcp.rcv_nxt.wrapping_sub(peer_fin).wrapping_sub(tcp.recv_len))
+        tcp::set_queue_seq(self.fd, received)
+    }
+
+    /// Back to a bound socket in repair mode.
+    fn disconnect(&self) -> Result<(), SysError> {
+        tcp::set_repair(self.fd, Repair::On)?;
+        tcp::disconnect(self.fd)?;
+        // The kernel notes for the program that its connection is gone.
+        sockopt::clear_error(self.fd)
+    }
+
+    /// Of the first byte of each queue, sent and received. A FIN behind them takes one as well.
+    fn first_sequences(&self) -> (u32, u32) {
+        let tcp = self.tcp;
+        let first = |next: u32, fin, len| next.wrapping_sub(u32::from(fin)).wrapping_sub(len);
+        (
+            first(tcp.write_seq, tcp.state.fin_sent(), tcp.send_len),
+            first(tcp.rcv_nxt, tcp.state.fin_received(), tcp.recv_len),
+        )
     }
 
     /// bind() takes a broadcast address of a subnet for none at all, and connect() then chooses another.
@@ -205,24 +277,14 @@ impl Restoring<'_> {
 
     /// Where an agent died before it could close the old socket silently, its task's end has closed it with a FIN: it
     /// waits behind the lock, without an owner, for an answer to that, and holds the four-tuple.
-    fn connect(&self) -> Result<(), SysError> {
-        match self.try_connect() {
+    fn connect(&self, connect: impl Fn() -> Result<(), SysError>) -> Result<(), SysError> {
+        match connect() {
             Err(SysError { errno: Errno::EADDRNOTAVAIL, .. }) if destroy_orphan(self.fd, self.tuple)? => {
                 log::info!("{}: destroyed an orphan that held the addresses", self.tuple);
-                self.try_connect()
+                connect()
             }
             other => other,
         }
-    }
-
-    fn try_connect(&self) -> Result<(), SysError> {
-        if self.tcp.state != State::SynSent {
-            return tcp::connect(self.fd, self.tuple.remote);
-        }
-        tcp::set_repair(self.fd, Repair::OffNoProbe)?;
-        let result = sockopt::with_nonblocking(self.fd, || tcp::connect(self.fd, self.tuple.remote));
-        tcp::set_repair(self.fd, Repair::On)?;
-        result
     }
 
     fn options(&self) -> Result<(), SysError> {
@@ -254,8 +316,11 @@ impl Restoring<'_> {
     }
 
     fn receive_queue(&self, bytes: &[u8]) -> Result<(), RestoreError> {
-        // `sequences` has left this queue chosen.
-        if bytes.is_empty() { Ok(()) } else { self.append("receive", bytes) }
+        if bytes.is_empty() {
+            return Ok(());
+        }
+        self.sys(tcp::select_queue(self.fd, Queue::Receive))?;
+        self.append("receive", bytes)
     }
 
     fn send_queue(&self, bytes: &[u8]) -> Result<(), RestoreError> {
@@ -356,27 +421,33 @@ impl Restoring<'_> {
     fn peer_fin(&self, reaches: State) -> Result<(), RestoreError> {
         let unacked = self.tcp.send_len.wrapping_add(u32::from(self.tcp.state.fin_sent()));
         let seq = self.tcp.rcv_nxt.wrapping_sub(1);
-        self.deliver(true, seq, self.tcp.write_seq.wrapping_sub(unacked), reaches)
+        self.deliver(Kind::Fin, seq, self.tcp.write_seq.wrapping_sub(unacked), reaches)
     }
 
     /// The segment by which the peer acknowledged our FIN, and with it all that we sent.
     fn acknowledge(&self, reaches: State) -> Result<(), RestoreError> {
-        self.deliver(false, self.tcp.rcv_nxt, self.tcp.write_seq, reaches)
+        self.deliver(Kind::Ack, self.tcp.rcv_nxt, self.tcp.write_seq, reaches)
     }
 
-    fn deliver(&self, fin: bool, seq: u32, ack: u32, reaches: State) -> Result<(), RestoreError> {
+    fn deliver(&self, kind: Kind, seq: u32, ack: u32, reaches: State) -> Result<(), RestoreError> {
         let port = self.sys(addr::local(self.fd))?.port();
-        let scale = self.tcp.negotiated.wscale.map_or(0, |scale| scale.snd);
         let segment = Segment {
             tuple: forge::with_local_port(self.tuple, port),
-            fin,
+            kind,
             seq,
             ack,
-            window: forge::header_window(self.tcp.window.map_or(0, |window| window.snd_wnd), scale),
+            window: match kind {
+                // As repair mode leaves it: nothing is sent, nor cut to its size, until the windows are set.
+                Kind::SynAck(_) => 0,
+                Kind::Ack | Kind::Fin => self.header_window(),
+            },
         };
-        self.forge
-            .deliver(self.fd, &segment, reaches)
-            .map_err(|source| RestoreError::Forge { tuple: *self.tuple, source })
+        self.forged(self.forge.deliver(self.fd, &segment, reaches))
+    }
+
+    fn header_window(&self) -> u16 {
+        let scale = self.tcp.negotiated.wscale.map_or(0, |scale| scale.snd);
+        forge::header_window(self.tcp.window.map_or(0, |window| window.snd_wnd), scale)
     }
 }
 

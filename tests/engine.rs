@@ -10,7 +10,9 @@ use std::time::{Duration, Instant};
 
 use nix::sys::socket::MsgFlags;
 use soccr::checkpoint::SaveError;
-use soccr::connection::{ControlBlock, FourTuple, Queues, State, Window};
+use soccr::connection::{
+    ControlBlock, FourTuple, OPT_ECN, OPT_SACK, OPT_TIMESTAMPS, OPT_WSCALE, Queues, State, Window,
+};
 use soccr::forge::Forge;
 use soccr::kernel::netns::NetNs;
 use soccr::kernel::{sockopt, tcp};
@@ -83,13 +85,16 @@ fn build_and(saved: &Saved, compare: Compare) -> TcpStream {
     TcpStream::from(socket)
 }
 
+const AGREED: u32 = OPT_TIMESTAMPS | OPT_SACK | OPT_WSCALE | OPT_ECN;
+
 /// What was built reads as what was saved, up to the clock.
 fn check_same<F: AsFd>(paused: &Paused<F>, saved: &Saved) {
     let mut queues = Queues::default();
     let mut again = paused.save(&mut queues).expect("save again");
     again.negotiated.timestamp = saved.tcp.negotiated.timestamp;
-    // ECN is agreed on in the SYN segments and has no place in the repair options.
-    again.negotiated.mask |= saved.tcp.negotiated.mask & !7;
+    // Whether a mark was seen is no agreement, and CLOSE needs none on ECN.
+    let agreed = if saved.tcp.state == State::Close { AGREED & !OPT_ECN } else { AGREED };
+    again.negotiated.mask |= saved.tcp.negotiated.mask & !agreed;
     if let (Some(before), Some(after)) = (&saved.tcp.window, &mut again.window) {
         forget_late_ack(before, after, &saved.tcp);
     }
@@ -125,10 +130,18 @@ fn moved(stream: TcpStream) -> TcpStream {
 
 const FAMILIES: [&str; 3] = ["127.0.0.1:0", "[::1]:0", "[::ffff:127.0.0.1]:0"];
 
+/// Each family, first without ECN, then with it.
+fn variants() -> impl Iterator<Item = &'static str> {
+    ["2", "1"].into_iter().flat_map(|ecn| {
+        std::fs::write("/proc/sys/net/ipv4/tcp_ecn", ecn).expect("net.ipv4.tcp_ecn");
+        FAMILIES
+    })
+}
+
 #[test]
 fn established_with_bytes_to_read() {
     in_own_network(|| {
-        for address in FAMILIES {
+        for address in variants() {
             let (ours, mut theirs) = connected(address);
             let unread = pattern(1, 100_000);
             theirs.write_all(&unread).expect("write");
@@ -145,7 +158,7 @@ fn established_with_bytes_to_read() {
 #[test]
 fn bytes_beyond_the_peers_window_are_sent_later() {
     in_own_network(|| {
-        for address in FAMILIES {
+        for address in variants() {
             let (mut ours, mut theirs) = connected(address);
             ours.set_nonblocking(true).expect("non-blocking");
             let mut written = Vec::new();
@@ -170,7 +183,7 @@ fn bytes_beyond_the_peers_window_are_sent_later() {
 #[test]
 fn the_segment_size_survives() {
     in_own_network(|| {
-        for address in FAMILIES {
+        for address in variants() {
             let (mut ours, mut theirs) = connected(address);
             for _ in 0..50 {
                 ours.write_all(&pattern(3, 10_000)).expect("write");
@@ -184,10 +197,47 @@ fn the_segment_size_survives() {
     });
 }
 
+/// Where ECN was agreed on, marks of a congested path are echoed: before and after alike.
+#[test]
+fn marked_segments_are_echoed() {
+    in_own_network(|| {
+        shell(
+            "nft 'add table inet path; add chain inet path out { type filter hook output priority 0; }; \
+             add rule inet path out ip ecn ect0 ip ecn set ce; add rule inet path out ip6 ecn ect0 ip6 ecn set ce'",
+        );
+        for address in variants() {
+            let (ours, mut theirs) = connected(address);
+            let saved = save_and_close(ours);
+            let with_ecn = saved.tcp.negotiated.mask & OPT_ECN != 0;
+            let mut ours = build(&saved);
+            for _ in 0..2 {
+                theirs.write_all(&pattern(5, 10_000)).expect("write");
+                expect_bytes(&mut ours, &pattern(5, 10_000));
+                ours.write_all(b"all there").expect("write");
+                expect_bytes(&mut theirs, b"all there");
+            }
+            assert_eq!(echoed(&theirs) > 0, with_ecn, "{address}");
+            assert_eq!(echoed(&ours) > 0, with_ecn, "{address}");
+        }
+    });
+}
+
+/// Segments that arrived with a mark, as the peer has echoed it (tcpi_delivered_ce, Linux 4.18).
+fn echoed(stream: &TcpStream) -> u32 {
+    const DELIVERED_CE: usize = 196;
+    let mut info = [0_u8; 200];
+    let mut len: libc::socklen_t = 200;
+    let (fd, into) = (stream.as_raw_fd(), info.as_mut_ptr().cast());
+    // SAFETY: the kernel writes at most `len` bytes, the size of `info`.
+    let ret = unsafe { libc::getsockopt(fd, libc::SOL_TCP, libc::TCP_INFO, into, &raw mut len) };
+    assert_eq!((ret, len), (0, 200), "TCP_INFO");
+    u32::from_ne_bytes(info[DELIVERED_CE..].try_into().expect("four bytes"))
+}
+
 #[test]
 fn close_wait() {
     in_own_network(|| {
-        for address in FAMILIES {
+        for address in variants() {
             let (ours, mut theirs) = connected(address);
             theirs.write_all(b"last words").expect("write");
             theirs.shutdown(Shutdown::Write).expect("shutdown");
@@ -218,7 +268,7 @@ fn a_forged_fin_passes_other_peoples_firewalls() {
                 "iptables-legacy -F INPUT && ip6tables-legacy -F INPUT",
             ),
         ] {
-            for address in FAMILIES {
+            for address in variants() {
                 let (ours, mut theirs) = connected(address);
                 theirs.write_all(b"last words").expect("write");
                 theirs.shutdown(Shutdown::Write).expect("shutdown");
@@ -257,7 +307,7 @@ fn shell(command: &str) -> String {
 #[test]
 fn fin_wait2() {
     in_own_network(|| {
-        for address in FAMILIES {
+        for address in variants() {
             let (ours, mut theirs) = connected(address);
             ours.shutdown(Shutdown::Write).expect("shutdown");
             assert_eq!(theirs.read(&mut [0]).expect("the end"), 0);
@@ -275,7 +325,7 @@ fn fin_wait2() {
 #[test]
 fn closed_with_bytes_to_read() {
     in_own_network(|| {
-        for address in FAMILIES {
+        for address in variants() {
             let (ours, mut theirs) = connected(address);
             ours.shutdown(Shutdown::Write).expect("shutdown");
             theirs.write_all(b"unread").expect("write");
@@ -455,7 +505,7 @@ fn a_listener_is_refused() {
 #[test]
 fn an_orphan_that_holds_the_addresses_makes_room() {
     in_own_network(|| {
-        for address in FAMILIES {
+        for address in variants() {
             let (ours, mut theirs) = connected(address);
             let saved = {
                 let paused = Paused::pause(ours.as_fd()).expect("pause");

@@ -3,7 +3,8 @@
 use std::mem::size_of;
 
 use engine::connection::{
-    ControlBlock, Negotiated, OPT_TIMESTAMPS, OPT_WSCALE, State, UnsupportedState, Window, WindowScale,
+    ControlBlock, Negotiated, OPT_ECN, OPT_TIMESTAMPS, OPT_WSCALE, State, UnsupportedState, Window,
+    WindowScale,
 };
 use libc::{c_int, c_uint};
 
@@ -150,7 +151,8 @@ fn negotiated(data: &libsoccr_sk_data) -> Result<Negotiated, DataError> {
         Some(WindowScale { snd: scale(data.snd_wscale)?, rcv: scale(data.rcv_wscale)? })
     };
     Ok(Negotiated {
-        mask: data.opt_mask,
+        // Only a SYN agrees on ECN, and whether a lock keeps that from the peer is not ours to know.
+        mask: data.opt_mask & !OPT_ECN,
         mss_clamp: data.mss_clamp,
         wscale,
         timestamp: (data.opt_mask & OPT_TIMESTAMPS != 0).then_some(data.timestamp),

@@ -7,6 +7,7 @@
 pub mod addr;
 pub mod ao;
 pub mod diag;
+pub mod ecn;
 pub mod netlink;
 pub mod netns;
 pub mod options;

@@ -125,6 +125,12 @@ impl TaskSocket {
         Ok(u32::from_ne_bytes(info[16..20].try_into()?))
     }
 
+    /// Whether both ends agreed on ECN (RFC 3168).
+    pub fn has_ecn(&self) -> Result<bool> {
+        const TCPI_OPT_ECN: u8 = 8;
+        Ok(self.info()?[5] & TCPI_OPT_ECN != 0)
+    }
+
     /// Whether the socket is in repair mode, where nothing of it works for its program.
     pub fn in_repair(&self) -> Result<bool> {
         let on: i32 = get(&self.socket, libc::IPPROTO_TCP, libc::TCP_REPAIR).context("TCP_REPAIR")?;
@@ -164,7 +170,7 @@ impl TaskSocket {
         get(&self.socket, level, name).with_context(|| format!("socket option {level}:{name}"))
     }
 
-    /// `struct tcp_info`'s first 20 bytes: `tcpi_state` is the first, `tcpi_snd_mss` the last four.
+    /// `struct tcp_info`'s first 20 bytes: `tcpi_state` is the first, `tcpi_options` the sixth, `tcpi_snd_mss` the last four.
     fn info(&self) -> Result<[u8; 20]> {
         get(&self.socket, libc::IPPROTO_TCP, libc::TCP_INFO).context("TCP_INFO")
     }

@@ -68,7 +68,8 @@ impl<'a> Building<'a> {
             in_flight: std::mem::take(&mut plan.index.in_flight),
             external: plan.external.clone(),
         };
-        let (namespaces, forge) = (SocketNamespaces::default(), Forge::new());
+        let (namespaces, forge) =
+            (SocketNamespaces::default(), Forge::with_steps(|step| Ok(fault::point(step)?)));
         Self { criu, plan, locks, tree, missing, namespaces, forge, built: Vec::new() }
     }
 

@@ -26,8 +26,8 @@ const COMPLETE: &str = "dump.end";
 
 const RESTORE: &str = "\
     restore.init restore.prepared restore.locked restore.forked restore.asked restore.copied \
-    restore.disconnected restore.built restore.all-built restore.unlocking restore.unlocked \
-    restore.waking restore.awake restore.end";
+    restore.disconnected restore.syn-sent restore.syn-acked restore.built restore.all-built \
+    restore.unlocking restore.unlocked restore.waking restore.awake restore.end";
 /// From here on the restored server has its connections.
 const GIVEN_BACK: &str = "restore.unlocked";
 
