@@ -302,7 +302,7 @@ impl Segment {
         if let Kind::SynAck(negotiated) = &self.kind {
             header.extend(syn_options(negotiated));
         }
-        header[12] = length(&header) / 4 << 4; // in words
+        header[12] = (length(&header) / 4) << 4; // in words
         let pseudo = [from, to, &[0, PROTOCOL_TCP, 0, length(&header)]];
         let sum = checksum(pseudo.into_iter().chain([&header[..]]));
         header[16..18].copy_from_slice(&sum.to_be_bytes());

@@ -234,6 +234,28 @@ fn echoed(stream: &TcpStream) -> u32 {
     u32::from_ne_bytes(info[DELIVERED_CE..].try_into().expect("four bytes"))
 }
 
+/// Each socket's clock has an offset of its own, as each host's has: what is told goes on from where it was all the same,
+/// and so the peer believes it (PAWS, RFC 7323).
+#[test]
+fn the_peer_sees_one_clock() {
+    in_own_network(|| {
+        for address in variants() {
+            let (mut ours, mut theirs) = connected(address);
+            ours.write_all(b"before").expect("write");
+            expect_bytes(&mut theirs, b"before");
+            let saved = save_and_close(ours);
+            let built = Instant::now();
+            let mut ours = build(&saved);
+            let told = saved.tcp.negotiated.timestamp.expect("timestamps are in use");
+            let tells = tcp::timestamp(ours.as_fd()).expect("TCP_TIMESTAMP");
+            let passed = u32::try_from(built.elapsed().as_millis()).expect("short");
+            assert!(tells.wrapping_sub(told) <= passed + 2, "{told}, {passed} ms later {tells}");
+            ours.write_all(b"after").expect("write");
+            expect_bytes(&mut theirs, b"after");
+        }
+    });
+}
+
 #[test]
 fn close_wait() {
     in_own_network(|| {
