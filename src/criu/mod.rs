@@ -4,5 +4,6 @@
 pub mod hold;
 pub mod image;
 pub mod record;
+pub mod rules;
 pub mod stock;
 pub mod tasks;

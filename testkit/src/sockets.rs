@@ -8,7 +8,7 @@ use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 
 use anyhow::{Context, Result};
 use nix::errno::Errno;
-use nix::sys::socket::{SockaddrStorage, getpeername};
+use nix::sys::socket::{SockaddrStorage, getpeername, getsockname};
 use nix::unistd::Pid;
 
 use crate::task::pidfd_open;
@@ -158,11 +158,14 @@ impl TaskSocket {
         Ok(self.unread()? > 0 && unsent > 0 && self.unacked()? == unsent)
     }
 
+    /// Its own address; `None` where there is none.
+    pub fn local(&self) -> Option<SocketAddr> {
+        address(&getsockname::<SockaddrStorage>(self.socket.as_raw_fd()).ok()?)
+    }
+
     /// The other end; `None` where there is none.
     pub fn peer(&self) -> Option<SocketAddr> {
-        let peer = getpeername::<SockaddrStorage>(self.socket.as_raw_fd()).ok()?;
-        let v4 = peer.as_sockaddr_in().map(|v4| SocketAddr::from(std::net::SocketAddrV4::from(*v4)));
-        v4.or_else(|| peer.as_sockaddr_in6().map(|v6| SocketAddr::from(std::net::SocketAddrV6::from(*v6))))
+        address(&getpeername::<SockaddrStorage>(self.socket.as_raw_fd()).ok()?)
     }
 
     /// A socket option that is an `int`.
@@ -180,6 +183,11 @@ impl AsRawFd for TaskSocket {
     fn as_raw_fd(&self) -> RawFd {
         self.socket.as_raw_fd()
     }
+}
+
+fn address(addr: &SockaddrStorage) -> Option<SocketAddr> {
+    let v4 = addr.as_sockaddr_in().map(|v4| SocketAddr::from(std::net::SocketAddrV4::from(*v4)));
+    v4.or_else(|| addr.as_sockaddr_in6().map(|v6| SocketAddr::from(std::net::SocketAddrV6::from(*v6))))
 }
 
 /// `SIOCINQ` or `SIOCOUTQ`: bytes in a queue of a socket.

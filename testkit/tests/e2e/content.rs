@@ -96,6 +96,12 @@ fn busy_peers_over_ipv6_link_local() -> Result<()> {
     busy_peers("[fe80::1%2]:0", "[fe80::1%2]:0")
 }
 
+/// The server is not bound to a device, but each of its connections is: the kernel does that.
+#[test]
+fn busy_peers_over_ipv6_link_local_of_a_server_anywhere() -> Result<()> {
+    busy_peers("[::]:0", "[fe80::1%2]:0")
+}
+
 #[test]
 fn busy_peers_over_ipv4_mapped_addresses() -> Result<()> {
     busy_peers("[::]:0", "10.9.0.1:0")

@@ -14,4 +14,5 @@ mod migrate;
 mod outcomes;
 mod pluginhost;
 mod promises;
+mod rules;
 mod world;

@@ -9,7 +9,8 @@ use soccr::criu::record::{self, NsId, Phase, Recorder, State, Store};
 use soccr::criu::stock;
 use soccr::criu::tasks::Task;
 use soccr::kernel::netns::NetNs;
-use soccr::lock::{self, LockName, Method, NetworkLock};
+use soccr::kernel::{sockopt, tcp};
+use soccr::lock::{self, LockName, MARK, Method, NetworkLock};
 use soccr::repair::Paused;
 
 use super::arrangement::{Arrangement, Namespaces};
@@ -29,6 +30,8 @@ pub struct Held {
     pub criu_ns: NetNs,
     /// The sockets whose connections are saved.
     pub sockets: Vec<(OwnedFd, FourTuple)>,
+    /// The sockets of connections that are not carried, and whose peers hear so.
+    pub reset: Vec<(OwnedFd, FourTuple)>,
     /// What keeps the connections still.
     pub locks: HashMap<NetNs, NetworkLock>,
     /// The same on the way to namespaces other than criu's.
@@ -40,10 +43,10 @@ pub struct Held {
 impl Held {
     /// Nothing is held yet.
     pub fn nothing(recorder: Recorder, criu: &Task, lock: &LockName) -> Result<Self, AgentError> {
-        let (tasks, namespaces, sockets) = (Vec::new(), Vec::new(), Vec::new());
+        let (tasks, namespaces, sockets, reset) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
         let criu_ns = NetNs::of_task(criu.pid.cast_unsigned())?;
         let path = Path::new(&criu_ns, lock);
-        Ok(Self { tasks, namespaces, criu_ns, sockets, locks: HashMap::new(), path, recorder })
+        Ok(Self { tasks, namespaces, criu_ns, sockets, reset, locks: HashMap::new(), path, recorder })
     }
 
     /// Criu's network namespace, and the root's.
@@ -135,6 +138,7 @@ impl Held {
 
     /// The tasks are dead: the connections leave this host without a word, and the locks become what was arranged.
     pub fn leave(mut self, arrangement: Arrangement) -> Vec<Task> {
+        self.reset();
         self.close_silently();
         self.path.keep();
         for (ns, lock) in std::mem::take(&mut self.locks) {
@@ -161,6 +165,17 @@ impl Held {
             self.forget_record();
         }
         self.tasks
+    }
+
+    /// What would be a FIN, or nothing, at the end of a socket is a RST.
+    fn reset(&mut self) {
+        for (socket, tuple) in self.reset.drain(..) {
+            // Past CRIU's lock of a whole namespace, too.
+            let marked = sockopt::set_mark(socket.as_fd(), MARK);
+            if let Err(error) = marked.and_then(|()| tcp::disconnect(socket.as_fd())) {
+                log::error!("{tuple}: its peer does not hear that it is closed: {error}");
+            }
+        }
     }
 
     /// Ours are the last descriptors of the sockets: in repair mode a socket is closed without a word to the peer.

@@ -9,6 +9,7 @@ use soccr::criu::image::external::ExternalImage;
 use soccr::criu::image::side::SideImage;
 use soccr::criu::image::tcp_stream::TcpStreamImage;
 use soccr::criu::record::{ConnectionRecord, LockRecord, NsId, Phase, Recorder, Store};
+use soccr::criu::rules::{Action, Policy, Rules};
 use soccr::criu::tasks::{self, FindError, Finder, FoundConnection, Place, Task};
 use soccr::kernel::netns::NetNs;
 use soccr::lock::{LockName, LockOptions, Method, NetworkLock};
@@ -27,6 +28,7 @@ pub struct Saving<'a> {
     images: ImageDir,
     lock_name: LockName,
     options: LockOptions,
+    policy: Policy,
     finder: Finder,
     /// The memory of one connection's queues, used again and again.
     queues: Queues,
@@ -51,9 +53,10 @@ impl<'a> Saving<'a> {
         let lock_name = LockName::criu(&format!("soccr-{}", random_id()?))?;
         let recorder = Recorder::new(lock_name.id(), Phase::Saving, images.as_fd(), criu.pid)?;
         let options = LockOptions::from_env()?;
+        let policy = Rules::read()?.policy;
         let (finder, queues) = (Finder::default(), Queues::default());
         let held = Held::nothing(recorder, criu, &lock_name)?;
-        Ok(Self { criu, images, lock_name, options, finder, queues, held })
+        Ok(Self { criu, images, lock_name, options, policy, finder, queues, held })
     }
 
     /// No further hook comes.
@@ -86,6 +89,7 @@ impl<'a> Saving<'a> {
         let tasks = self.held.tasks.get(first..).unwrap_or_default();
         let found = self.finder.of_tasks(tasks)?;
         fault::point("dump.found")?;
+        let found = self.sort_out(found)?;
         let elsewhere = found.iter().filter(|connection| connection.ns != self.held.criu_ns);
         self.held.path.add(elsewhere.map(|connection| connection.tuple));
         self.record(&found)?;
@@ -103,6 +107,24 @@ impl<'a> Saving<'a> {
         fault::point("dump.saved")?;
         log::info!("{count} TCP connections saved, locked by the table inet {}", self.lock_name);
         Ok(())
+    }
+
+    /// The connections that are to be carried.
+    fn sort_out(&mut self, mut found: Vec<FoundConnection>) -> Result<Vec<FoundConnection>, AgentError> {
+        let policy = &self.policy;
+        if let Some(FoundConnection { tuple, place, .. }) =
+            found.iter().find(|connection| policy.of(&connection.tuple).0 == Action::Refuse)
+        {
+            let rule = format!("{} ({place})", policy.of(tuple).1);
+            return Err(AgentError::Refused { tuple: *tuple, rule });
+        }
+        for connection in found.extract_if(.., |connection| policy.of(&connection.tuple).0 != Action::Keep) {
+            let (action, rule) = policy.of(&connection.tuple);
+            log::info!("{} ({}) ends with its task, says {rule}", connection.tuple, connection.place);
+            let ends = if action == Action::Reset { &mut self.held.reset } else { &mut self.held.sockets };
+            ends.push((connection.socket, connection.tuple));
+        }
+        Ok(found)
     }
 
     fn add_tree(&mut self, pid: i32) -> Result<(), AgentError> {

@@ -3,6 +3,8 @@
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, OwnedFd};
 
+use nix::errno::Errno;
+use soccr::chain;
 use soccr::connection::{FourTuple, Queues, State};
 use soccr::criu::image::ImageDir;
 use soccr::criu::image::index::{Index, InetConnection};
@@ -83,10 +85,17 @@ impl Builder<'_> {
         let built = Built::new(paused, tuple, connection.reuseport.or(Some(false)));
         let socket = built.paused().socket();
         let room = RoomForQueues::make(socket, &image.tcp).map_err(failed)?;
-        built
-            .paused()
-            .restore(&tuple, &image.tcp, &queues.recv, &queues.send, self.forge)
-            .map_err(|source| AgentError::Restore { file: TcpStreamImage::name(connection.ino), source })?;
+        match built.paused().restore(&tuple, &image.tcp, &queues.recv, &queues.send, self.forge) {
+            // It has nothing to give or to take, and needs no address that is another's now, or nobody's.
+            Err(error) if image.tcp.state == State::Close && image.tcp.recv_len == 0 => {
+                log::info!("{tuple} stays closed, without its addresses: {}", chain(&error));
+                return Ok(Some(shut_down(built).map_err(failed)?));
+            }
+            other => other.map_err(|source| AgentError::Restore {
+                file: TcpStreamImage::name(connection.ino),
+                source,
+            })?,
+        }
         if let Some(room) = room {
             room.give_back().map_err(failed)?;
         }
@@ -103,6 +112,20 @@ impl Builder<'_> {
         fault::point("restore.built")?;
         Ok(Some(built))
     }
+}
+
+/// As CRIU makes a closed one.
+fn shut_down(built: Built) -> Result<Built, SysError> {
+    let socket = built.paused().socket();
+    sockopt::clear_error(socket)?;
+    for direction in [Direction::Send, Direction::Receive] {
+        match tcp::shutdown(socket, direction) {
+            // Where nothing is connected it says so, and notes it all the same.
+            Ok(()) | Err(SysError { errno: Errno::ENOTCONN, .. }) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(built)
 }
 
 /// The kernel lets the tasks run as soon as criu is dead, whole or not.

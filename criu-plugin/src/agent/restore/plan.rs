@@ -1,6 +1,7 @@
 //! What the images say is to be restored.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
+use std::net::IpAddr;
 use std::os::fd::AsFd;
 
 use nix::sys::stat::fstat;
@@ -8,10 +9,11 @@ use soccr::chain;
 use soccr::connection::FourTuple;
 use soccr::criu::image::ImageDir;
 use soccr::criu::image::external::ExternalImage;
-use soccr::criu::image::index::{Index, InetConnection};
+use soccr::criu::image::index::{self, Index, InetConnection};
 use soccr::criu::image::inventory;
 use soccr::criu::image::side::SideImage;
 use soccr::criu::record::{ConnectionRecord, Phase, RecordError, RecordId, Recorder};
+use soccr::criu::rules::{Action, Policy, Rules};
 use soccr::lock::LockName;
 use soccr::lock::conntrack::Translation;
 
@@ -32,12 +34,29 @@ pub struct Plan {
     our_lock: Option<LockName>,
     /// The connections that were translated on their way.
     pub translations: Vec<Translation>,
+    /// What the host's owner says of connections.
+    pub rules: Rules,
+    /// The addresses that sockets are bound to, each with its network namespace, where they are to be waited for.
+    pub addresses: HashSet<(Option<u32>, IpAddr)>,
+    /// All connections that the images hold, those too that the rules leave out.
+    dumped: Vec<FourTuple>,
 }
 
 impl Plan {
     /// Reads the folder.
     pub fn read(images: &ImageDir) -> Result<Self, AgentError> {
-        let index = if images.contains(inventory::NAME) { Index::read(images)? } else { Index::empty() };
+        let rules = Rules::read()?;
+        if !rules.remap.is_empty() {
+            let count = index::readdress(images, &rules.remap)?;
+            log::info!("files.img: {count} sockets have other addresses now");
+        }
+        let mut index = if images.contains(inventory::NAME) { Index::read(images)? } else { Index::empty() };
+        let addresses = match rules.wait_address {
+            Some(_) => index::bound_addresses(images)?,
+            None => HashSet::new(),
+        };
+        let dumped = index.carried().map(|connection| connection.tuple).collect();
+        leave_out(&mut index, &rules.policy)?;
         let side = SideImage::read(images)?;
         let our_lock = side.as_ref().and_then(SideImage::lock);
         let mut dump_locks: Vec<LockName> = index.run_lock().into_iter().collect();
@@ -49,7 +68,7 @@ impl Plan {
         })?;
         let images = ImageDir::duplicate(images.as_fd())?;
         let translations = side.map(|side| side.translations_of(&index)).unwrap_or_default();
-        Ok(Self { images, index, external, dump_locks, our_lock, translations })
+        Ok(Self { images, index, external, dump_locks, our_lock, translations, rules, addresses, dumped })
     }
 
     /// The addresses of the connections that packets can reach, but for the external ones.
@@ -119,8 +138,8 @@ impl Plan {
     }
 
     fn take_over(&self, id: &RecordId, criu: i32) -> Result<Option<Recorder>, RecordError> {
-        let carried = self.index.carried().map(|connection| connection.tuple);
-        match Recorder::take_over_for(id, criu, carried.chain(self.external.keys().copied())) {
+        let dumped = self.dumped.iter().chain(self.external.keys()).copied();
+        match Recorder::take_over_for(id, criu, dumped, &self.rules.remap) {
             // The images have all that a restore needs.
             Err(error) if error.is_unreadable() => {
                 log::warn!("{}", chain(&error));
@@ -129,6 +148,20 @@ impl Plan {
             other => other,
         }
     }
+}
+
+/// Connections that are not to be carried stay as CRIU makes them: shut down.
+fn leave_out(index: &mut Index, policy: &Policy) -> Result<(), AgentError> {
+    for connection in index.carried() {
+        let tuple = connection.tuple;
+        match policy.of(&tuple) {
+            (Action::Keep, _) => {}
+            (Action::Refuse, rule) => return Err(AgentError::Refused { tuple, rule: rule.to_owned() }),
+            (Action::Close | Action::Reset, rule) => log::info!("{tuple}: stays closed, says {rule}"),
+        }
+    }
+    index.leave_out(|connection| policy.of(&connection.tuple).0 != Action::Keep);
+    Ok(())
 }
 
 #[cfg(test)]
@@ -145,6 +178,9 @@ mod tests {
             dump_locks: Vec::new(),
             our_lock: None,
             translations: Vec::new(),
+            rules: Rules::default(),
+            addresses: HashSet::new(),
+            dumped: Vec::new(),
         };
         plan.lock_name().unwrap().to_string()
     }

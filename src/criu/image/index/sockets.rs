@@ -1,12 +1,12 @@
 //! The TCP connections among the files.
 
 use std::collections::HashSet;
-use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use protobuf::Enum;
 
 use super::connections::{self, Connections, Found, InetConnection};
-use crate::connection::FourTuple;
+use crate::connection::{FourTuple, State};
 use crate::criu::image::allowance::Allowance;
 use crate::criu::image::container::{Magic, Reader};
 use crate::criu::image::proto::sk_inet::Inet_sk_entry;
@@ -33,8 +33,38 @@ pub(super) fn read(dir: &ImageDir, allowance: &mut Allowance) -> Result<Connecti
     twice.map_or(Ok(connections), |id| Err(stands_twice(dir, id)))
 }
 
+/// The addresses that TCP sockets are bound to, listeners too, each with the id of its network namespace; but those of
+/// closed sockets, which need none, and those that may be bound before they are there.
+///
+/// # Errors
+/// What is wrong with the file.
+pub fn bound_addresses(dir: &ImageDir) -> Result<HashSet<(Option<u32>, IpAddr)>, ImageError> {
+    const CLOSE: u32 = State::Close as u32;
+    let mut addresses = HashSet::new();
+    for_each_tcp(dir, |reader, entry, _| {
+        let local = address(&entry, &entry.src_addr, entry.src_port(), "src_addr");
+        let local = local.map_err(|fault| reader.bad_message(fault))?.ip().to_canonical();
+        if !local.is_unspecified() && entry.state() != CLOSE && !entry.ip_opts.freebind() {
+            addresses.insert((entry.ns_id, local));
+        }
+        Ok(())
+    })?;
+    Ok(addresses)
+}
+
 /// Calls `visit` with the entry of each connection, and how long it is in the file.
 fn for_each(
+    dir: &ImageDir,
+    mut visit: impl FnMut(&Reader, Inet_sk_entry, usize) -> Result<(), ImageError>,
+) -> Result<(), ImageError> {
+    for_each_tcp(dir, |reader, entry, length| match is_connection(&entry) {
+        true => visit(reader, entry, length),
+        false => Ok(()),
+    })
+}
+
+/// The same for each TCP socket.
+fn for_each_tcp(
     dir: &ImageDir,
     mut visit: impl FnMut(&Reader, Inet_sk_entry, usize) -> Result<(), ImageError>,
 ) -> Result<(), ImageError> {
@@ -48,7 +78,7 @@ fn for_each(
                 _ => decode(message).map(Some),
             };
             match entry.map_err(|(at, fault)| reader.bad_byte(at, fault))? {
-                Some(entry) if is_connection(&entry) => visit(&reader, entry, length)?,
+                Some(entry) if is_tcp(&entry) => visit(&reader, entry, length)?,
                 _ => {}
             }
         }
@@ -81,7 +111,7 @@ fn streams(dir: &ImageDir) -> Result<HashSet<u32>, ImageError> {
 
 /// The inet socket in a `file_entry`, if it is one. Looked for in the raw message: the entry of
 /// another kind of file (an epoll descriptor lists all that it watches) may be large.
-fn inet_entry(file: &[u8]) -> Result<Option<Inet_sk_entry>, (usize, Fault)> {
+pub(super) fn inet_entry(file: &[u8]) -> Result<Option<Inet_sk_entry>, (usize, Fault)> {
     const ISK: u32 = 4;
     let mut found = None;
     for field in wire::fields(file) {
@@ -96,11 +126,16 @@ fn inet_entry(file: &[u8]) -> Result<Option<Inet_sk_entry>, (usize, Fault)> {
     Ok(found)
 }
 
-/// A listener, a socket not yet connected, UDP or raw have no peer or are no stream.
+/// A listener, or a socket not yet connected, has no peer.
 fn is_connection(entry: &Inet_sk_entry) -> bool {
+    entry.dst_port() != 0
+}
+
+/// UDP or raw sockets are no stream.
+pub(super) fn is_tcp(entry: &Inet_sk_entry) -> bool {
     const SOCK_STREAM: u32 = libc::SOCK_STREAM.unsigned_abs();
     const IPPROTO_TCP: u32 = libc::IPPROTO_TCP.unsigned_abs();
-    entry.type_() == SOCK_STREAM && entry.proto() == IPPROTO_TCP && entry.dst_port() != 0
+    entry.type_() == SOCK_STREAM && entry.proto() == IPPROTO_TCP
 }
 
 fn connection(entry: Inet_sk_entry, streams: &HashSet<u32>) -> Result<InetConnection, Fault> {
@@ -134,7 +169,7 @@ fn connection(entry: Inet_sk_entry, streams: &HashSet<u32>) -> Result<InetConnec
 
 /// CRIU copies addresses into arrays of `u32` as they lie in memory, in network byte order; hence
 /// the words' native bytes are the address.
-fn address(
+pub(super) fn address(
     entry: &Inet_sk_entry,
     words: &[u32],
     port: u32,
