@@ -224,14 +224,55 @@ fn marked_segments_are_echoed() {
 
 /// Segments that arrived with a mark, as the peer has echoed it (tcpi_delivered_ce, Linux 4.18).
 fn echoed(stream: &TcpStream) -> u32 {
-    const DELIVERED_CE: usize = 196;
-    let mut info = [0_u8; 200];
-    let mut len: libc::socklen_t = 200;
+    info_word(stream, 196)
+}
+
+/// Segments that arrived before their turn (tcpi_rcv_ooopack, Linux 5.4).
+fn out_of_order(stream: &TcpStream) -> u32 {
+    info_word(stream, 224)
+}
+
+/// The word at this offset of `struct tcp_info`.
+fn info_word(stream: &TcpStream, at: usize) -> u32 {
+    let mut info = [0_u8; 228];
+    let mut len: libc::socklen_t = 228;
     let (fd, into) = (stream.as_raw_fd(), info.as_mut_ptr().cast());
     // SAFETY: the kernel writes at most `len` bytes, the size of `info`.
     let ret = unsafe { libc::getsockopt(fd, libc::SOL_TCP, libc::TCP_INFO, into, &raw mut len) };
-    assert_eq!((ret, len), (0, 200), "TCP_INFO");
-    u32::from_ne_bytes(info[DELIVERED_CE..].try_into().expect("four bytes"))
+    assert_eq!((ret, len), (0, 228), "TCP_INFO");
+    u32::from_ne_bytes(info[at..at + 4].try_into().expect("four bytes"))
+}
+
+/// What came before its turn is acknowledged selectively and not carried: the peer has it still, and sends it again.
+#[test]
+fn segments_out_of_order_are_sent_again() {
+    in_own_network(|| {
+        for address in variants() {
+            let (ours, mut theirs) = connected(address);
+            theirs.set_nodelay(true).expect("TCP_NODELAY");
+            let paused = Paused::pause(ours.as_fd()).expect("pause");
+            let next = paused.save(&mut Queues::default()).expect("save").rcv_nxt;
+            paused.resume(Probe::None).expect("resume");
+            shell(&format!(
+                "nft 'add table inet path; add chain inet path in {{ type filter hook input priority 0; }}; \
+                 add rule inet path in tcp sport {} tcp sequence {next} drop'",
+                theirs.local_addr().expect("address").port()
+            ));
+            theirs.write_all(&pattern(1, 1000)).expect("write");
+            theirs.write_all(&pattern(2, 1000)).expect("write");
+            let deadline = Instant::now() + Duration::from_secs(5);
+            while out_of_order(&ours) == 0 {
+                assert!(Instant::now() < deadline, "nothing came out of order");
+                std::thread::yield_now();
+            }
+            let saved = save_and_close(ours);
+            assert_eq!((saved.tcp.recv_len, saved.tcp.rcv_nxt), (0, next));
+            shell("nft delete table inet path");
+            let mut ours = build(&saved);
+            expect_bytes(&mut ours, &pattern(1, 1000));
+            expect_bytes(&mut ours, &pattern(2, 1000));
+        }
+    });
 }
 
 /// Each socket's clock has an offset of its own, as each host's has: what is told goes on from where it was all the same,

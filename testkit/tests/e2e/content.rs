@@ -126,6 +126,27 @@ fn unread_900_kb() -> Result<()> {
     server.wait_verified()
 }
 
+/// Each queue holds 64 MiB, which no buffer of a usual size does: the peer's window is closed, and so is ours.
+#[test]
+fn queues_of_64_mib_each() -> Result<()> {
+    const QUEUE: usize = 64 << 20;
+    let Some(mut stage) = stage(Place::Host, &[PLUGIN])? else { return Ok(()) };
+    let (send, buffer) = (QUEUE.to_string(), (3 * QUEUE / 2).to_string());
+    let args = ["--mode", "stream", "--conns", "1", "--hold", "--send", &send, "--sndbuf", &buffer];
+    let server = stage.serve(SERVER_V4, &[&args[..], &["--rcvbuf", &buffer]].concat())?;
+    let mut client = stage.peer.run(|| Client::connect_small(server.address, 20_000))?;
+    client.send(QUEUE)?;
+    wait_for_socket(&server, "both queues are full", |socket| {
+        Ok(socket.unread()? == QUEUE && socket.unacked()? > QUEUE - (1 << 20))
+    })?;
+
+    let server = stage.freeze_and_thaw(server, PLUGIN, PLUGIN)?;
+    server.release()?;
+    client.finish()?;
+    client.receive_to_end(QUEUE as u64)?;
+    server.wait_verified()
+}
+
 /// Both ends are dumped, each with data that waits to be read, one with more than the other's window
 /// takes. (With both so, each end's answers lie beyond the other's window, and Linux from 6.17 on may
 /// drop them: CRIU's own test of that hangs now and then.)
