@@ -19,6 +19,7 @@
 //! from the peer in between would be taken for one of a connection that is half built.
 
 use std::os::fd::{AsFd, BorrowedFd};
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 
@@ -91,10 +92,59 @@ impl<F: AsFd> Paused<F> {
         send: &[u8],
         forge: &Forge,
     ) -> Result<(), RestoreError> {
+        self.finish(None, tuple, tcp, recv, send, forge)
+    }
+
+    /// Sends the SYN of a connection with ECN ahead of [`Paused::restore_opened`], so that its answer can come as late as the
+    /// peer's does: that is the first round trip time that the kernel measures. `None`, and nothing done, without ECN.
+    ///
+    /// # Errors
+    /// As [`Paused::restore`].
+    pub fn open(
+        &self,
+        tuple: &FourTuple,
+        tcp: &ControlBlock,
+        rtt: Duration,
+        forge: &Forge,
+    ) -> Result<Option<Opening>, RestoreError> {
+        let restoring = Restoring { fd: self.socket(), tuple, tcp, forge, opening: None };
+        if !restoring.has_ecn() || tcp.state == State::SynSent {
+            return Ok(None);
+        }
+        restoring.sys(restoring.bind())?;
+        let sent = restoring.sys(restoring.send_syn());
+        Ok(Some(Opening(sent.map(|()| Instant::now() + rtt.min(LATEST_ANSWER)))))
+    }
+
+    /// [`Paused::restore`] of a connection that is open: waits until the answer to its SYN is due.
+    ///
+    /// # Errors
+    /// As [`Paused::restore`].
+    pub fn restore_opened(
+        &self,
+        opening: Opening,
+        tuple: &FourTuple,
+        tcp: &ControlBlock,
+        recv: &[u8],
+        send: &[u8],
+        forge: &Forge,
+    ) -> Result<(), RestoreError> {
+        self.finish(Some(opening), tuple, tcp, recv, send, forge)
+    }
+
+    fn finish(
+        &self,
+        opening: Option<Opening>,
+        tuple: &FourTuple,
+        tcp: &ControlBlock,
+        recv: &[u8],
+        send: &[u8],
+        forge: &Forge,
+    ) -> Result<(), RestoreError> {
         consistent(tuple, tcp, recv, send)
             .map_err(|what| RestoreError::Inconsistent { tuple: *tuple, what })?;
         let fd = self.socket();
-        let result = Restoring { fd, tuple, tcp, forge }.run(recv, send);
+        let result = Restoring { fd, tuple, tcp, forge, opening }.run(recv, send);
         if result.is_err() {
             // What is half built would close with a FIN, and hold the addresses until that is answered. In repair mode
             // it goes without a word. The error to tell is the first one.
@@ -103,6 +153,13 @@ impl<F: AsFd> Paused<F> {
         result
     }
 }
+
+/// A connection whose SYN is in the lock: when its answer is due, or why it was not sent.
+#[derive(Debug)]
+pub struct Opening(Result<Instant, RestoreError>);
+
+/// A SYN is sent again after a second, and then its answer tells the kernel nothing.
+const LATEST_ANSWER: Duration = Duration::from_millis(900);
 
 fn consistent(tuple: &FourTuple, tcp: &ControlBlock, recv: &[u8], send: &[u8]) -> Result<(), &'static str> {
     if let Some(why) = tuple.impossible() {
@@ -137,12 +194,16 @@ struct Restoring<'a> {
     tuple: &'a FourTuple,
     tcp: &'a ControlBlock,
     forge: &'a Forge,
+    opening: Option<Opening>,
 }
 
 impl Restoring<'_> {
-    fn run(&self, recv: &[u8], send: &[u8]) -> Result<(), RestoreError> {
-        self.sys(self.bind())?;
-        self.open()?;
+    fn run(mut self, recv: &[u8], send: &[u8]) -> Result<(), RestoreError> {
+        let opening = self.opening.take();
+        if opening.is_none() {
+            self.sys(self.bind())?;
+        }
+        self.open(opening)?;
         self.local_address()?;
         self.sys(self.options())?;
         // Before the bytes of the send queue are cut into segments.
@@ -163,13 +224,13 @@ impl Restoring<'_> {
     }
 
     /// Both sequences, and the state in which queues can be filled.
-    fn open(&self) -> Result<(), RestoreError> {
+    fn open(&self, opening: Option<Opening>) -> Result<(), RestoreError> {
         if self.tcp.state == State::SynSent {
             self.sys(self.send_syn())?;
             return self.sys(tcp::set_repair(self.fd, Repair::On));
         }
         if self.has_ecn() {
-            match self.open_with_ecn() {
+            match self.open_with_ecn(opening) {
                 Ok(()) => return Ok(()),
                 Err(error) => log::warn!("{} goes on without ECN: {}", self.tuple, chain(&error)),
             }
@@ -185,8 +246,11 @@ impl Restoring<'_> {
         self.tcp.negotiated.mask & OPT_ECN != 0 && self.tcp.state != State::Close
     }
 
-    fn open_with_ecn(&self) -> Result<(), RestoreError> {
-        self.sys(self.send_syn())?;
+    fn open_with_ecn(&self, opening: Option<Opening>) -> Result<(), RestoreError> {
+        match opening {
+            None => self.sys(self.send_syn())?,
+            Some(Opening(due)) => std::thread::sleep(due?.saturating_duration_since(Instant::now())),
+        }
         self.forged(self.forge.step("restore.syn-sent"))?;
         let (sent, received) = self.first_sequences();
         self.deliver(Kind::SynAck(self.tcp.negotiated), received.wrapping_sub(1), sent, State::Established)?;

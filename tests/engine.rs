@@ -275,6 +275,36 @@ fn segments_out_of_order_are_sent_again() {
     });
 }
 
+/// The kernel takes the time of the answer to a SYN: it comes as late as the peer's would, and its path is known at once.
+#[test]
+fn the_round_trip_time_is_as_it_was() {
+    const RTT: Duration = Duration::from_millis(50);
+    in_own_network(|| {
+        for address in variants() {
+            let (ours, mut theirs) = connected(address);
+            let saved = save_and_close(ours);
+            let socket = sockopt::tcp_socket(saved.domain == libc::AF_INET6).expect("socket");
+            let paused = Paused::pause(socket).expect("pause");
+            let (Saved { tuple, tcp, .. }, forge) = (&saved, Forge::new());
+            let opening = paused.open(tuple, tcp, RTT, &forge).expect("open");
+            assert_eq!(opening.is_some(), tcp.negotiated.mask & OPT_ECN != 0, "{address}");
+            match opening {
+                Some(opening) => paused.restore_opened(opening, tuple, tcp, b"", b"", &forge),
+                None => paused.restore(tuple, tcp, b"", b"", &forge),
+            }
+            .unwrap_or_else(|error| panic!("{}", soccr::chain(&error)));
+            let rtt = soccr::kernel::tcp::info(paused.socket()).expect("TCP_INFO").rtt;
+            let range = if tcp.negotiated.mask & OPT_ECN == 0 { 0..=0 } else { 50..=100 };
+            assert!(range.contains(&rtt.as_millis()), "{address}: {rtt:?}");
+            check_same(&paused, &saved);
+            saved.lock.take().expect("locked").unlock().expect("unlock");
+            let mut ours = TcpStream::from(paused.resume(Probe::Send).expect("resume"));
+            theirs.write_all(b"on").expect("write");
+            expect_bytes(&mut ours, b"on");
+        }
+    });
+}
+
 /// Each socket's clock has an offset of its own, as each host's has: what is told goes on from where it was all the same,
 /// and so the peer believes it (PAWS, RFC 7323).
 #[test]

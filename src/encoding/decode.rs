@@ -108,7 +108,7 @@ impl ImageMessage for Soccr_dump_entry {
 }
 
 impl ImageMessage for Soccr_item {
-    const NESTED: Nested = Nested(&[(1, TRANSLATION)]);
+    const NESTED: Nested = Nested(&[(1, TRANSLATION), (5, FLAT)]);
 }
 
 const TRANSLATION: Nested = Nested(&[(1, DIRECTION), (2, DIRECTION)]);

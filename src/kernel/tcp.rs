@@ -3,6 +3,7 @@
 use std::mem::{MaybeUninit, offset_of, size_of};
 use std::net::SocketAddr;
 use std::os::fd::{AsRawFd, BorrowedFd};
+use std::time::Duration;
 
 use nix::errno::Errno;
 
@@ -264,6 +265,8 @@ pub struct Info {
     pub unacked: u32,
     /// Bytes in the send queue that were never sent, a FIN among them; `None` before Linux 4.6.
     pub unsent: Option<u32>,
+    /// The smoothed round trip time; 0 before the first one is measured.
+    pub rtt: Duration,
 }
 
 /// The head of `struct tcp_info`, as far as `tcpi_notsent_bytes`.
@@ -292,7 +295,8 @@ const _: () = assert!(offset_of!(TcpInfo, notsent_bytes) == 144);
 pub fn info(fd: BorrowedFd<'_>) -> SysResult<Info> {
     const CALL: &str = "get TCP_INFO";
     const UNACKED: usize = 4; // tcpi_rto, tcpi_ato, tcpi_snd_mss and tcpi_rcv_mss come before it
-    const NEEDED: usize = offset_of!(TcpInfo, words) + (UNACKED + 1) * size_of::<u32>();
+    const RTT: usize = 15; // behind tcpi_rcv_ssthresh
+    const NEEDED: usize = offset_of!(TcpInfo, words) + (RTT + 1) * size_of::<u32>();
     const WITH_UNSENT: usize = offset_of!(TcpInfo, notsent_bytes) + size_of::<u32>();
     let mut value = MaybeUninit::<TcpInfo>::zeroed();
     #[allow(clippy::cast_possible_truncation)] // 148
@@ -323,6 +327,7 @@ pub fn info(fd: BorrowedFd<'_>) -> SysResult<Info> {
         rcv_wscale,
         unacked: value.words[UNACKED],
         unsent: (len >= WITH_UNSENT).then_some(value.notsent_bytes),
+        rtt: Duration::from_micros(value.words[RTT].into()),
     })
 }
 

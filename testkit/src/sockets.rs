@@ -5,6 +5,7 @@ use std::io;
 use std::mem::MaybeUninit;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use nix::errno::Errno;
@@ -173,8 +174,15 @@ impl TaskSocket {
         get(&self.socket, level, name).with_context(|| format!("socket option {level}:{name}"))
     }
 
-    /// `struct tcp_info`'s first 20 bytes: `tcpi_state` is the first, `tcpi_options` the sixth, `tcpi_snd_mss` the last four.
-    fn info(&self) -> Result<[u8; 20]> {
+    /// The smoothed round trip time; 0 before the first one is measured.
+    pub fn rtt(&self) -> Result<Duration> {
+        let info = self.info()?;
+        Ok(Duration::from_micros(u32::from_ne_bytes(info[68..72].try_into()?).into()))
+    }
+
+    /// `struct tcp_info` as far as `tcpi_rtt`: `tcpi_state` is its first byte, `tcpi_options` the sixth, `tcpi_snd_mss` begins at
+    /// the sixteenth.
+    fn info(&self) -> Result<[u8; 72]> {
         get(&self.socket, libc::IPPROTO_TCP, libc::TCP_INFO).context("TCP_INFO")
     }
 }
@@ -206,7 +214,7 @@ const SIOCOUTQNSD: libc::Ioctl = 0x894B;
 pub(crate) trait Plain: Copy {}
 impl Plain for i32 {}
 impl Plain for [u32; 2] {}
-impl Plain for [u8; 20] {}
+impl Plain for [u8; 72] {}
 
 pub(crate) fn get<T: Plain>(socket: &OwnedFd, level: i32, name: i32) -> io::Result<T> {
     let mut value = MaybeUninit::<T>::zeroed();

@@ -1,6 +1,7 @@
 //! `soccr.img`: what this project knows of a dump and CRIU's messages have no field for (`proto/soccr.proto`).
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
+use std::time::Duration;
 
 use protobuf::MessageField;
 
@@ -8,7 +9,9 @@ use super::container::{Magic, Reader, head};
 use super::index::Index;
 use super::{Fault, ImageDir, ImageError};
 use crate::encoding::container::push_message;
-use crate::encoding::proto::soccr::{Soccr_direction, Soccr_dump_entry, Soccr_item, Soccr_translation};
+use crate::encoding::proto::soccr::{
+    Soccr_direction, Soccr_dump_entry, Soccr_item, Soccr_kept, Soccr_translation,
+};
 use crate::encoding::{from_endpoint, to_endpoint};
 use crate::four_tuple::FourTuple;
 use crate::lock::LockName;
@@ -25,6 +28,8 @@ pub struct SideImage {
     pub id: String,
     /// The connections that are translated on their way.
     pub translations: Vec<Translation>,
+    /// Smoothed round trip times of connections with ECN, by the inode numbers of their images.
+    pub round_trips: HashMap<u32, Duration>,
 }
 
 impl SideImage {
@@ -70,7 +75,8 @@ impl SideImage {
             let fault = Fault::value("version", format!("{} is not known", entry.version()));
             return Err(reader.bad_message(fault));
         }
-        let mut image = Self { id: entry.id().to_owned(), translations: Vec::new() };
+        let mut image =
+            Self { id: entry.id().to_owned(), translations: Vec::new(), round_trips: HashMap::new() };
         while let Some(item) = reader.next_message()? {
             image.take(&item).map_err(|fault| reader.bad_message(fault))?;
         }
@@ -78,16 +84,30 @@ impl SideImage {
     }
 
     fn items(&self) -> impl Iterator<Item = Soccr_item> {
-        self.translations.iter().map(|translation| Soccr_item {
+        let translations = self.translations.iter().map(|translation| Soccr_item {
             translation: MessageField::some(to_translation(translation)),
             ..Default::default()
-        })
+        });
+        let kept = self.round_trips.iter().map(|(ino, rtt)| Soccr_item {
+            kept: MessageField::some(Soccr_kept {
+                ino: Some(*ino),
+                rtt_us: u32::try_from(rtt.as_micros()).ok(),
+                ..Default::default()
+            }),
+            ..Default::default()
+        });
+        translations.chain(kept)
     }
 
     /// What a later version has written is passed over.
     fn take(&mut self, item: &Soccr_item) -> Result<(), Fault> {
         if let Some(entry) = item.translation.as_ref() {
             self.translations.push(from_translation(entry)?);
+        }
+        if let Some(entry) = item.kept.as_ref()
+            && let Some(microseconds) = entry.rtt_us
+        {
+            self.round_trips.insert(entry.ino(), Duration::from_micros(microseconds.into()));
         }
         Ok(())
     }
@@ -147,7 +167,11 @@ mod tests {
             original: direction("[fd00::1]:1", "[fd00::2]:2"),
             reply: direction("[fd01::2]:3", "[fd00::1]:1"),
         };
-        let image = SideImage { id: "soccr-0123456789ab".into(), translations: vec![v4, v6] };
+        let image = SideImage {
+            id: "soccr-0123456789ab".into(),
+            translations: vec![v4, v6],
+            round_trips: HashMap::from([(7, Duration::from_micros(80_001)), (u32::MAX, Duration::ZERO)]),
+        };
         image.write(&dir).unwrap();
         assert_eq!(SideImage::read(&dir).unwrap(), Some(image));
     }

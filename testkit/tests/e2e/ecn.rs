@@ -2,10 +2,13 @@
 
 use std::fs;
 use std::net::SocketAddr;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use soccr_testkit::netns::End;
+use soccr_testkit::relay::{Relay, Weather};
 use soccr_testkit::sockets::tcp_sockets;
-use soccr_testkit::{Capture, Place, Server, Side, Stage};
+use soccr_testkit::{Capture, Client, Place, Server, Side, Stage};
 
 use crate::world::{PLUGIN, PLUGIN_IPTABLES, SERVER_V4, STOCK, stage};
 
@@ -77,6 +80,40 @@ comes_back! {
     in_an_external_namespace: External, PLUGIN => PLUGIN, SERVER_V4, SERVER_V4;
     in_a_dumped_namespace: Dumped, PLUGIN => PLUGIN, SERVER_V6, SERVER_V6;
     from_an_image_of_stock: Host, STOCK => PLUGIN, SERVER_V4, SERVER_V4;
+}
+
+/// Each answer comes as late as the peer's would, and all that are under way are waited for together.
+#[test]
+fn the_round_trip_time_comes_back() -> Result<()> {
+    const CLIENTS: usize = 40;
+    const WAY: Duration = Duration::from_millis(30);
+    let Some(mut stage) = stage(Place::Host, &[PLUGIN])? else { return Ok(()) };
+    stage.host().ip("link del eth0")?;
+    let end = |ns, addresses| End { ns, name: "eth0", addresses };
+    let weather = Weather { loss: 0.0, reorder: 0.0, delay: (WAY, WAY), seed: 1 };
+    let host = end(stage.host(), &["10.9.0.1/24"]);
+    let relay = Relay::start(host, end(&stage.peer, &["10.9.0.2/24"]), weather, None)?;
+    set_ecn(&stage, "1")?;
+    let server = stage.serve(SERVER_V4, &["--mode", "echo"])?;
+    let mut clients = stage.connect_all(&[server.address], CLIENTS, Client::connect)?;
+    clients.iter_mut().try_for_each(|client| client.send(1000))?;
+    clients.iter_mut().try_for_each(|client| client.receive_echo(1000))?;
+    let images = stage.images()?;
+    let address = stage.freeze(server, PLUGIN, &images)?;
+    let begun = Instant::now();
+    let server = stage.thaw(address, PLUGIN, &images)?;
+    let took = begun.elapsed();
+    ensure!(with_ecn(&server)?.len() == CLIENTS, "not all have ECN");
+    for socket in tcp_sockets(server.pid())?.iter().filter(|socket| socket.peer().is_some()) {
+        let rtt = socket.rtt()?;
+        ensure!((2 * WAY..5 * WAY).contains(&rtt), "the round trip time is {rtt:?}");
+    }
+    ensure!(took < 2 * WAY * u32::try_from(CLIENTS)?, "the restore took {took:?}");
+    clients.iter_mut().try_for_each(|client| client.send(1000))?;
+    clients.iter_mut().try_for_each(|client| client.receive_echo(1000))?;
+    stage.wait_until_clean(Some(&server))?;
+    drop((clients, server));
+    relay.stop().map(drop)
 }
 
 /// Images tell stock CRIU nothing that it did not know before.

@@ -2,8 +2,9 @@
 
 use std::collections::HashMap;
 use std::os::fd::{AsFd, OwnedFd};
+use std::time::Duration;
 
-use soccr::connection::{ControlBlock, FourTuple, Queues};
+use soccr::connection::{ControlBlock, FourTuple, OPT_ECN, Queues};
 use soccr::criu::image::ImageDir;
 use soccr::criu::image::external::ExternalImage;
 use soccr::criu::image::side::SideImage;
@@ -12,6 +13,7 @@ use soccr::criu::record::{ConnectionRecord, LockRecord, NsId, Phase, Recorder, S
 use soccr::criu::rules::{Action, Policy, Rules};
 use soccr::criu::tasks::{self, FindError, Finder, FoundConnection, Place, Task};
 use soccr::kernel::netns::NetNs;
+use soccr::kernel::tcp;
 use soccr::lock::{LockName, LockOptions, Method, NetworkLock};
 use soccr::repair::{Paused, Probe};
 
@@ -32,6 +34,7 @@ pub struct Saving<'a> {
     finder: Finder,
     /// The memory of one connection's queues, used again and again.
     queues: Queues,
+    round_trips: HashMap<u32, Duration>,
     held: Held,
 }
 
@@ -42,6 +45,8 @@ pub struct Saved {
     pub images: ImageDir,
     /// The locks' name.
     pub lock_name: LockName,
+    /// Of connections with ECN.
+    round_trips: HashMap<u32, Duration>,
     /// What is held until the outcome.
     pub held: Held,
 }
@@ -56,13 +61,23 @@ impl<'a> Saving<'a> {
         let policy = Rules::read()?.policy;
         let (finder, queues) = (Finder::default(), Queues::default());
         let held = Held::nothing(recorder, criu, &lock_name)?;
-        Ok(Self { criu, images, lock_name, options, policy, finder, queues, held })
+        Ok(Self {
+            criu,
+            images,
+            lock_name,
+            options,
+            policy,
+            finder,
+            queues,
+            round_trips: HashMap::new(),
+            held,
+        })
     }
 
     /// No further hook comes.
     pub fn into_saved(self) -> Saved {
-        let Self { images, lock_name, held, .. } = self;
-        Saved { images, lock_name, held }
+        let Self { images, lock_name, round_trips, held, .. } = self;
+        Saved { images, lock_name, round_trips, held }
     }
 
     /// No further hook comes, and nobody needs the images.
@@ -181,6 +196,7 @@ impl<'a> Saving<'a> {
         TcpStreamImage::write(&self.images, found.inode, &tcp, &self.queues.recv, &self.queues.send)
             .map_err(|source| AgentError::Image { tuple: found.tuple, place: found.place, source })?;
         fault::point("dump.written")?;
+        self.keep_round_trip(&found, &tcp)?;
         log::debug!(
             "{} ({}): {}, {} bytes to read, {} to send",
             found.tuple,
@@ -190,6 +206,20 @@ impl<'a> Saving<'a> {
             tcp.send_len
         );
         self.held.sockets.push((found.socket, found.tuple));
+        Ok(())
+    }
+
+    /// Only a connection with ECN is opened by SYN segments, whose answer the kernel takes the time of. Below a millisecond
+    /// that makes no difference.
+    fn keep_round_trip(&mut self, found: &FoundConnection, tcp: &ControlBlock) -> Result<(), AgentError> {
+        if tcp.negotiated.mask & OPT_ECN == 0 {
+            return Ok(());
+        }
+        let failed = |source| FindError::Sys(found.place, source);
+        let rtt = tcp::info(found.socket.as_fd()).map_err(failed)?.rtt;
+        if rtt >= Duration::from_millis(1) {
+            self.round_trips.insert(found.inode, rtt);
+        }
         Ok(())
     }
 
@@ -244,7 +274,8 @@ impl Saved {
     /// Writes what CRIU's images have no field for.
     pub fn write_side_image(&self) -> Result<(), AgentError> {
         let translations = self.held.path.translations().to_vec();
-        Ok(SideImage { id: self.lock_name.id().to_owned(), translations }.write(&self.images)?)
+        let (id, round_trips) = (self.lock_name.id().to_owned(), self.round_trips.clone());
+        Ok(SideImage { id, translations, round_trips }.write(&self.images)?)
     }
 
     /// What an agent that died has left: the record tells what is locked and which the tasks are, and they have the
@@ -272,7 +303,8 @@ impl Saved {
             held.sockets.push((socket, tuple));
         }
         log::warn!("took over from an agent that died: {} connections", held.sockets.len());
-        Ok(Self { images, lock_name, held })
+        // Round trip times are known to nobody any more, and will be measured.
+        Ok(Self { images, lock_name, round_trips: HashMap::new(), held })
     }
 }
 

@@ -1,7 +1,9 @@
 //! Builds connections in the sockets that CRIU made for them.
 
+use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, OwnedFd};
+use std::time::Duration;
 
 use nix::errno::Errno;
 use soccr::chain;
@@ -15,7 +17,7 @@ use soccr::kernel::netns::NetNs;
 use soccr::kernel::tcp::Direction;
 use soccr::kernel::{SysError, addr, sockopt, tcp};
 use soccr::repair::Paused;
-use soccr::restore::RoomForQueues;
+use soccr::restore::{Opening, RestoreError, RoomForQueues};
 
 use crate::agent::error::AgentError;
 use crate::fault;
@@ -59,13 +61,58 @@ pub struct Builder<'a> {
     pub images: &'a ImageDir,
     pub index: &'a Index,
     pub forge: &'a Forge,
+    /// Of connections with ECN, by the inode numbers of their images.
+    pub round_trips: &'a HashMap<u32, Duration>,
     pub criu: &'a Task,
     pub pid: i32,
 }
 
-impl Builder<'_> {
+/// A connection in a socket that is its alone by now, in repair mode; or with its SYN under way.
+#[derive(Debug)]
+pub struct Begun<'a> {
+    connection: &'a InetConnection,
+    image: TcpStreamImage,
+    built: Built,
+    opening: Option<Opening>,
+}
+
+impl<'a> Builder<'a> {
+    /// Whether the connection has to be opened ahead of the others, since the answer to its SYN is to come late.
+    pub fn is_far(&self, file_id: u32) -> bool {
+        self.round_trip(file_id).is_some()
+    }
+
+    fn round_trip(&self, file_id: u32) -> Option<Duration> {
+        // Most restores have none, and look no connection up twice.
+        if self.round_trips.is_empty() {
+            return None;
+        }
+        self.round_trips.get(&self.index.connections.get(&file_id)?.ino).copied()
+    }
+
     /// Builds one connection; `None` where CRIU has restored it itself. The queues' memory is used again and again.
-    pub fn build(&self, (file_id, socket): Wanted, queues: &mut Queues) -> Result<Option<Built>, AgentError> {
+    pub fn build(&self, wanted: Wanted, queues: &mut Queues) -> Result<Option<Built>, AgentError> {
+        let Some(begun) = self.begin(wanted, queues)? else { return Ok(None) };
+        self.finish(begun, queues).map(Some)
+    }
+
+    /// Opens one that is far, and does not wait for the answer.
+    pub fn open(&self, wanted: Wanted, queues: &mut Queues) -> Result<Option<Begun<'a>>, AgentError> {
+        let rtt = self.round_trip(wanted.0).unwrap_or_default();
+        let Some(mut begun) = self.begin(wanted, queues)? else { return Ok(None) };
+        let Begun { connection, image, built, .. } = &begun;
+        let opening = built.paused().open(&built.tuple, &image.tcp, rtt, self.forge);
+        begun.opening = opening.map_err(|source| in_image(connection, source))?;
+        Ok(Some(begun))
+    }
+
+    /// Builds one that is open.
+    pub fn build_opened(&self, begun: Begun<'_>, queues: &mut Queues) -> Result<Built, AgentError> {
+        TcpStreamImage::read(self.images, begun.connection.ino, begun.connection.state, queues)?;
+        self.finish(begun, queues)
+    }
+
+    fn begin(&self, (file_id, socket): Wanted, queues: &mut Queues) -> Result<Option<Begun<'a>>, AgentError> {
         let Some(connection) = self.index.connections.get(&file_id) else { return Ok(None) };
         let pid = self.pid;
         let tuple = scoped(connection, &socket, pid)?;
@@ -83,18 +130,27 @@ impl Builder<'_> {
         let mut paused = Paused::pause(socket)?;
         paused.set_reuse_addr(connection.reuseaddr);
         let built = Built::new(paused, tuple, connection.reuseport.or(Some(false)));
+        Ok(Some(Begun { connection, image, built, opening: None }))
+    }
+
+    fn finish(&self, begun: Begun<'_>, queues: &Queues) -> Result<Built, AgentError> {
+        let Begun { connection, image, built, opening } = begun;
+        let (tuple, pid) = (built.tuple, self.pid);
+        let failed = |source| AgentError::Socket { tuple, pid, source };
         let socket = built.paused().socket();
         let room = RoomForQueues::make(socket, &image.tcp).map_err(failed)?;
-        match built.paused().restore(&tuple, &image.tcp, &queues.recv, &queues.send, self.forge) {
+        let Queues { recv, send } = queues;
+        let restored = match opening {
+            None => built.paused().restore(&tuple, &image.tcp, recv, send, self.forge),
+            Some(it) => built.paused().restore_opened(it, &tuple, &image.tcp, recv, send, self.forge),
+        };
+        match restored {
             // It has nothing to give or to take, and needs no address that is another's now, or nobody's.
             Err(error) if image.tcp.state == State::Close && image.tcp.recv_len == 0 => {
                 log::info!("{tuple} stays closed, without its addresses: {}", chain(&error));
-                return Ok(Some(shut_down(built).map_err(failed)?));
+                return shut_down(built).map_err(failed);
             }
-            other => other.map_err(|source| AgentError::Restore {
-                file: TcpStreamImage::name(connection.ino),
-                source,
-            })?,
+            other => other.map_err(|source| in_image(connection, source))?,
         }
         if let Some(room) = room {
             room.give_back().map_err(failed)?;
@@ -110,8 +166,12 @@ impl Builder<'_> {
         }
         log::debug!("{tuple} (pid {pid}): {} again", image.tcp.state);
         fault::point("restore.built")?;
-        Ok(Some(built))
+        Ok(built)
     }
+}
+
+fn in_image(connection: &InetConnection, source: RestoreError) -> AgentError {
+    AgentError::Restore { file: TcpStreamImage::name(connection.ino), source }
 }
 
 /// As CRIU makes a closed one.

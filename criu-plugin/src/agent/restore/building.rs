@@ -166,10 +166,21 @@ impl<'a> Building<'a> {
         let wanted = self.find(&task, inner)?;
         self.lock_sockets(&wanted, pid)?;
         let Self { criu, plan, forge, .. } = self;
-        let builder = Builder { images: &plan.images, index: &plan.index, forge, criu, pid };
+        let Plan { images, index, round_trips, .. } = plan;
+        let builder = Builder { images, index, forge, round_trips, criu, pid };
+        let (far, near) = wanted.into_iter().partition(|(file_id, _)| builder.is_far(*file_id));
+        // While the others are built the time passes after which those that are far are answered.
+        let (opened, result) =
+            parallel::for_each(far, Queues::default, |queues, far| builder.open(far, queues));
+        result?;
         let (built, result) =
-            parallel::for_each(wanted, Queues::default, |queues, wanted| builder.build(wanted, queues));
+            parallel::for_each(near, Queues::default, |queues, near| builder.build(near, queues));
         self.built.extend(built.into_iter().flatten());
+        result?;
+        let opened = opened.into_iter().flatten().collect();
+        let (built, result) =
+            parallel::for_each(opened, Queues::default, |queues, begun| builder.build_opened(begun, queues));
+        self.built.extend(built);
         result?;
         self.adopt_external(&task)?;
         self.tree.restored.push(task);

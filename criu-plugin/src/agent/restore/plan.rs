@@ -3,6 +3,7 @@
 use std::collections::{HashMap, HashSet};
 use std::net::IpAddr;
 use std::os::fd::AsFd;
+use std::time::Duration;
 
 use nix::sys::stat::fstat;
 use soccr::chain;
@@ -34,6 +35,8 @@ pub struct Plan {
     our_lock: Option<LockName>,
     /// The connections that were translated on their way.
     pub translations: Vec<Translation>,
+    /// Round trip times of connections with ECN, by the inode numbers of their images.
+    pub round_trips: HashMap<u32, Duration>,
     /// What the host's owner says of connections.
     pub rules: Rules,
     /// The addresses that sockets are bound to, each with its network namespace, where they are to be waited for.
@@ -67,8 +70,20 @@ impl Plan {
             external.insert(image.tuple, soccr::kernel::options::reuse_addr(&image.options));
         })?;
         let images = ImageDir::duplicate(images.as_fd())?;
-        let translations = side.map(|side| side.translations_of(&index)).unwrap_or_default();
-        Ok(Self { images, index, external, dump_locks, our_lock, translations, rules, addresses, dumped })
+        let translations = side.as_ref().map(|side| side.translations_of(&index)).unwrap_or_default();
+        let round_trips = side.map(|side| side.round_trips).unwrap_or_default();
+        Ok(Self {
+            images,
+            index,
+            external,
+            dump_locks,
+            our_lock,
+            translations,
+            round_trips,
+            rules,
+            addresses,
+            dumped,
+        })
     }
 
     /// The addresses of the connections that packets can reach, but for the external ones.
@@ -178,6 +193,7 @@ mod tests {
             dump_locks: Vec::new(),
             our_lock: None,
             translations: Vec::new(),
+            round_trips: HashMap::new(),
             rules: Rules::default(),
             addresses: HashSet::new(),
             dumped: Vec::new(),
