@@ -90,6 +90,15 @@ impl Rules {
         Ok(rules)
     }
 
+    /// Those in the text of a file.
+    ///
+    /// # Errors
+    /// [`BadRule`], which names the line.
+    pub fn parse(text: &str, file: &Path) -> Result<Self, BadRule> {
+        let mut rules = Self::default();
+        rules.add_lines(text, file).map(|()| rules)
+    }
+
     fn add_lines(&mut self, text: &str, file: &Path) -> Result<(), BadRule> {
         for (number, line) in text.lines().enumerate() {
             let line = line.split('#').next().unwrap_or_default().trim();
@@ -121,8 +130,7 @@ mod tests {
     use super::*;
 
     fn rules(text: &str) -> Result<Rules, BadRule> {
-        let mut rules = Rules::default();
-        rules.add_lines(text, Path::new("soccr.conf")).map(|()| rules)
+        Rules::parse(text, Path::new("soccr.conf"))
     }
 
     #[test]

@@ -56,11 +56,10 @@ fn readdressed(message: &[u8], remap: &Remap) -> Result<Option<Vec<u8>>, (usize,
     if (local, remote) == (None, None) {
         return Ok(None);
     }
-    let replaced =
-        [local.map(|addr| (SRC_PORT, SRC_ADDR, addr)), remote.map(|addr| (DST_PORT, DST_ADDR, addr))];
+    let mut ends = [New::of(SRC_PORT, SRC_ADDR, local), New::of(DST_PORT, DST_ADDR, remote)];
     let edited = edit(message, |out, field, value| match value {
         Value::Bytes(socket) if field == ISK => {
-            let socket = edit(socket, |out, field, _| Ok(put(out, field, &replaced)))?;
+            let socket = edit(socket, |out, field, _| Ok(ends.iter_mut().any(|end| end.put(out, field))))?;
             wire::put_bytes(out, ISK, &socket);
             Ok(true)
         }
@@ -95,20 +94,30 @@ fn edit(
     Ok(out)
 }
 
-/// Writes the new address where the old port stands, and nothing where the old address does.
-fn put(out: &mut Vec<u8>, field: u32, replaced: &[Option<(u32, u32, SocketAddr)>; 2]) -> bool {
-    for (port, words, addr) in replaced.iter().flatten() {
-        if field == *port {
-            wire::put_varint(out, *port, addr.port().into());
-            for word in as_words(addr.ip()) {
-                wire::put_varint(out, *words, word.into());
-            }
-        }
-        if field == *port || field == *words {
-            return true;
-        }
+/// The fields of one end.
+struct New {
+    port: u32,
+    words: u32,
+    addr: Option<SocketAddr>,
+    /// Until they are written, all of them in the place of the first.
+    left: Vec<u32>,
+}
+
+impl New {
+    fn of(port: u32, words: u32, addr: Option<SocketAddr>) -> Self {
+        Self { port, words, addr, left: addr.map(|addr| as_words(addr.ip())).unwrap_or_default() }
     }
-    false
+
+    /// Writes what stands in the place of this field; `false` where that stays.
+    fn put(&mut self, out: &mut Vec<u8>, field: u32) -> bool {
+        let Some(addr) = self.addr else { return false };
+        if field == self.port {
+            wire::put_varint(out, field, addr.port().into());
+        } else if field == self.words {
+            self.left.drain(..).for_each(|word| wire::put_varint(out, field, word.into()));
+        }
+        [self.port, self.words].contains(&field)
+    }
 }
 
 /// The address's bytes as words of this machine, as CRIU writes them.
