@@ -12,7 +12,7 @@ use crate::chain;
 use crate::connection::{FourTuple, Queues};
 use crate::encoding::Head;
 use crate::kernel::netns::{NetNs, NetNsError};
-use crate::kernel::{SysError, diag, options, sockopt};
+use crate::kernel::{SysError, diag, options, sockopt, tcp};
 use crate::lock::{LockName, LockOptions, Method, NetworkLock};
 use crate::repair::{self, Paused, Probe, four_tuple};
 
@@ -300,7 +300,8 @@ fn read<F: AsFd>(socket: F, tuple: FourTuple) -> Result<(Paused<F>, Connection),
     let mut queues = Queues::default();
     match paused.save(&mut queues) {
         Ok(tcp) => {
-            let head = Head { tuple, tcp, options, shut_rd: false, usec_ts_known: false, lock_id: None };
+            let usec_ts_known = tcp::timestamp_tells_unit(paused.socket()).unwrap_or(false);
+            let head = Head { tuple, tcp, options, shut_rd: false, usec_ts_known, lock_id: None };
             Ok((paused, Connection::new(head, queues)))
         }
         Err(cause) => {

@@ -132,6 +132,15 @@ impl<F: AsFd> Paused<F> {
         self.finish(Some(opening), tuple, tcp, recv, send, forge)
     }
 
+    /// Takes the clock of the timestamps as it is described, unit and all: for a description of which it is known that its
+    /// bit 0 is no noise ([`tcp::timestamp_tells_unit`]).
+    ///
+    /// # Errors
+    /// EPERM outside repair mode.
+    pub fn trust_clock(&self, tcp: &ControlBlock) -> Result<(), SysError> {
+        tcp.negotiated.timestamp.map_or(Ok(()), |tsval| tcp::set_timestamp(self.socket(), tsval))
+    }
+
     fn finish(
         &self,
         opening: Option<Opening>,
@@ -370,7 +379,8 @@ impl Restoring<'_> {
     }
 
     /// Bit 0 of the timestamp turns on microsecond ticks since Linux 6.7. In an image of an older kernel it is
-    /// noise, so it counts only where the route asks for such ticks, which connect() has looked up.
+    /// noise, so it counts only where the route asks for such ticks, which connect() has looked up, or who restores knows
+    /// better ([`Paused::trust_clock`]).
     fn timestamp(&self) -> Result<(), SysError> {
         let Some(mut tsval) = self.tcp.negotiated.timestamp else { return Ok(()) };
         if tsval & 1 != 0 && tcp::timestamp(self.fd)? & 1 == 0 {

@@ -206,6 +206,9 @@ pub fn build(head: &Head, queues: &Queues, forge: &Forge) -> Result<Paused<Owned
     let restored = (|| {
         let room = RoomForQueues::make(paused.socket(), &head.tcp).map_err(sys)?;
         paused.restore(&head.tuple, &head.tcp, &queues.recv, &queues.send, forge)?;
+        if head.usec_ts_known {
+            paused.trust_clock(&head.tcp).map_err(sys)?;
+        }
         room.map_or(Ok(()), RoomForQueues::give_back).map_err(sys)
     })();
     match restored {

@@ -339,7 +339,7 @@ fn translations_of_other_connections_are_left_out() {
     let side = SideImage {
         id: "soccr-0123456789ab".into(),
         translations: vec![others, ours],
-        round_trips: Default::default(),
+        kept: Default::default(),
     };
     assert_eq!(side.translations_of(&index), [ours]);
 }

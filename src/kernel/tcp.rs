@@ -205,6 +205,20 @@ pub fn timestamp(fd: BorrowedFd<'_>) -> SysResult<u32> {
     get(fd, libc::SOL_TCP, TCP_TIMESTAMP, "get TCP_TIMESTAMP")
 }
 
+/// Whether bit 0 of [`timestamp`] tells the clock's unit, as it does since Linux 6.7: `tcpi_total_rto` came with that, too.
+///
+/// # Errors
+/// The kernel's answer.
+pub fn timestamp_tells_unit(fd: BorrowedFd<'_>) -> SysResult<bool> {
+    const WITH_TOTAL_RTO: libc::socklen_t = 248;
+    let mut info = [0_u8; 248];
+    let mut len = WITH_TOTAL_RTO;
+    let into = info.as_mut_ptr().cast();
+    // SAFETY: the kernel writes at most `len` bytes, the size of `info`.
+    let ret = unsafe { libc::getsockopt(fd.as_raw_fd(), libc::SOL_TCP, libc::TCP_INFO, into, &raw mut len) };
+    check("get TCP_INFO", ret).map(|_| len == WITH_TOTAL_RTO)
+}
+
 /// Sets what [`timestamp`] reads.
 ///
 /// # Errors

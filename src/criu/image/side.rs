@@ -28,8 +28,17 @@ pub struct SideImage {
     pub id: String,
     /// The connections that are translated on their way.
     pub translations: Vec<Translation>,
-    /// Smoothed round trip times of connections with ECN, by the inode numbers of their images.
-    pub round_trips: HashMap<u32, Duration>,
+    /// What else is known of some connections, by the inode numbers of their images.
+    pub kept: HashMap<u32, Kept>,
+}
+
+/// What CRIU's image of a connection has no field for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Kept {
+    /// The smoothed round trip time of one with ECN: only that is opened by SYN segments, which measure it anew.
+    pub rtt: Option<Duration>,
+    /// The clock of its timestamps is known to tick in microseconds.
+    pub usec_ts: bool,
 }
 
 impl SideImage {
@@ -75,8 +84,7 @@ impl SideImage {
             let fault = Fault::value("version", format!("{} is not known", entry.version()));
             return Err(reader.bad_message(fault));
         }
-        let mut image =
-            Self { id: entry.id().to_owned(), translations: Vec::new(), round_trips: HashMap::new() };
+        let mut image = Self { id: entry.id().to_owned(), translations: Vec::new(), kept: HashMap::new() };
         while let Some(item) = reader.next_message()? {
             image.take(&item).map_err(|fault| reader.bad_message(fault))?;
         }
@@ -88,10 +96,11 @@ impl SideImage {
             translation: MessageField::some(to_translation(translation)),
             ..Default::default()
         });
-        let kept = self.round_trips.iter().map(|(ino, rtt)| Soccr_item {
+        let kept = self.kept.iter().map(|(ino, kept)| Soccr_item {
             kept: MessageField::some(Soccr_kept {
                 ino: Some(*ino),
-                rtt_us: u32::try_from(rtt.as_micros()).ok(),
+                rtt_us: kept.rtt.and_then(|rtt| u32::try_from(rtt.as_micros()).ok()),
+                usec_ts: kept.usec_ts.then_some(true),
                 ..Default::default()
             }),
             ..Default::default()
@@ -104,10 +113,9 @@ impl SideImage {
         if let Some(entry) = item.translation.as_ref() {
             self.translations.push(from_translation(entry)?);
         }
-        if let Some(entry) = item.kept.as_ref()
-            && let Some(microseconds) = entry.rtt_us
-        {
-            self.round_trips.insert(entry.ino(), Duration::from_micros(microseconds.into()));
+        if let Some(entry) = item.kept.as_ref() {
+            let rtt = entry.rtt_us.map(|microseconds| Duration::from_micros(microseconds.into()));
+            self.kept.insert(entry.ino(), Kept { rtt, usec_ts: entry.usec_ts() });
         }
         Ok(())
     }
@@ -170,7 +178,10 @@ mod tests {
         let image = SideImage {
             id: "soccr-0123456789ab".into(),
             translations: vec![v4, v6],
-            round_trips: HashMap::from([(7, Duration::from_micros(80_001)), (u32::MAX, Duration::ZERO)]),
+            kept: HashMap::from([
+                (7, Kept { rtt: Some(Duration::from_micros(80_001)), usec_ts: false }),
+                (u32::MAX, Kept { rtt: None, usec_ts: true }),
+            ]),
         };
         image.write(&dir).unwrap();
         assert_eq!(SideImage::read(&dir).unwrap(), Some(image));

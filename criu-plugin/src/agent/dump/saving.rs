@@ -7,7 +7,7 @@ use std::time::Duration;
 use soccr::connection::{ControlBlock, FourTuple, OPT_ECN, Queues};
 use soccr::criu::image::ImageDir;
 use soccr::criu::image::external::ExternalImage;
-use soccr::criu::image::side::SideImage;
+use soccr::criu::image::side::{Kept, SideImage};
 use soccr::criu::image::tcp_stream::TcpStreamImage;
 use soccr::criu::record::{ConnectionRecord, LockRecord, NsId, Phase, Recorder, Store};
 use soccr::criu::rules::{Action, Policy, Rules};
@@ -34,7 +34,7 @@ pub struct Saving<'a> {
     finder: Finder,
     /// The memory of one connection's queues, used again and again.
     queues: Queues,
-    round_trips: HashMap<u32, Duration>,
+    kept: HashMap<u32, Kept>,
     held: Held,
 }
 
@@ -45,8 +45,8 @@ pub struct Saved {
     pub images: ImageDir,
     /// The locks' name.
     pub lock_name: LockName,
-    /// Of connections with ECN.
-    round_trips: HashMap<u32, Duration>,
+    /// What CRIU's images of connections have no field for.
+    kept: HashMap<u32, Kept>,
     /// What is held until the outcome.
     pub held: Held,
 }
@@ -61,23 +61,13 @@ impl<'a> Saving<'a> {
         let policy = Rules::read()?.policy;
         let (finder, queues) = (Finder::default(), Queues::default());
         let held = Held::nothing(recorder, criu, &lock_name)?;
-        Ok(Self {
-            criu,
-            images,
-            lock_name,
-            options,
-            policy,
-            finder,
-            queues,
-            round_trips: HashMap::new(),
-            held,
-        })
+        Ok(Self { criu, images, lock_name, options, policy, finder, queues, kept: HashMap::new(), held })
     }
 
     /// No further hook comes.
     pub fn into_saved(self) -> Saved {
-        let Self { images, lock_name, round_trips, held, .. } = self;
-        Saved { images, lock_name, round_trips, held }
+        let Self { images, lock_name, kept, held, .. } = self;
+        Saved { images, lock_name, kept, held }
     }
 
     /// No further hook comes, and nobody needs the images.
@@ -196,7 +186,7 @@ impl<'a> Saving<'a> {
         TcpStreamImage::write(&self.images, found.inode, &tcp, &self.queues.recv, &self.queues.send)
             .map_err(|source| AgentError::Image { tuple: found.tuple, place: found.place, source })?;
         fault::point("dump.written")?;
-        self.keep_round_trip(&found, &tcp)?;
+        self.keep(&found, &tcp)?;
         log::debug!(
             "{} ({}): {}, {} bytes to read, {} to send",
             found.tuple,
@@ -209,16 +199,21 @@ impl<'a> Saving<'a> {
         Ok(())
     }
 
-    /// Only a connection with ECN is opened by SYN segments, whose answer the kernel takes the time of. Below a millisecond
-    /// that makes no difference.
-    fn keep_round_trip(&mut self, found: &FoundConnection, tcp: &ControlBlock) -> Result<(), AgentError> {
-        if tcp.negotiated.mask & OPT_ECN == 0 {
-            return Ok(());
-        }
+    /// Most connections have nothing of the kind, and are asked for nothing. A round trip below a millisecond makes no
+    /// difference.
+    fn keep(&mut self, found: &FoundConnection, tcp: &ControlBlock) -> Result<(), AgentError> {
         let failed = |source| FindError::Sys(found.place, source);
-        let rtt = tcp::info(found.socket.as_fd()).map_err(failed)?.rtt;
-        if rtt >= Duration::from_millis(1) {
-            self.round_trips.insert(found.inode, rtt);
+        let socket = found.socket.as_fd();
+        let mut kept = Kept::default();
+        if tcp.negotiated.mask & OPT_ECN != 0 {
+            let rtt = tcp::info(socket).map_err(failed)?.rtt;
+            kept.rtt = Some(rtt).filter(|rtt| *rtt >= Duration::from_millis(1));
+        }
+        if tcp.negotiated.timestamp.is_some_and(|tsval| tsval & 1 != 0) {
+            kept.usec_ts = tcp::timestamp_tells_unit(socket).map_err(failed)?;
+        }
+        if kept != Kept::default() {
+            self.kept.insert(found.inode, kept);
         }
         Ok(())
     }
@@ -257,7 +252,7 @@ impl<'a> Saving<'a> {
             tcp,
             options: soccr::kernel::options::read(found.socket.as_fd()),
             shut_rd: false,
-            usec_ts_known: false,
+            usec_ts_known: tcp::timestamp_tells_unit(found.socket.as_fd()).unwrap_or(false),
             lock_id: Some(self.lock_name.id().to_owned()),
         };
         image
@@ -274,8 +269,8 @@ impl Saved {
     /// Writes what CRIU's images have no field for.
     pub fn write_side_image(&self) -> Result<(), AgentError> {
         let translations = self.held.path.translations().to_vec();
-        let (id, round_trips) = (self.lock_name.id().to_owned(), self.round_trips.clone());
-        Ok(SideImage { id, translations, round_trips }.write(&self.images)?)
+        let (id, kept) = (self.lock_name.id().to_owned(), self.kept.clone());
+        Ok(SideImage { id, translations, kept }.write(&self.images)?)
     }
 
     /// What an agent that died has left: the record tells what is locked and which the tasks are, and they have the
@@ -303,8 +298,8 @@ impl Saved {
             held.sockets.push((socket, tuple));
         }
         log::warn!("took over from an agent that died: {} connections", held.sockets.len());
-        // Round trip times are known to nobody any more, and will be measured.
-        Ok(Self { images, lock_name, round_trips: HashMap::new(), held })
+        // Round trip times are known to nobody any more, nor which clocks are known to tick in microseconds.
+        Ok(Self { images, lock_name, kept: HashMap::new(), held })
     }
 }
 

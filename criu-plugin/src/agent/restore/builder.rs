@@ -10,6 +10,7 @@ use soccr::chain;
 use soccr::connection::{FourTuple, Queues, State};
 use soccr::criu::image::ImageDir;
 use soccr::criu::image::index::{Index, InetConnection};
+use soccr::criu::image::side::Kept;
 use soccr::criu::image::tcp_stream::TcpStreamImage;
 use soccr::criu::tasks::Task;
 use soccr::forge::Forge;
@@ -61,8 +62,8 @@ pub struct Builder<'a> {
     pub images: &'a ImageDir,
     pub index: &'a Index,
     pub forge: &'a Forge,
-    /// Of connections with ECN, by the inode numbers of their images.
-    pub round_trips: &'a HashMap<u32, Duration>,
+    /// What else is known of some connections, by the inode numbers of their images.
+    pub kept: &'a HashMap<u32, Kept>,
     pub criu: &'a Task,
     pub pid: i32,
 }
@@ -84,10 +85,10 @@ impl<'a> Builder<'a> {
 
     fn round_trip(&self, file_id: u32) -> Option<Duration> {
         // Most restores have none, and look no connection up twice.
-        if self.round_trips.is_empty() {
+        if self.kept.is_empty() {
             return None;
         }
-        self.round_trips.get(&self.index.connections.get(&file_id)?.ino).copied()
+        self.kept.get(&self.index.connections.get(&file_id)?.ino)?.rtt
     }
 
     /// Builds one connection; `None` where CRIU has restored it itself. The queues' memory is used again and again.
@@ -154,6 +155,9 @@ impl<'a> Builder<'a> {
         }
         if let Some(room) = room {
             room.give_back().map_err(failed)?;
+        }
+        if self.kept.get(&connection.ino).is_some_and(|kept| kept.usec_ts) {
+            built.paused().trust_clock(&image.tcp).map_err(failed)?;
         }
         if connection.shutdown_read && !image.tcp.state.fin_received() {
             tcp::shutdown(socket, Direction::Receive).map_err(failed)?;

@@ -166,8 +166,8 @@ impl<'a> Building<'a> {
         let wanted = self.find(&task, inner)?;
         self.lock_sockets(&wanted, pid)?;
         let Self { criu, plan, forge, .. } = self;
-        let Plan { images, index, round_trips, .. } = plan;
-        let builder = Builder { images, index, forge, round_trips, criu, pid };
+        let Plan { images, index, kept, .. } = plan;
+        let builder = Builder { images, index, forge, kept, criu, pid };
         let (far, near) = wanted.into_iter().partition(|(file_id, _)| builder.is_far(*file_id));
         // While the others are built the time passes after which those that are far are answered.
         let (opened, result) =

@@ -3,7 +3,6 @@
 use std::collections::{HashMap, HashSet};
 use std::net::IpAddr;
 use std::os::fd::AsFd;
-use std::time::Duration;
 
 use nix::sys::stat::fstat;
 use soccr::chain;
@@ -12,7 +11,7 @@ use soccr::criu::image::ImageDir;
 use soccr::criu::image::external::ExternalImage;
 use soccr::criu::image::index::{self, Index, InetConnection};
 use soccr::criu::image::inventory;
-use soccr::criu::image::side::SideImage;
+use soccr::criu::image::side::{Kept, SideImage};
 use soccr::criu::record::{ConnectionRecord, Phase, RecordError, RecordId, Recorder};
 use soccr::criu::rules::{Action, Policy, Rules};
 use soccr::lock::LockName;
@@ -35,8 +34,8 @@ pub struct Plan {
     our_lock: Option<LockName>,
     /// The connections that were translated on their way.
     pub translations: Vec<Translation>,
-    /// Round trip times of connections with ECN, by the inode numbers of their images.
-    pub round_trips: HashMap<u32, Duration>,
+    /// What else is known of some connections, by the inode numbers of their images.
+    pub kept: HashMap<u32, Kept>,
     /// What the host's owner says of connections.
     pub rules: Rules,
     /// The addresses that sockets are bound to, each with its network namespace, where they are to be waited for.
@@ -71,7 +70,7 @@ impl Plan {
         })?;
         let images = ImageDir::duplicate(images.as_fd())?;
         let translations = side.as_ref().map(|side| side.translations_of(&index)).unwrap_or_default();
-        let round_trips = side.map(|side| side.round_trips).unwrap_or_default();
+        let kept = side.map(|side| side.kept).unwrap_or_default();
         Ok(Self {
             images,
             index,
@@ -79,7 +78,7 @@ impl Plan {
             dump_locks,
             our_lock,
             translations,
-            round_trips,
+            kept,
             rules,
             addresses,
             dumped,
@@ -193,7 +192,7 @@ mod tests {
             dump_locks: Vec::new(),
             our_lock: None,
             translations: Vec::new(),
-            round_trips: HashMap::new(),
+            kept: HashMap::new(),
             rules: Rules::default(),
             addresses: HashSet::new(),
             dumped: Vec::new(),
