@@ -106,7 +106,7 @@ fn the_round_trip_time_comes_back() -> Result<()> {
     ensure!(with_ecn(&server)?.len() == CLIENTS, "not all have ECN");
     for socket in tcp_sockets(server.pid())?.iter().filter(|socket| socket.peer().is_some()) {
         let rtt = socket.rtt()?;
-        ensure!((2 * WAY..5 * WAY).contains(&rtt), "the round trip time is {rtt:?}");
+        ensure!((2 * WAY..20 * WAY).contains(&rtt), "the round trip time is {rtt:?}");
     }
     ensure!(took < 2 * WAY * u32::try_from(CLIENTS)?, "the restore took {took:?}");
     clients.iter_mut().try_for_each(|client| client.send(1000))?;
