@@ -1,14 +1,15 @@
-//! Forged segments: how a FIN gets into a receive queue.
+//! Forged segments: how a FIN gets into a receive queue, and a connection into an accept queue.
 //!
 //! Repair mode fills a receive queue with bytes, but the kernel has no call that puts the peer's FIN behind
-//! them, nor one that acknowledges ours. So the engine sends the socket the segment that its peer would have
+//! them, nor one that acknowledges ours. A connection that no program has accepted has no descriptor to call anything
+//! with. So the engine sends the socket the segment that its peer would have
 //! sent, through a raw socket and the host's own stack. The segment carries [`MARK`], which the network
 //! lock lets pass; other people's firewall rules may not, and then a passage is opened through them for the
 //! moment ([`crate::lock::passage`]).
 
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -20,10 +21,11 @@ use crate::lock::{LockError, Passage};
 
 pub use crate::lock::MARK;
 
-/// A segment from the peer: FIN and ACK, or ACK alone.
+/// A segment from the peer: an ACK, maybe with bytes or FIN.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Segment {
+pub(crate) struct Segment<'a> {
     pub tuple: FourTuple,
+    pub data: &'a [u8],
     pub fin: bool,
     /// The peer's sequence: our rcv_nxt.
     pub seq: u32,
@@ -76,11 +78,17 @@ struct Tools {
     passages: Vec<(NetNs, Passage)>,
 }
 
+/// Where a segment is sent.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Way {
+    pub ns: NetNs,
+    /// A VRF has routes and addresses of its own, which only what is bound to its device sees.
+    pub device: Vec<u8>,
+}
+
 #[derive(Debug)]
 struct RawSocket {
-    ns: NetNs,
-    /// A VRF has routes and addresses of its own, which only what is bound to its device sees.
-    device: Vec<u8>,
+    way: Way,
     ipv6: bool,
     fd: OwnedFd,
 }
@@ -96,10 +104,39 @@ impl Forge {
     pub(crate) fn deliver(
         &self,
         socket: BorrowedFd<'_>,
-        segment: &Segment,
+        segment: &Segment<'_>,
         reaches: State,
     ) -> Result<(), ForgeError> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).deliver(socket, segment, reaches)
+        let way = Way { ns: NetNs::of_socket(socket)?, device: sockopt::bound_device(socket)? };
+        if self.send(&way, segment, || Ok(tcp::info(socket)?.state == reaches as u8))? {
+            return Ok(());
+        }
+        let state = tcp::info(socket)?.state;
+        Err(ForgeError::Lost { segment: if segment.fin { "FIN" } else { "ACK" }, state })
+    }
+
+    /// Sends the segment until it has `arrived`; `false`: it does not.
+    pub(crate) fn send(
+        &self,
+        way: &Way,
+        segment: &Segment<'_>,
+        arrived: impl Fn() -> Result<bool, SysError>,
+    ) -> Result<bool, ForgeError> {
+        self.tools().send(way, segment, &arrived)
+    }
+
+    /// As [`Forge::send`], where it is not a firewall that may be in the way: only once.
+    pub(crate) fn send_once(
+        &self,
+        way: &Way,
+        segment: &Segment<'_>,
+        arrived: impl Fn() -> Result<bool, SysError>,
+    ) -> Result<bool, ForgeError> {
+        self.tools().send_and_see(way, segment, &arrived)
+    }
+
+    fn tools(&self) -> MutexGuard<'_, Tools> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Closes the passages, if any, and reports what goes wrong with it.
@@ -116,50 +153,44 @@ impl Forge {
 }
 
 impl Tools {
-    fn deliver(
+    fn send(
         &mut self,
-        socket: BorrowedFd<'_>,
-        segment: &Segment,
-        reaches: State,
-    ) -> Result<(), ForgeError> {
-        let ns = NetNs::of_socket(socket)?;
-        if self.send_and_see(&ns, socket, segment, reaches)? {
-            return Ok(());
+        way: &Way,
+        segment: &Segment<'_>,
+        arrived: &dyn Fn() -> Result<bool, SysError>,
+    ) -> Result<bool, ForgeError> {
+        if self.send_and_see(way, segment, arrived)? {
+            return Ok(true);
         }
-        if self.passages.iter().all(|(open, _)| *open != ns) {
-            self.passages.push((ns.clone(), Passage::open(&ns)?));
-            if self.send_and_see(&ns, socket, segment, reaches)? {
-                return Ok(());
-            }
+        if self.passages.iter().any(|(open, _)| *open == way.ns) {
+            return Ok(false);
         }
-        let state = tcp::info(socket)?.state;
-        Err(ForgeError::Lost { segment: if segment.fin { "FIN" } else { "ACK" }, state })
+        self.passages.push((way.ns.clone(), Passage::open(&way.ns)?));
+        self.send_and_see(way, segment, arrived)
     }
 
     fn send_and_see(
         &mut self,
-        ns: &NetNs,
-        socket: BorrowedFd<'_>,
-        segment: &Segment,
-        reaches: State,
+        way: &Way,
+        segment: &Segment<'_>,
+        arrived: &dyn Fn() -> Result<bool, SysError>,
     ) -> Result<bool, ForgeError> {
         let wire = Segment { tuple: segment.tuple.on_wire(), ..*segment };
         let ipv6 = wire.tuple.local.is_ipv6();
-        let device = sockopt::bound_device(socket)?;
-        match raw::send(self.raw_socket(ns, device, ipv6)?, &wire.packet(), wire.tuple.local) {
+        match raw::send(self.raw_socket(way, ipv6)?, &wire.packet(), wire.tuple.local) {
             // EPERM: a rule drops it on its way out already.
             Ok(()) | Err(SysError { errno: Errno::EPERM, .. }) => {}
             Err(error) => return Err(error.into()),
         }
-        arrived(socket, reaches)
+        Ok(soon(arrived)?)
     }
 
-    fn raw_socket(&mut self, ns: &NetNs, device: Vec<u8>, ipv6: bool) -> Result<BorrowedFd<'_>, ForgeError> {
-        let is_it = |it: &RawSocket| it.ipv6 == ipv6 && it.device == device && it.ns == *ns;
+    fn raw_socket(&mut self, way: &Way, ipv6: bool) -> Result<BorrowedFd<'_>, ForgeError> {
+        let is_it = |it: &RawSocket| it.ipv6 == ipv6 && it.way == *way;
         let index = self.sockets.iter().position(is_it).unwrap_or(self.sockets.len());
         if index == self.sockets.len() {
-            let fd = open(ns, &device, ipv6)?;
-            self.sockets.push(RawSocket { ns: ns.clone(), device, ipv6, fd });
+            let fd = open(&way.ns, &way.device, ipv6)?;
+            self.sockets.push(RawSocket { way: way.clone(), ipv6, fd });
         }
         Ok(self.sockets[index].fd.as_fd())
     }
@@ -175,12 +206,12 @@ fn open(ns: &NetNs, device: &[u8], ipv6: bool) -> Result<OwnedFd, ForgeError> {
 }
 
 /// The loopback path delivers before sendto() returns, unless the softirq was put off to its thread; no event
-/// tells of FIN_WAIT2, so the state is asked for, and only a short while.
-fn arrived(socket: BorrowedFd<'_>, reaches: State) -> Result<bool, ForgeError> {
+/// tells of FIN_WAIT2, so it is asked for, and only a short while.
+fn soon(arrived: &dyn Fn() -> Result<bool, SysError>) -> Result<bool, SysError> {
     const PATIENCE: Duration = Duration::from_millis(20);
     let deadline = Instant::now() + PATIENCE;
     loop {
-        if tcp::info(socket)?.state == reaches as u8 {
+        if arrived()? {
             return Ok(true);
         }
         if Instant::now() >= deadline {
@@ -195,13 +226,13 @@ const PROTOCOL_TCP: u8 = 6;
 /// The most that IP knows: a socket with IP_MINTTL would drop less.
 const TTL: u8 = 255;
 
-impl Segment {
+impl Segment<'_> {
     /// The packet from the IP header on; the tuple must be as on the wire.
     fn packet(&self) -> Vec<u8> {
         match (self.tuple.remote.ip(), self.tuple.local.ip()) {
             (IpAddr::V4(from), IpAddr::V4(to)) => {
                 // The kernel fills in length, identification and checksum.
-                let mut packet = vec![0x45, 0, 0, 40, 0, 0, 0, 0, TTL, PROTOCOL_TCP, 0, 0];
+                let mut packet = vec![0x45, 0, 0, 0, 0, 0, 0, 0, TTL, PROTOCOL_TCP, 0, 0];
                 packet.extend(from.octets());
                 packet.extend(to.octets());
                 packet.extend(self.tcp(&from.octets(), &to.octets()));
@@ -209,7 +240,8 @@ impl Segment {
             }
             (from, to) => {
                 let (from, to) = (v6(from), v6(to));
-                let mut packet = vec![0x60, 0, 0, 0, 0, 20, PROTOCOL_TCP, TTL];
+                let [high, low] = self.length().to_be_bytes();
+                let mut packet = vec![0x60, 0, 0, 0, high, low, PROTOCOL_TCP, TTL];
                 packet.extend(from);
                 packet.extend(to);
                 packet.extend(self.tcp(&from, &to));
@@ -218,21 +250,28 @@ impl Segment {
         }
     }
 
-    fn tcp(&self, from: &[u8], to: &[u8]) -> [u8; TCP_HEADER] {
+    /// Of header and data. The longest packet of an interface has 64 KiB, and the kernel refuses a longer one.
+    fn length(&self) -> u16 {
+        u16::try_from(TCP_HEADER + self.data.len()).unwrap_or(u16::MAX)
+    }
+
+    fn tcp(&self, from: &[u8], to: &[u8]) -> Vec<u8> {
         const FIN: u8 = 0x01;
+        const PSH: u8 = 0x08;
         const ACK: u8 = 0x10;
-        let mut header = [0; TCP_HEADER];
-        header[0..2].copy_from_slice(&self.tuple.remote.port().to_be_bytes());
-        header[2..4].copy_from_slice(&self.tuple.local.port().to_be_bytes());
-        header[4..8].copy_from_slice(&self.seq.to_be_bytes());
-        header[8..12].copy_from_slice(&self.ack.to_be_bytes());
-        header[12] = 5 << 4; // header length in words
-        header[13] = if self.fin { FIN | ACK } else { ACK };
-        header[14..16].copy_from_slice(&self.window.to_be_bytes());
-        let pseudo = [from, to, &[0, PROTOCOL_TCP, 0, 20]];
-        let sum = checksum(pseudo.into_iter().chain([&header[..]]));
-        header[16..18].copy_from_slice(&sum.to_be_bytes());
-        header
+        let mut segment = vec![0; TCP_HEADER];
+        segment[0..2].copy_from_slice(&self.tuple.remote.port().to_be_bytes());
+        segment[2..4].copy_from_slice(&self.tuple.local.port().to_be_bytes());
+        segment[4..8].copy_from_slice(&self.seq.to_be_bytes());
+        segment[8..12].copy_from_slice(&self.ack.to_be_bytes());
+        segment[12] = 5 << 4; // header length in words
+        segment[13] = ACK | if self.fin { FIN } else { 0 } | if self.data.is_empty() { 0 } else { PSH };
+        segment[14..16].copy_from_slice(&self.window.to_be_bytes());
+        segment.extend(self.data);
+        let length = self.length().to_be_bytes();
+        let sum = checksum([from, to, &[0, PROTOCOL_TCP], &length, &segment].into_iter());
+        segment[16..18].copy_from_slice(&sum.to_be_bytes());
+        segment
     }
 }
 
@@ -243,10 +282,11 @@ fn v6(ip: IpAddr) -> [u8; 16] {
     }
 }
 
-/// The Internet checksum (RFC 1071) of parts of even length.
+/// The Internet checksum (RFC 1071) of parts of which only the last may have an odd length; together at most 64 KiB.
 fn checksum<'a>(parts: impl Iterator<Item = &'a [u8]>) -> u16 {
-    let words = parts.flat_map(|part| part.chunks_exact(2));
-    let mut sum: u32 = words.map(|word| u32::from(u16::from_be_bytes([word[0], word[1]]))).sum();
+    let words = parts.flat_map(|part| part.chunks(2));
+    let word = |bytes: &[u8]| u16::from_be_bytes([bytes[0], bytes.get(1).copied().unwrap_or(0)]);
+    let mut sum: u32 = words.map(|bytes| u32::from(word(bytes))).sum();
     while sum > 0xffff {
         sum = (sum & 0xffff) + (sum >> 16);
     }

@@ -369,6 +369,7 @@ impl Restoring<'_> {
         let scale = self.tcp.negotiated.wscale.map_or(0, |scale| scale.snd);
         let segment = Segment {
             tuple: forge::with_local_port(self.tuple, port),
+            data: &[],
             fin,
             seq,
             ack,
