@@ -334,6 +334,7 @@ fn translations_of_other_connections_are_left_out() {
     };
     let ours = behind(Direction { source: carried.local, destination: carried.remote });
     let others = behind(Direction { source: end("192.0.2.2:22"), destination: end("192.0.2.3:40000") });
-    let side = SideImage { id: "soccr-0123456789ab".into(), translations: vec![others, ours] };
+    let side =
+        SideImage { id: "soccr-0123456789ab".into(), translations: vec![others, ours], accepted: Vec::new() };
     assert_eq!(side.translations_of(&index), [ours]);
 }

@@ -115,6 +115,9 @@ fn tell(record: &Record, state: State, report: &Report, dry_run: bool) -> std::i
     for connection in &report.revived {
         writeln!(out, "  {connection}: {would}brought back from repair mode")?;
     }
+    for queue in &report.lost {
+        writeln!(out, "  {queue} are lost")?;
+    }
     for LockRecord { ns, name, method } in &report.unlocked {
         writeln!(out, "  {ns}: lock {name} ({method:?}) {would}removed")?;
     }

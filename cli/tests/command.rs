@@ -134,7 +134,8 @@ impl Echo {
         let lock = LockRecord { ns: NsId::from(&here()), name: name.clone(), method: Method::Nftables };
         recorder.add_lock(lock);
         recorder.add_task(pid);
-        let found = Finder::default().of_task(&Task::open(pid).expect("the task")).expect("its sockets");
+        let found =
+            Finder::default().of_task(&Task::open(pid).expect("the task")).expect("its sockets").connections;
         recorder.add_connections(found.iter().map(ConnectionRecord::from));
         recorder.save(phase).expect("written");
         name

@@ -108,10 +108,11 @@ impl ImageMessage for Soccr_dump_entry {
 }
 
 impl ImageMessage for Soccr_item {
-    const NESTED: Nested = Nested(&[(1, TRANSLATION)]);
+    const NESTED: Nested = Nested(&[(1, TRANSLATION), (3, ACCEPTED)]);
 }
 
 const TRANSLATION: Nested = Nested(&[(1, DIRECTION), (2, DIRECTION)]);
+const ACCEPTED: Nested = Nested(&[(3, FLAT), (4, FLAT)]);
 const DIRECTION: Nested = Nested(&[(1, FLAT), (2, FLAT)]);
 
 #[cfg(test)]

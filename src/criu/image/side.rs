@@ -6,10 +6,14 @@ use protobuf::MessageField;
 
 use super::container::{Magic, Reader, head};
 use super::index::Index;
+use super::tcp_stream::TcpStreamImage;
 use super::{Fault, ImageDir, ImageError};
+use crate::connection::State;
 use crate::encoding::container::push_message;
-use crate::encoding::proto::soccr::{Soccr_direction, Soccr_dump_entry, Soccr_item, Soccr_translation};
-use crate::encoding::{from_endpoint, to_endpoint};
+use crate::encoding::proto::soccr::{
+    Soccr_accepted, Soccr_direction, Soccr_dump_entry, Soccr_item, Soccr_translation,
+};
+use crate::encoding::{from_endpoint, state_of, to_endpoint};
 use crate::four_tuple::FourTuple;
 use crate::lock::LockName;
 use crate::lock::conntrack::{Direction, Translation};
@@ -25,6 +29,21 @@ pub struct SideImage {
     pub id: String,
     /// The connections that are translated on their way.
     pub translations: Vec<Translation>,
+    /// The connections that nobody had accepted, of each listener in the order of its queue.
+    pub accepted: Vec<Accepted>,
+}
+
+/// A connection that waited in an accept queue.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Accepted {
+    /// The listener's inode.
+    pub listener: u32,
+    /// Its own, which names the image of its state.
+    pub ino: u32,
+    /// Both ends.
+    pub tuple: FourTuple,
+    /// Its state.
+    pub state: State,
 }
 
 impl SideImage {
@@ -48,15 +67,29 @@ impl SideImage {
         LockName::criu(&self.id).ok()
     }
 
+    /// The connections in accept queues of listeners that `index` holds.
+    fn waiting<'a>(&'a self, index: &Index) -> impl Iterator<Item = &'a Accepted> {
+        let listeners: HashSet<u32> = index.unconnected.iter().map(|socket| socket.ino).collect();
+        self.accepted.iter().filter(move |accepted| listeners.contains(&accepted.listener))
+    }
+
     /// The translations of connections that `index` holds. What is said of others was left behind by other images, or is
     /// not to be trusted.
     pub fn translations_of(&self, index: &Index) -> Vec<Translation> {
-        let carried: HashSet<FourTuple> =
-            index.carried().map(|connection| connection.tuple.on_wire()).collect();
+        let carried = index.carried().map(|connection| connection.tuple);
+        let carried = carried.chain(self.waiting(index).map(|accepted| accepted.tuple));
+        let carried: HashSet<FourTuple> = carried.map(|tuple| tuple.on_wire()).collect();
         let sides = |translation: &&Translation| [translation.original.tuple(), translation.reply.tuple()];
         let of_these =
             |translation: &&Translation| sides(translation).iter().any(|side| carried.contains(side));
         self.translations.iter().filter(of_these).copied().collect()
+    }
+
+    /// The connections in the accept queues of listeners that `index` holds, as far as they have images: others were left
+    /// behind by other images, or are not to be trusted.
+    pub fn accepted_of(&self, index: &Index, dir: &ImageDir) -> Vec<Accepted> {
+        let has_image = |accepted: &&Accepted| dir.contains(&TcpStreamImage::name(accepted.ino));
+        self.waiting(index).filter(has_image).copied().collect()
     }
 
     /// Reads the image; `None` if it is not there, as in images that stock CRIU made.
@@ -70,7 +103,7 @@ impl SideImage {
             let fault = Fault::value("version", format!("{} is not known", entry.version()));
             return Err(reader.bad_message(fault));
         }
-        let mut image = Self { id: entry.id().to_owned(), translations: Vec::new() };
+        let mut image = Self { id: entry.id().to_owned(), translations: Vec::new(), accepted: Vec::new() };
         while let Some(item) = reader.next_message()? {
             image.take(&item).map_err(|fault| reader.bad_message(fault))?;
         }
@@ -78,16 +111,24 @@ impl SideImage {
     }
 
     fn items(&self) -> impl Iterator<Item = Soccr_item> {
-        self.translations.iter().map(|translation| Soccr_item {
+        let translations = self.translations.iter().map(|translation| Soccr_item {
             translation: MessageField::some(to_translation(translation)),
             ..Default::default()
-        })
+        });
+        let accepted = self.accepted.iter().map(|accepted| Soccr_item {
+            accepted: MessageField::some(to_accepted(accepted)),
+            ..Default::default()
+        });
+        translations.chain(accepted)
     }
 
     /// What a later version has written is passed over.
     fn take(&mut self, item: &Soccr_item) -> Result<(), Fault> {
         if let Some(entry) = item.translation.as_ref() {
             self.translations.push(from_translation(entry)?);
+        }
+        if let Some(entry) = item.accepted.as_ref() {
+            self.accepted.push(from_accepted(entry)?);
         }
         Ok(())
     }
@@ -99,6 +140,27 @@ fn to_translation(translation: &Translation) -> Soccr_translation {
         reply: MessageField::some(to_direction(translation.reply)),
         ..Default::default()
     }
+}
+
+fn to_accepted(accepted: &Accepted) -> Soccr_accepted {
+    Soccr_accepted {
+        listener: Some(accepted.listener),
+        ino: Some(accepted.ino),
+        local: MessageField::some(to_endpoint(accepted.tuple.local)),
+        remote: MessageField::some(to_endpoint(accepted.tuple.remote)),
+        state: Some(u32::from(accepted.state as u8)),
+        ..Default::default()
+    }
+}
+
+fn from_accepted(entry: &Soccr_accepted) -> Result<Accepted, Fault> {
+    let local = from_endpoint(&entry.local, "local")?;
+    let tuple = FourTuple { local, remote: from_endpoint(&entry.remote, "remote")? };
+    if let Some(why) = tuple.impossible() {
+        return Err(Fault::value("local, remote", why));
+    }
+    let state = state_of(entry.state())?;
+    Ok(Accepted { listener: entry.listener(), ino: entry.ino(), tuple, state })
 }
 
 fn to_direction(direction: Direction) -> Soccr_direction {
@@ -147,9 +209,19 @@ mod tests {
             original: direction("[fd00::1]:1", "[fd00::2]:2"),
             reply: direction("[fd01::2]:3", "[fd00::1]:1"),
         };
-        let image = SideImage { id: "soccr-0123456789ab".into(), translations: vec![v4, v6] };
+        let tuple = v4.reply.tuple();
+        let accepted = vec![Accepted { listener: 7, ino: 8, tuple, state: State::CloseWait }];
+        let image = SideImage { id: "soccr-0123456789ab".into(), translations: vec![v4, v6], accepted };
         image.write(&dir).unwrap();
         assert_eq!(SideImage::read(&dir).unwrap(), Some(image));
+    }
+
+    #[test]
+    fn no_connection_waits_for_an_impossible_peer() {
+        let tuple = direction("10.9.0.1:1", "10.9.0.2:0").tuple();
+        let accepted = Accepted { listener: 7, ino: 8, tuple, state: State::Established };
+        assert!(from_accepted(&to_accepted(&accepted)).is_err());
+        assert!(from_accepted(&Soccr_accepted::default()).is_err());
     }
 
     #[test]

@@ -7,7 +7,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::namespaces::{Namespaces, find};
-use super::{LockRecord, NsId, Phase, Record, State, Store, current_boot};
+use super::{LockRecord, NsId, Phase, QueueRecord, Record, State, Store, current_boot};
 use crate::chain;
 use crate::criu::stock::{self, NamespaceLock};
 use crate::criu::tasks::{Fate, ProcessId, Task, Walker};
@@ -36,6 +36,8 @@ pub struct Report {
     pub absent: Vec<LockRecord>,
     /// Namespaces that are in use by nobody here; their locks went with them.
     pub gone: Vec<NsId>,
+    /// The accept queues whose connections are lost: they were closed with whoever held them.
+    pub lost: Vec<QueueRecord>,
     /// Rules for forged segments that were removed.
     pub passages: usize,
     /// What could not be done. The record is still there then.
@@ -54,6 +56,7 @@ pub struct Report {
 pub fn clean(store: &Store, record: &Record, options: Options) -> Report {
     let mut report = Report::default();
     if record.boot == current_boot() {
+        report.lost = record.lost_queues().to_vec();
         let reusing = Reusing::of(store, record);
         let sockets = broken(record, &reusing, &mut report);
         unlock(store, record, options, &mut report);

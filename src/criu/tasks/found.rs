@@ -26,6 +26,32 @@ pub struct FoundConnection {
     pub place: Place,
 }
 
+/// A socket that has no peer: a listener, or one that was never connected. CRIU makes it anew.
+#[derive(Debug)]
+pub struct Unconnected {
+    /// Our duplicate of the socket.
+    pub socket: OwnedFd,
+    /// Its inode, by which CRIU's images know it.
+    pub inode: u32,
+    /// As [`FoundConnection::cookie`].
+    pub cookie: u64,
+    /// Its own end.
+    pub local: SocketAddr,
+    /// The socket's own network namespace.
+    pub ns: NetNs,
+    /// Where it was found.
+    pub place: Place,
+}
+
+/// The TCP sockets of tasks.
+#[derive(Debug, Default)]
+pub struct Found {
+    /// Those that have a peer.
+    pub connections: Vec<FoundConnection>,
+    /// The others.
+    pub unconnected: Vec<Unconnected>,
+}
+
 /// Where a socket was found, for messages.
 #[derive(Clone, Copy, Debug)]
 pub enum Place {
@@ -91,13 +117,4 @@ pub enum FindError {
     /// A network namespace could not be entered.
     #[error(transparent)]
     Enter(#[from] NetNsError),
-}
-
-/// A socket that never had a peer: a listener or a fresh one. It is CRIU's matter, but for its keys.
-#[derive(Debug)]
-pub(super) struct Unconnected {
-    pub cookie: u64,
-    pub local: SocketAddr,
-    pub ns: NetNs,
-    pub place: Place,
 }

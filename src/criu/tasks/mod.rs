@@ -18,7 +18,7 @@ use crate::kernel::SysError;
 use crate::kernel::netns::NetNs;
 use crate::kernel::process::{self, RemoteFd};
 
-pub use found::{FindError, FoundConnection, Place};
+pub use found::{FindError, Found, FoundConnection, Place, Unconnected};
 pub use identity::ProcessId;
 pub use sockets::{Finder, SocketNamespaces, Walker};
 

@@ -9,7 +9,7 @@ use crate::kernel::netns::{NetNs, NetNsError};
 use crate::kernel::{SysError, addr, ao, sockopt};
 use crate::repair::four_tuple;
 
-use super::found::{FindError, FoundConnection, Place, Unconnected};
+use super::found::{FindError, Found, FoundConnection, Place, Unconnected};
 use super::{Task, in_flight, keys};
 
 /// Visits each socket once, however many descriptors lead to it: those in tasks' tables and, inside unix sockets,
@@ -85,33 +85,33 @@ enum Kind {
 }
 
 impl Finder {
-    /// The connections of a task that were not found before.
+    /// The sockets of a task that were not found before.
     ///
     /// # Errors
     /// [`FindError`].
-    pub fn of_task(&mut self, task: &Task) -> Result<Vec<FoundConnection>, FindError> {
+    pub fn of_task(&mut self, task: &Task) -> Result<Found, FindError> {
         self.of_tasks(std::slice::from_ref(task))
     }
 
-    /// The connections of tasks that were not found before.
+    /// The sockets of tasks that were not found before.
     ///
     /// # Errors
     /// [`FindError`].
-    pub fn of_tasks(&mut self, tasks: &[Task]) -> Result<Vec<FoundConnection>, FindError> {
-        let (mut found, mut unconnected) = (Vec::new(), Vec::new());
+    pub fn of_tasks(&mut self, tasks: &[Task]) -> Result<Found, FindError> {
+        let mut found = Found::default();
         let mut walker = std::mem::take(&mut self.walker);
         for task in tasks {
             walker.walk(task, |socket, place| {
                 match self.examine(socket, place)? {
-                    Some(Kind::Connection(connection)) => found.push(connection),
-                    Some(Kind::Unconnected(socket)) => unconnected.push(socket),
+                    Some(Kind::Connection(connection)) => found.connections.push(connection),
+                    Some(Kind::Unconnected(socket)) => found.unconnected.push(socket),
                     None => {}
                 }
                 Ok(())
             })?;
         }
         self.walker = walker;
-        keys::refuse(&found, &unconnected)?;
+        keys::refuse(&found.connections, &found.unconnected)?;
         Ok(found)
     }
 
@@ -141,26 +141,30 @@ impl Finder {
         }
         let tuple = four_tuple(socket.as_fd()).ok().filter(|tuple| tuple.remote.port() != 0);
         let has_ao_keys = !self.no_ao && self.has_ao_keys(&socket, place)?;
-        let Some(tuple) = tuple else {
-            let local = addr::local(socket.as_fd()).map_err(sys)?;
-            if has_ao_keys {
-                return Err(FindError::RefusedUnconnected { local, place, why: keys::AO });
-            }
-            let ns = self.namespaces.of(socket.as_fd()).map_err(|error| FindError::NetNs(place, error))?;
-            return Ok(Some(Kind::Unconnected(Unconnected { cookie, local, ns, place })));
-        };
-        if has_ao_keys {
-            return Err(FindError::Refused { tuple, place, why: keys::AO });
-        }
         let inode = nix::sys::stat::fstat(&socket)
             .map_err(|errno| sys(SysError { call: "stat a socket", errno }))?
             .st_ino;
-        let Ok(inode) = u32::try_from(inode) else {
-            let why = "its inode number does not fit CRIU's images";
-            return Err(FindError::Refused { tuple, place, why });
+        let (inode, why) = match u32::try_from(inode) {
+            Ok(inode) => (inode, has_ao_keys.then_some(keys::AO)),
+            Err(_) => (0, Some("its inode number does not fit CRIU's images")),
         };
         let ns = self.namespaces.of(socket.as_fd()).map_err(|error| FindError::NetNs(place, error))?;
-        Ok(Some(Kind::Connection(FoundConnection { socket, inode, cookie, tuple, ns, place })))
+        match (tuple, why) {
+            (Some(tuple), Some(why)) => Err(FindError::Refused { tuple, place, why }),
+            (Some(tuple), None) => {
+                Ok(Some(Kind::Connection(FoundConnection { socket, inode, cookie, tuple, ns, place })))
+            }
+            (None, why) => {
+                let local = addr::local(socket.as_fd()).map_err(sys)?;
+                match why {
+                    Some(why) => Err(FindError::RefusedUnconnected { local, place, why }),
+                    None => {
+                        let unconnected = Unconnected { socket, inode, cookie, local, ns, place };
+                        Ok(Some(Kind::Unconnected(unconnected)))
+                    }
+                }
+            }
+        }
     }
 
     /// A kernel without TCP-AO is asked once.

@@ -5,6 +5,8 @@ use std::os::fd::{AsFd, OwnedFd};
 
 use soccr::chain;
 use soccr::connection::FourTuple;
+use soccr::criu::image::ImageDir;
+use soccr::criu::image::side::SideImage;
 use soccr::criu::record::{self, NsId, Phase, Recorder, State, Store};
 use soccr::criu::stock;
 use soccr::criu::tasks::Task;
@@ -15,12 +17,15 @@ use soccr::repair::Paused;
 use super::arrangement::{Arrangement, Namespaces};
 use crate::agent::error::AgentError;
 use crate::agent::path::Path;
+use crate::agent::queued::{Putter, Queued};
 use crate::fault;
 
 /// The sockets, the locks, and the record that tells of them. It is given up by [`let_live`](Self::let_live) when the
 /// tasks run on, by [`leave`](Self::leave) when they are dead; either gives the tasks back.
 #[derive(Debug)]
 pub struct Held {
+    /// Where all is saved.
+    images: ImageDir,
     /// The tasks, the root first.
     pub tasks: Vec<Task>,
     /// Their network namespaces, the root's first.
@@ -29,6 +34,8 @@ pub struct Held {
     pub criu_ns: NetNs,
     /// The sockets whose connections are saved.
     pub sockets: Vec<(OwnedFd, FourTuple)>,
+    /// Those that nobody had accepted, which are in no task, as they stood in their queues.
+    pub queued: Vec<Queued>,
     /// What keeps the connections still.
     pub locks: HashMap<NetNs, NetworkLock>,
     /// The same on the way to namespaces other than criu's.
@@ -39,11 +46,18 @@ pub struct Held {
 
 impl Held {
     /// Nothing is held yet.
-    pub fn nothing(recorder: Recorder, criu: &Task, lock: &LockName) -> Result<Self, AgentError> {
-        let (tasks, namespaces, sockets) = (Vec::new(), Vec::new(), Vec::new());
+    pub fn nothing(
+        images: &ImageDir,
+        recorder: Recorder,
+        criu: &Task,
+        lock: &LockName,
+    ) -> Result<Self, AgentError> {
+        let images = ImageDir::duplicate(images.as_fd())?;
+        let (tasks, namespaces, sockets, queued) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
         let criu_ns = NetNs::of_task(criu.pid.cast_unsigned())?;
         let path = Path::new(&criu_ns, lock);
-        Ok(Self { tasks, namespaces, criu_ns, sockets, locks: HashMap::new(), path, recorder })
+        let locks = HashMap::new();
+        Ok(Self { images, tasks, namespaces, criu_ns, sockets, queued, locks, path, recorder })
     }
 
     /// Criu's network namespace, and the root's.
@@ -62,6 +76,13 @@ impl Held {
         Ok(())
     }
 
+    /// Writes what CRIU's images have no field for.
+    pub fn write_side_image(&self, images: &ImageDir, lock: &LockName) -> Result<(), AgentError> {
+        let translations = self.path.translations().to_vec();
+        let accepted = self.queued.iter().map(|queued| queued.accepted).collect();
+        Ok(SideImage { id: lock.id().to_owned(), translations, accepted }.write(images)?)
+    }
+
     /// The record follows. What it told before is enough to find and undo all, so this may fail.
     pub fn note(&mut self, phase: Phase) {
         if let Err(error) = self.recorder.enter(phase) {
@@ -72,14 +93,21 @@ impl Held {
     /// The tasks run on: nothing was changed in them, so the locks are all there is to undo, CRIU's own included. CRIU
     /// removes that itself, unless it was killed, or fails after it has locked.
     pub fn let_live(mut self) -> Vec<Task> {
+        self.put_back_queued();
         let unlocked = self.unlock() & self.remove_criu_locks();
         self.end_record(unlocked)
     }
 
     /// CRIU carries the connections itself, and needs its own lock for that.
     pub fn stand_aside(mut self) -> Vec<Task> {
+        self.put_back_queued();
         let unlocked = self.unlock();
         self.end_record(unlocked)
+    }
+
+    /// Behind the locks the accept queues become what they were.
+    fn put_back_queued(&mut self) {
+        Putter::put_all(std::mem::take(&mut self.queued), &self.images);
     }
 
     /// Whether all our locks are gone.
@@ -166,6 +194,7 @@ impl Held {
     /// Ours are the last descriptors of the sockets: in repair mode a socket is closed without a word to the peer.
     fn close_silently(&mut self) {
         let _ = fault::point("dump.dead");
+        self.queued.clear(); // they are in repair mode already
         for (socket, tuple) in self.sockets.drain(..) {
             let _ = fault::point("dump.closing");
             match Paused::pause(socket.as_fd()) {

@@ -10,6 +10,7 @@
 
 mod arrangement;
 mod held;
+mod queues;
 mod saving;
 mod watching;
 

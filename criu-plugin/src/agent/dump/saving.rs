@@ -1,22 +1,26 @@
 //! The first phase of a dump: the connections of frozen tasks are found, locked and saved.
 
 use std::collections::HashMap;
+use std::ops::Range;
 use std::os::fd::{AsFd, OwnedFd};
 
+use soccr::accept_queue::Policy;
 use soccr::connection::{ControlBlock, FourTuple, Queues};
 use soccr::criu::image::ImageDir;
 use soccr::criu::image::external::ExternalImage;
 use soccr::criu::image::side::SideImage;
 use soccr::criu::image::tcp_stream::TcpStreamImage;
 use soccr::criu::record::{ConnectionRecord, LockRecord, NsId, Phase, Recorder, Store};
-use soccr::criu::tasks::{self, FindError, Finder, FoundConnection, Place, Task};
+use soccr::criu::tasks::{self, FindError, Finder, Found, FoundConnection, Place, Task};
 use soccr::kernel::netns::NetNs;
 use soccr::lock::{LockName, LockOptions, Method, NetworkLock};
 use soccr::repair::{Paused, Probe};
 
 use super::held::Held;
+use super::queues::{self, FullListener};
 use crate::agent::error::AgentError;
 use crate::agent::path::Path;
+use crate::agent::queued::Queued;
 use crate::agent::{clean, privilege};
 use crate::fault;
 
@@ -27,6 +31,7 @@ pub struct Saving<'a> {
     images: ImageDir,
     lock_name: LockName,
     options: LockOptions,
+    policy: Policy,
     finder: Finder,
     /// The memory of one connection's queues, used again and again.
     queues: Queues,
@@ -52,8 +57,8 @@ impl<'a> Saving<'a> {
         let recorder = Recorder::new(lock_name.id(), Phase::Saving, images.as_fd(), criu.pid)?;
         let options = LockOptions::from_env()?;
         let (finder, queues) = (Finder::default(), Queues::default());
-        let held = Held::nothing(recorder, criu, &lock_name)?;
-        Ok(Self { criu, images, lock_name, options, finder, queues, held })
+        let (held, policy) = (Held::nothing(&images, recorder, criu, &lock_name)?, Policy::from_env()?);
+        Ok(Self { criu, images, lock_name, options, policy, finder, queues, held })
     }
 
     /// No further hook comes.
@@ -84,14 +89,14 @@ impl<'a> Saving<'a> {
         self.add_tree(pid)?;
         fault::point("dump.tree")?;
         let tasks = self.held.tasks.get(first..).unwrap_or_default();
-        let found = self.finder.of_tasks(tasks)?;
+        let Found { connections: found, unconnected } = self.finder.of_tasks(tasks)?;
         fault::point("dump.found")?;
-        let elsewhere = found.iter().filter(|connection| connection.ns != self.held.criu_ns);
-        self.held.path.add(elsewhere.map(|connection| connection.tuple));
-        self.record(&found)?;
+        let listeners = queues::of(unconnected, self.policy)?;
+        self.record(&found, &listeners)?;
         fault::point("dump.recorded")?;
-        self.lock(&found)?;
+        self.lock(&ends(&found))?;
         fault::point("dump.locked")?;
+        let queued = self.empty_queues(&listeners)?;
         let count = found.len();
         for connection in found {
             // The kernel lets the tasks run as soon as criu is dead: their sockets are theirs then.
@@ -100,6 +105,7 @@ impl<'a> Saving<'a> {
             }
             self.save(connection)?;
         }
+        self.save_queued(queued)?;
         fault::point("dump.saved")?;
         log::info!("{count} TCP connections saved, locked by the table inet {}", self.lock_name);
         Ok(())
@@ -115,31 +121,40 @@ impl<'a> Saving<'a> {
     }
 
     /// Writes down what is about to be changed on this host, while nothing is.
-    fn record(&mut self, found: &[FoundConnection]) -> Result<(), AgentError> {
+    fn record(&mut self, found: &[FoundConnection], listeners: &[FullListener]) -> Result<(), AgentError> {
         let locked_by_criu = self.held.tree().own.cloned();
-        if found.is_empty() && locked_by_criu.is_none() {
+        if found.is_empty() && listeners.is_empty() && locked_by_criu.is_none() {
             return Ok(());
         }
+        self.record_locks(&ends(found));
         let recorder = &mut self.held.recorder;
         locked_by_criu.iter().for_each(|ns| recorder.add_criu_lock(ns));
-        for connection in found.iter().filter(|_| self.options.method != Method::Skip) {
-            let ns = NsId::from(&connection.ns);
-            recorder.add_lock(LockRecord { ns, name: self.lock_name.clone(), method: self.options.method });
-        }
-        self.held.path.record(&self.options).into_iter().for_each(|lock| recorder.add_lock(lock));
-        recorder.set_translations(self.held.path.translations());
+        listeners.iter().for_each(|listener| recorder.add_accept_queue(listener.queue.clone()));
         self.held.tasks.iter().for_each(|task| recorder.add_task(task.pid));
         recorder.add_connections(found.iter().map(ConnectionRecord::from));
         recorder.save(Phase::Saving)?;
         Ok(())
     }
 
+    /// The locks that these connections are to have, at their sockets and on the way.
+    fn record_locks(&mut self, ends: &[End<'_>]) {
+        let elsewhere = ends.iter().filter(|(ns, _)| **ns != self.held.criu_ns);
+        self.held.path.add(elsewhere.map(|(_, tuple)| *tuple));
+        let recorder = &mut self.held.recorder;
+        for (ns, _) in ends.iter().filter(|_| self.options.method != Method::Skip) {
+            let (ns, name, method) = (NsId::from(*ns), self.lock_name.clone(), self.options.method);
+            recorder.add_lock(LockRecord { ns, name, method });
+        }
+        self.held.path.record(&self.options).into_iter().for_each(|lock| recorder.add_lock(lock));
+        recorder.set_translations(self.held.path.translations());
+    }
+
     /// One transaction per namespace, the one that packets pass through first.
-    fn lock(&mut self, found: &[FoundConnection]) -> Result<(), AgentError> {
+    fn lock(&mut self, ends: &[End<'_>]) -> Result<(), AgentError> {
         self.held.path.lock(&self.options)?;
         let mut tuples: HashMap<&NetNs, Vec<FourTuple>> = HashMap::new();
-        for connection in found.iter().filter(|connection| connection.tuple.local.port() != 0) {
-            tuples.entry(&connection.ns).or_default().push(connection.tuple);
+        for (ns, tuple) in ends.iter().filter(|(_, tuple)| tuple.local.port() != 0) {
+            tuples.entry(ns).or_default().push(*tuple);
         }
         for (ns, tuples) in tuples {
             match self.held.locks.get_mut(ns) {
@@ -150,6 +165,46 @@ impl<'a> Saving<'a> {
                 }
             }
         }
+        Ok(())
+    }
+
+    /// Takes what waits in accept queues out of them, and locks it. Each is held from then on, in repair mode: should
+    /// anything fail, it can be put back.
+    fn empty_queues(&mut self, listeners: &[FullListener]) -> Result<Range<usize>, AgentError> {
+        let first = self.held.queued.len();
+        for listener in listeners {
+            while let Some(taken) = listener.take()? {
+                self.held.queued.push(taken);
+            }
+        }
+        let queued = first..self.held.queued.len();
+        let taken: Vec<_> = self.held.queued[queued.clone()].iter().map(Queued::end).collect();
+        if !taken.is_empty() {
+            let ends: Vec<End<'_>> = taken.iter().map(|(ns, tuple)| (ns, *tuple)).collect();
+            self.record_locks(&ends);
+            self.held.recorder.save(Phase::Saving)?;
+            self.lock(&ends)?;
+            fault::point("dump.queue-locked")?;
+        }
+        Ok(queued)
+    }
+
+    /// Reads and writes what was taken out of accept queues. The images tell of it from now on, should another agent have
+    /// to go on.
+    fn save_queued(&mut self, queued: Range<usize>) -> Result<(), AgentError> {
+        if queued.is_empty() {
+            return Ok(());
+        }
+        let count = queued.len();
+        for queued in &mut self.held.queued[queued] {
+            if self.criu.gone() {
+                return Err(AgentError::Protocol("criu is gone"));
+            }
+            queued.save(&self.images, &mut self.queues)?;
+            fault::point("dump.queue-written")?;
+        }
+        self.held.write_side_image(&self.images, &self.lock_name)?;
+        log::info!("{count} connections that nobody had accepted saved");
         Ok(())
     }
 
@@ -196,8 +251,8 @@ impl<'a> Saving<'a> {
             }
         }
         if !known {
-            self.record(std::slice::from_ref(&found))?;
-            self.lock(std::slice::from_ref(&found))?;
+            self.record(std::slice::from_ref(&found), &[])?;
+            self.lock(&ends(std::slice::from_ref(&found)))?;
         }
         let tcp = self.read(&found)?;
         let image = ExternalImage {
@@ -221,8 +276,7 @@ impl<'a> Saving<'a> {
 impl Saved {
     /// Writes what CRIU's images have no field for.
     pub fn write_side_image(&self) -> Result<(), AgentError> {
-        let translations = self.held.path.translations().to_vec();
-        Ok(SideImage { id: self.lock_name.id().to_owned(), translations }.write(&self.images)?)
+        self.held.write_side_image(&self.images, &self.lock_name)
     }
 
     /// What an agent that died has left: the record tells what is locked and which the tasks are, and they have the
@@ -234,14 +288,15 @@ impl Saved {
         let recorder = Recorder::take_over(&record.id, criu.pid)?.ok_or_else(gone)?;
         let lock_name = LockName::criu(record.id.as_str())?;
         let options = LockOptions::from_env()?;
-        let mut held = Held::nothing(recorder, criu, &lock_name)?;
+        let mut held = Held::nothing(&images, recorder, criu, &lock_name)?;
         if record.locks.iter().any(|lock| lock.name == lock_name.on_path()) {
             held.path = Path::adopt(&held.criu_ns, &lock_name, &record.translations, &options);
         }
         for task in record.tasks.iter().filter(|task| task.lives()) {
             held.add_task(task.pid)?;
         }
-        for FoundConnection { socket, tuple, ns, .. } in Finder::default().of_tasks(&held.tasks)? {
+        let Found { connections, unconnected } = Finder::default().of_tasks(&held.tasks)?;
+        for FoundConnection { socket, tuple, ns, .. } in connections {
             let lock = || NetworkLock::adopt(&ns, &lock_name, &options);
             held.locks.entry(ns.clone()).or_insert_with(lock);
             if ns != held.criu_ns {
@@ -249,9 +304,19 @@ impl Saved {
             }
             held.sockets.push((socket, tuple));
         }
+        let side = SideImage::read(&images)?.filter(|side| side.id == lock_name.id());
+        let accepted = side.map(|side| side.accepted).unwrap_or_default();
+        held.queued = queues::of_images(accepted, unconnected);
         log::warn!("took over from an agent that died: {} connections", held.sockets.len());
         Ok(Self { images, lock_name, held })
     }
+}
+
+/// A connection's namespace and addresses.
+type End<'a> = (&'a NetNs, FourTuple);
+
+fn ends(found: &[FoundConnection]) -> Vec<End<'_>> {
+    found.iter().map(|connection| (&connection.ns, connection.tuple)).collect()
 }
 
 /// An id that no other dump has: 12 hexadecimal digits.

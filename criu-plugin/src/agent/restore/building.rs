@@ -2,6 +2,7 @@
 
 use std::collections::{HashMap, HashSet};
 use std::os::fd::{AsFd, OwnedFd};
+use std::rc::Rc;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{Signal, kill};
@@ -15,11 +16,12 @@ use soccr::kernel::process::RemoteFd;
 use soccr::kernel::{sockopt, tcp};
 use soccr::repair::{Paused, four_tuple};
 
-use super::builder::{Builder, Built, Wanted};
+use super::builder::{Builder, Built, Wanted, must_live};
 use super::locks::Locks;
 use super::parallel;
 use super::plan::Plan;
 use crate::agent::error::AgentError;
+use crate::agent::queued::{Putter, Queued, Source};
 use crate::fault;
 
 /// A restore whose connections are not all built yet.
@@ -34,6 +36,8 @@ pub struct Building<'a> {
     namespaces: SocketNamespaces,
     pub forge: Forge,
     pub built: Vec<Built>,
+    /// Listeners whose queues were not empty, by their inodes at the dump.
+    listeners: HashMap<u32, Rc<OwnedFd>>,
 }
 
 /// The restored tasks.
@@ -52,6 +56,8 @@ pub struct Tree {
 pub struct Missing {
     /// File ids of connections.
     pub connections: HashSet<u32>,
+    /// File ids of listeners whose queues were not empty, and their inodes at the dump.
+    pub listeners: HashMap<u32, u32>,
     /// What was in flight in unix sockets, by their file ids.
     in_flight: HashMap<u32, Vec<Packet>>,
     /// Connections that RESTORE_EXT_FILE makes, with their SO_REUSEADDR.
@@ -65,11 +71,13 @@ impl<'a> Building<'a> {
         let tree = Tree { awaited: alive.map(|(pid, _)| *pid).collect(), ..Tree::default() };
         let missing = Missing {
             connections: plan.index.carried().map(|connection| connection.file_id).collect(),
+            listeners: plan.full_listeners(),
             in_flight: std::mem::take(&mut plan.index.in_flight),
             external: plan.external.clone(),
         };
         let (namespaces, forge) = (SocketNamespaces::default(), Forge::new());
-        Self { criu, plan, locks, tree, missing, namespaces, forge, built: Vec::new() }
+        let (built, listeners) = (Vec::new(), HashMap::new());
+        Self { criu, plan, locks, tree, missing, namespaces, forge, built, listeners }
     }
 
     /// Whether hooks of tasks are still to come.
@@ -79,7 +87,7 @@ impl<'a> Building<'a> {
 
     /// init(): locks what is to be restored in criu's own namespace, and what passes through it.
     pub fn lock_beside_criu(&mut self) -> Result<(), AgentError> {
-        let mut tuples = self.plan.tuples(|connection| self.plan.is_beside_criu(connection));
+        let mut tuples = self.plan.tuples(|net_ns_id| self.plan.is_beside_criu(net_ns_id));
         tuples.extend(self.plan.external.keys());
         self.locks.refuse_living(&tuples)?;
         self.locks.lock_path(self.plan.passing())?;
@@ -88,7 +96,7 @@ impl<'a> Building<'a> {
 
     /// POST_FORKING: the root task is there, and no other has entered a namespace of its own.
     pub fn forked(&mut self) -> Result<(), AgentError> {
-        if !self.missing.connections.is_empty()
+        if (!self.missing.connections.is_empty() || !self.missing.listeners.is_empty())
             && let Some(inner) = self.plan.index.root
             && let Some(pid) = tasks::restored_child(self.criu.pid, inner).map_err(AgentError::Tree)?
         {
@@ -113,7 +121,7 @@ impl<'a> Building<'a> {
             let task = tasks::inner_pid(*pid).ok().and_then(|inner| self.plan.index.tasks.get(&inner));
             let id = task.and_then(|task| task.net_ns_id);
             if id.is_some() && id != self.plan.index.root_net_ns_id && !wanted.contains_key(&ns) {
-                wanted.insert(ns, self.plan.tuples(|connection| connection.net_ns_id == id));
+                wanted.insert(ns, self.plan.tuples(|net_ns_id| net_ns_id == id));
             }
         }
         self.locks.lock(wanted)
@@ -165,8 +173,11 @@ impl<'a> Building<'a> {
                 || task.copy(RemoteFd(number)).map_err(|source| AgentError::Task { pid: task.pid, source });
             if self.missing.connections.remove(&fd.file_id) {
                 wanted.push((fd.file_id, copy()?));
+            } else if let Some(ino) = self.missing.listeners.remove(&fd.file_id) {
+                self.listeners.insert(ino, Rc::new(copy()?));
             } else if self.missing.in_flight.contains_key(&fd.file_id) {
-                self.missing.find_in_flight(fd.file_id, &copy()?, task.pid, &mut wanted)?;
+                let unix = copy()?;
+                self.missing.find_in_flight(fd.file_id, &unix, task.pid, &mut wanted, &mut self.listeners)?;
             }
         }
         Ok(wanted)
@@ -217,6 +228,34 @@ impl<'a> Building<'a> {
         self.adopt_external(self.criu)
     }
 
+    /// Puts those that nobody had accepted back for their listeners, behind the lock of each listener's own namespace.
+    pub fn fill_queues(&mut self) -> Result<(), AgentError> {
+        let mut queued = Vec::new();
+        for accepted in std::mem::take(&mut self.plan.accepted) {
+            let tuple = accepted.tuple;
+            let listener = self.listeners.get(&accepted.listener);
+            let listener = listener.cloned().ok_or_else(|| AgentError::NotFound(tuple.to_string()))?;
+            let ns = self.namespaces.of(listener.as_fd());
+            let ns = ns.map_err(|source| AgentError::SocketNs { tuple, pid: 0, source })?;
+            queued.push(Queued { listener, ns, accepted, source: Source::Image });
+        }
+        if queued.is_empty() {
+            return Ok(());
+        }
+        let mut wanted: HashMap<NetNs, Vec<FourTuple>> = HashMap::new();
+        for (ns, tuple) in queued.iter().map(Queued::end) {
+            wanted.entry(ns).or_default().push(tuple);
+        }
+        self.locks.lock(wanted)?;
+        let (mut putter, count) = (Putter::default(), queued.len());
+        for queued in queued {
+            must_live(self.criu)?;
+            putter.put(queued, &self.plan.images, &self.forge)?;
+        }
+        log::info!("{count} connections wait to be accepted again");
+        Ok(())
+    }
+
     /// A task that was killed meanwhile makes criu fail, and the restore shall be one that can be tried again.
     pub fn tasks_live(&self) -> Result<(), AgentError> {
         let dead = |task: &&Task| matches!(task.fate(), Fate::Ending | Fate::Gone);
@@ -255,6 +294,7 @@ impl Missing {
         unix: &OwnedFd,
         pid: i32,
         wanted: &mut Vec<Wanted>,
+        listeners: &mut HashMap<u32, Rc<OwnedFd>>,
     ) -> Result<(), AgentError> {
         let Some(expected) = self.in_flight.remove(&unix_id) else { return Ok(()) };
         let messages = in_flight::peek(unix.as_fd()).map_err(|source| AgentError::Task { pid, source })?;
@@ -265,8 +305,10 @@ impl Missing {
             for (file_id, socket) in expected.files.iter().zip(message.files) {
                 if self.connections.remove(file_id) {
                     wanted.push((*file_id, socket));
+                } else if let Some(ino) = self.listeners.remove(file_id) {
+                    listeners.insert(ino, Rc::new(socket));
                 } else if self.in_flight.contains_key(file_id) {
-                    self.find_in_flight(*file_id, &socket, pid, wanted)?;
+                    self.find_in_flight(*file_id, &socket, pid, wanted, listeners)?;
                 }
             }
         }

@@ -1,6 +1,6 @@
 //! What the images say is to be restored.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::os::fd::AsFd;
 
 use nix::sys::stat::fstat;
@@ -8,9 +8,9 @@ use soccr::chain;
 use soccr::connection::FourTuple;
 use soccr::criu::image::ImageDir;
 use soccr::criu::image::external::ExternalImage;
-use soccr::criu::image::index::{Index, InetConnection};
+use soccr::criu::image::index::Index;
 use soccr::criu::image::inventory;
-use soccr::criu::image::side::SideImage;
+use soccr::criu::image::side::{Accepted, SideImage};
 use soccr::criu::record::{ConnectionRecord, Phase, RecordError, RecordId, Recorder};
 use soccr::lock::LockName;
 use soccr::lock::conntrack::Translation;
@@ -32,6 +32,8 @@ pub struct Plan {
     our_lock: Option<LockName>,
     /// The connections that were translated on their way.
     pub translations: Vec<Translation>,
+    /// Those that nobody had accepted, of each listener in the order of its queue.
+    pub accepted: Vec<Accepted>,
 }
 
 impl Plan {
@@ -48,24 +50,38 @@ impl Plan {
             external.insert(image.tuple, soccr::kernel::options::reuse_addr(&image.options));
         })?;
         let images = ImageDir::duplicate(images.as_fd())?;
-        let translations = side.map(|side| side.translations_of(&index)).unwrap_or_default();
-        Ok(Self { images, index, external, dump_locks, our_lock, translations })
+        let translations = side.as_ref().map(|side| side.translations_of(&index)).unwrap_or_default();
+        let accepted = side.map(|side| side.accepted_of(&index, &images)).unwrap_or_default();
+        Ok(Self { images, index, external, dump_locks, our_lock, translations, accepted })
     }
 
-    /// The addresses of the connections that packets can reach, but for the external ones.
-    pub fn tuples(&self, wanted: impl Fn(&InetConnection) -> bool) -> Vec<FourTuple> {
-        let reachable = self.index.carried().filter(|connection| connection.tuple.local.port() != 0);
-        reachable.filter(|connection| wanted(connection)).map(|connection| connection.tuple).collect()
+    /// The addresses of the connections in some of the network namespaces that packets can reach, but for the external
+    /// ones.
+    pub fn tuples(&self, wanted: impl Fn(Option<u32>) -> bool) -> Vec<FourTuple> {
+        let connections = self.index.carried().map(|connection| (connection.net_ns_id, connection.tuple));
+        let namespaces = self.index.unconnected.iter().map(|socket| (socket.ino, socket.net_ns_id));
+        let namespaces: HashMap<u32, Option<u32>> = namespaces.collect();
+        let of_listener = |accepted: &Accepted| namespaces.get(&accepted.listener).copied().flatten();
+        let accepted = self.accepted.iter().map(|accepted| (of_listener(accepted), accepted.tuple));
+        let reachable = connections.chain(accepted).filter(|(_, tuple)| tuple.local.port() != 0);
+        reachable.filter(|(net_ns_id, _)| wanted(*net_ns_id)).map(|(_, tuple)| tuple).collect()
     }
 
-    /// Whether the connection belongs into the namespace in which criu itself runs.
-    pub fn is_beside_criu(&self, connection: &InetConnection) -> bool {
-        connection.net_ns_id.is_none() || connection.net_ns_id == self.index.root_net_ns_id
+    /// The listeners whose queues were not empty: file ids, and inodes at the dump.
+    pub fn full_listeners(&self) -> HashMap<u32, u32> {
+        let full: HashSet<u32> = self.accepted.iter().map(|accepted| accepted.listener).collect();
+        let sockets = self.index.unconnected.iter().filter(|socket| full.contains(&socket.ino));
+        sockets.map(|socket| (socket.file_id, socket.ino)).collect()
+    }
+
+    /// Whether this is the namespace in which criu itself runs.
+    pub fn is_beside_criu(&self, net_ns_id: Option<u32>) -> bool {
+        net_ns_id.is_none() || net_ns_id == self.index.root_net_ns_id
     }
 
     /// The connections that packets reach through criu's own namespace.
     pub fn passing(&self) -> Vec<FourTuple> {
-        self.tuples(|connection| !self.is_beside_criu(connection))
+        self.tuples(|net_ns_id| !self.is_beside_criu(net_ns_id))
     }
 
     /// The lock that the one on the way belongs to: the dump's, so that it is taken over, or else this restore's.
@@ -145,6 +161,7 @@ mod tests {
             dump_locks: Vec::new(),
             our_lock: None,
             translations: Vec::new(),
+            accepted: Vec::new(),
         };
         plan.lock_name().unwrap().to_string()
     }

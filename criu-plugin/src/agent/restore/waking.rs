@@ -69,6 +69,7 @@ fn complete(building: &mut Building<'_>) -> Result<(), AgentError> {
         return Err(AgentError::NotFound(names.join(", ")));
     }
     fault::point("restore.all-built")?;
+    building.fill_queues()?;
     Ok(std::mem::take(&mut building.forge).finish()?)
 }
 

@@ -17,6 +17,7 @@ use std::collections::{BTreeMap, HashMap};
 
 pub use connections::{Connections, InetConnection};
 pub use in_flight::Packet;
+pub use sockets::Unconnected;
 pub use tasks::{DumpedTask, Fd};
 
 use super::allowance::Allowance;
@@ -41,6 +42,8 @@ pub struct Index {
     pub root: Option<u32>,
     /// The connections by file id.
     pub connections: Connections,
+    /// Other TCP sockets, listeners among them.
+    pub unconnected: Vec<Unconnected>,
     /// For each unix socket, by file id, the unread packets that carry descriptors, first come first.
     pub in_flight: HashMap<u32, Vec<Packet>>,
 }
@@ -57,6 +60,7 @@ impl Index {
             tasks: BTreeMap::new(),
             root: None,
             connections: Connections::default(),
+            unconnected: Vec::new(),
             in_flight: HashMap::new(),
         }
     }
@@ -80,6 +84,7 @@ impl Index {
         let Inventory { tcp_close, network_lock, dump_run_id, root_net_ns_id } = Inventory::read(dir)?;
         let mut allowance = Allowance::new();
         let (tasks, root) = tasks::read(dir, &mut allowance)?;
+        let (connections, unconnected) = sockets::read(dir, &mut allowance)?;
         Ok(Self {
             dump_run_id,
             network_lock,
@@ -87,7 +92,8 @@ impl Index {
             root_net_ns_id,
             tasks,
             root,
-            connections: sockets::read(dir, &mut allowance)?,
+            connections,
+            unconnected,
             in_flight: in_flight::read(dir, &mut allowance)?,
         })
     }

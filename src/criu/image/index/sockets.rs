@@ -7,7 +7,7 @@ use protobuf::Enum;
 
 use super::connections::{self, Connections, Found, InetConnection};
 use crate::connection::FourTuple;
-use crate::criu::image::allowance::Allowance;
+use crate::criu::image::allowance::{Allowance, in_vector};
 use crate::criu::image::container::{Magic, Reader};
 use crate::criu::image::proto::sk_inet::Inet_sk_entry;
 use crate::criu::image::proto::sk_opts::Sk_shutdown;
@@ -16,11 +16,32 @@ use crate::criu::image::{Fault, ImageDir, ImageError};
 use crate::encoding::decode::decode;
 use crate::encoding::{port_of, state_of};
 
-/// Reads the connections, by file id.
-pub(super) fn read(dir: &ImageDir, allowance: &mut Allowance) -> Result<Connections, ImageError> {
+/// A TCP socket without a peer, as CRIU's images know it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Unconnected {
+    /// Its file's id.
+    pub file_id: u32,
+    /// Its inode at the dump.
+    pub ino: u32,
+    /// Its network namespace.
+    pub net_ns_id: Option<u32>,
+}
+
+/// Reads the connections, by file id, and the other TCP sockets.
+pub(super) fn read(
+    dir: &ImageDir,
+    allowance: &mut Allowance,
+) -> Result<(Connections, Vec<Unconnected>), ImageError> {
     let streams = streams(dir)?;
-    let mut found = Found::default();
+    let (mut found, mut unconnected) = (Found::default(), Vec::new());
     for_each(dir, |reader, entry, length| {
+        if entry.dst_port() == 0 {
+            let memory = allowance.take(in_vector::<Unconnected>(), length);
+            memory.map_err(|fault| reader.bad_message(fault))?;
+            let (file_id, ino, net_ns_id) = (entry.id(), entry.ino(), entry.ns_id);
+            unconnected.push(Unconnected { file_id, ino, net_ns_id });
+            return Ok(());
+        }
         let connection = connection(entry, &streams).map_err(|fault| reader.bad_message(fault))?;
         let names = [&connection.ifname, &connection.bound_device].into_iter().flatten();
         let memory = connections::ENTRY + names.map(|name| name.len()).sum::<usize>();
@@ -30,10 +51,10 @@ pub(super) fn read(dir: &ImageDir, allowance: &mut Allowance) -> Result<Connecti
     })?;
     let mut twice = None;
     let connections = Connections::of(found, |id| twice = Some(id));
-    twice.map_or(Ok(connections), |id| Err(stands_twice(dir, id)))
+    twice.map_or(Ok((connections, unconnected)), |id| Err(stands_twice(dir, id)))
 }
 
-/// Calls `visit` with the entry of each connection, and how long it is in the file.
+/// Calls `visit` with the entry of each TCP socket, and how long it is in the file.
 fn for_each(
     dir: &ImageDir,
     mut visit: impl FnMut(&Reader, Inet_sk_entry, usize) -> Result<(), ImageError>,
@@ -48,7 +69,7 @@ fn for_each(
                 _ => decode(message).map(Some),
             };
             match entry.map_err(|(at, fault)| reader.bad_byte(at, fault))? {
-                Some(entry) if is_connection(&entry) => visit(&reader, entry, length)?,
+                Some(entry) if is_tcp(&entry) => visit(&reader, entry, length)?,
                 _ => {}
             }
         }
@@ -61,7 +82,7 @@ fn for_each(
 fn stands_twice(dir: &ImageDir, id: u32) -> ImageError {
     let mut times = 0;
     let second = for_each(dir, |reader, entry, _| {
-        times += u32::from(entry.id() == id);
+        times += u32::from(entry.id() == id && entry.dst_port() != 0);
         let fault = || Fault::value("id", format!("{id} stands here twice"));
         if times == 2 { Err(reader.bad_message(fault())) } else { Ok(()) }
     });
@@ -96,11 +117,10 @@ fn inet_entry(file: &[u8]) -> Result<Option<Inet_sk_entry>, (usize, Fault)> {
     Ok(found)
 }
 
-/// A listener, a socket not yet connected, UDP or raw have no peer or are no stream.
-fn is_connection(entry: &Inet_sk_entry) -> bool {
+fn is_tcp(entry: &Inet_sk_entry) -> bool {
     const SOCK_STREAM: u32 = libc::SOCK_STREAM.unsigned_abs();
     const IPPROTO_TCP: u32 = libc::IPPROTO_TCP.unsigned_abs();
-    entry.type_() == SOCK_STREAM && entry.proto() == IPPROTO_TCP && entry.dst_port() != 0
+    entry.type_() == SOCK_STREAM && entry.proto() == IPPROTO_TCP
 }
 
 fn connection(entry: Inet_sk_entry, streams: &HashSet<u32>) -> Result<InetConnection, Fault> {
