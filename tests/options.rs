@@ -137,7 +137,8 @@ fn every_option_goes_over() {
 }
 
 /// What takes more than a network of one's own: privileges on the host; a cgroup that accounts for memory; segment routing.
-const NEEDS_MORE: [&str; 4] = ["SO_DEBUG", "SO_PREFER_BUSY_POLL", "SO_RESERVE_MEM", "IPV6_RTHDR"];
+const NEEDS_MORE: [&str; 5] =
+    ["SO_BUSY_POLL", "SO_DEBUG", "SO_PREFER_BUSY_POLL", "SO_RESERVE_MEM", "IPV6_RTHDR"];
 
 fn goes_over(from: BorrowedFd<'_>, ipv6: bool, but: &[&str]) {
     let unchanged = every::change(from, "lo", &[but, &NEEDS_MORE].concat());

@@ -251,8 +251,8 @@ impl Stage {
     }
 }
 
-/// Who holds packets between a dump and its restore.
-const KEEPER: &str = "soccr-keeper";
+/// The name of who holds packets between a dump and its restore.
+pub const KEEPER: &str = "soccr-keeper";
 
 /// What `--external` says of the wire whose inner end is in a dumped namespace.
 const VETH: &str = "veth[eth0]:wire@br0";

@@ -13,7 +13,7 @@ use nix::sys::socket::{MsgFlags, recv};
 use nix::sys::statfs::{TMPFS_MAGIC, statfs};
 use nix::unistd::Pid;
 use soccr_testkit::criu::{Call, Done, frozen_time};
-use soccr_testkit::stage::V4;
+use soccr_testkit::stage::{KEEPER, V4};
 use soccr_testkit::task::{self, Usage, name_and_state, wait_until};
 use soccr_testkit::{Criu, Lock, Place, Side, Stage, leftovers, sockets};
 use tempfile::TempDir;
@@ -101,7 +101,7 @@ impl Trial {
         let dump =
             self.call(self.stage.dump(self.side(), server.pid(), &images)).dump_and_wait(server.task)?;
         times.frozen = frozen_time(&images)?;
-        let dumper = self.agent()?;
+        let dumpers = self.agents()?;
         let (task, restore) = self.call(self.stage.restore(self.side(), &images)?).restore()?;
         if self.party.carries() {
             if queued > 0 {
@@ -114,10 +114,12 @@ impl Trial {
             }
             task.tree().into_iter().try_for_each(leftovers::no_repair)?;
         }
-        self.stage.wait_until_quiet()?;
-        let restorer = self.agent()?;
+        let mut restorers = self.agents()?;
+        restorers.retain(|pid| !dumpers.contains(pid));
+        if self.party == Party::Ours {
+            times.agents = Some([used(&dumpers)?, used(&restorers)?]);
+        }
         self.stage.wait_until_clean(None)?;
-        times.agents = dumper.zip(restorer).map(|(dumper, restorer)| [dumper, restorer]);
         self.note(&mut times, &dump, &restore)?;
         Ok(times)
     }
@@ -148,19 +150,16 @@ impl Trial {
         call.limit(LIMIT)
     }
 
-    /// What the agent of the last call used, once it has ended; `None` where there was none.
-    fn agent(&self) -> Result<Option<Usage>> {
-        if self.party != Party::Ours {
-            return Ok(None);
-        }
+    /// The agents that have ended and wait for us, and those that hold packets until the restore.
+    fn agents(&self) -> Result<Vec<Pid>> {
         self.stage.wait_until_quiet()?;
-        let ended = |pid: &Pid| name_and_state(*pid) == Some(("soccr-agent".into(), 'Z'));
-        let agents = task::children()?.into_iter().filter(ended);
-        let used: Vec<Usage> = agents.map(|pid| Ok(task::reap(pid)?.1)).collect::<Result<_>>()?;
-        used.into_iter()
-            .reduce(|all, one| Usage { cpu: all.cpu + one.cpu, peak: all.peak.max(one.peak) })
-            .context("the plugin had no agent")
-            .map(Some)
+        let is_agent = |pid: &Pid| {
+            name_and_state(*pid).is_some_and(|(name, state)| match name.as_str() {
+                "soccr-agent" => state == 'Z',
+                name => name == KEEPER,
+            })
+        };
+        Ok(task::children()?.into_iter().filter(is_agent).collect())
     }
 
     fn note(&self, times: &mut Times, dump: &Done, restore: &Done) -> Result<()> {
@@ -178,6 +177,14 @@ impl Trial {
         }
         Ok(())
     }
+}
+
+/// What they have used, once they have ended.
+fn used(agents: &[Pid]) -> Result<Usage> {
+    let used: Vec<Usage> = agents.iter().map(|pid| Ok(task::reap(*pid)?.1)).collect::<Result<_>>()?;
+    used.into_iter()
+        .reduce(|all, one| Usage { cpu: all.cpu + one.cpu, peak: all.peak.max(one.peak) })
+        .context("the plugin had no agent")
 }
 
 /// Connections that wait in the listener's queue make CRIU refuse the dump.
