@@ -93,10 +93,7 @@ impl Folder {
             let mut numbers = Vec::new();
             for entry in fs::read_dir(&self.path)? {
                 let name = entry?.file_name();
-                let number = name.to_str().and_then(|name| {
-                    u32::from_str_radix(name.strip_prefix("soccr-ext-")?.strip_suffix(".img")?, 16).ok()
-                });
-                numbers.extend(number);
+                numbers.extend(name.to_str().and_then(ExternalImage::id_of));
             }
             numbers.sort_unstable();
             Ok(numbers)

@@ -22,7 +22,7 @@ impl ExternalImage {
     /// What is wrong with which file.
     pub fn for_each(dir: &ImageDir, mut visit: impl FnMut(Self)) -> Result<(), ImageError> {
         let mut ids = Vec::new();
-        dir.for_each_name(|name| ids.extend(id_of(name)))?;
+        dir.for_each_name(|name| ids.extend(Self::id_of(name)))?;
         let mut queues = Queues::default();
         for id in ids {
             visit(Self::read(dir, id, &mut queues)?);
@@ -36,7 +36,7 @@ impl ExternalImage {
     /// When the folder cannot be read.
     pub fn any(dir: &ImageDir) -> Result<bool, ImageError> {
         let mut any = false;
-        dir.for_each_name(|name| any |= id_of(name).is_some())?;
+        dir.for_each_name(|name| any |= Self::id_of(name).is_some())?;
         Ok(any)
     }
 
@@ -44,6 +44,13 @@ impl ExternalImage {
     #[must_use]
     pub fn name(id: u32) -> String {
         format!("soccr-ext-{id:x}.img")
+    }
+
+    /// The id in a file's [name](Self::name); `None` for other files.
+    #[must_use]
+    pub fn id_of(name: &str) -> Option<u32> {
+        let id = name.strip_prefix("soccr-ext-").and_then(|name| name.strip_suffix(".img"));
+        id.and_then(|id| u32::from_str_radix(id, 16).ok())
     }
 
     /// Writes the image with CRIU's file id `id`; one that was there is replaced.
@@ -69,11 +76,6 @@ impl ExternalImage {
         read_queues(reader, &image.tcp, queues)?;
         Ok(image)
     }
-}
-
-fn id_of(name: &str) -> Option<u32> {
-    let id = name.strip_prefix("soccr-ext-").and_then(|name| name.strip_suffix(".img"));
-    id.and_then(|id| u32::from_str_radix(id, 16).ok())
 }
 
 #[cfg(test)]

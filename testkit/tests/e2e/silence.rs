@@ -91,7 +91,7 @@ fn connecting(away: Duration, hold: &str) -> Result<Option<(Vec<Duration>, usize
     Ok(Some((took, refused)))
 }
 
-/// None is refused, and none waits longer than the server is away and 0.3 s. Without us all are refused.
+/// None is refused, and none waits longer than the server is away, its restore included, and 0.3 s. Without us all are refused.
 #[test]
 fn who_connects_meanwhile_waits() -> Result<()> {
     for away in [300, 1000, 2000, 3000].map(Duration::from_millis) {

@@ -21,7 +21,8 @@ pub struct Extras {
     unread: Vec<Unread>,
     readers: HashMap<NetNs, Reader>,
     owners: Option<OwnerMap>,
-    failed: Vec<(u32, NetNsError)>,
+    /// By inode, and why.
+    failed: Vec<(u32, String)>,
 }
 
 #[derive(Debug)]
@@ -77,7 +78,7 @@ impl Extras {
             match self.extra(unread, held) {
                 Ok(extra) if extra.is_plain() => {}
                 Ok(extra) => self.read.add(inode, &extra),
-                Err(error) => self.failed.push((inode, error)),
+                Err(error) => self.failed.push((inode, chain(&error))),
             }
         }
     }
@@ -92,13 +93,13 @@ impl Extras {
     /// What was read; says of which sockets that failed.
     pub fn into_sockets(self) -> Sockets {
         for (inode, error) in self.failed {
-            log::warn!("socket {inode}: its options are not saved: {}", chain(&error));
+            log::warn!("socket {inode}: its options are not saved: {error}");
         }
         self.read
     }
 
     fn extra(&mut self, unread: Unread, held: &Connections) -> Result<SocketExtra, NetNsError> {
-        let Unread { owner, ns, socket, .. } = unread;
+        let Unread { inode, owner, ns, socket } = unread;
         let (socket, connected): (BorrowedFd<'_>, bool) = match &socket {
             Socket::Connection(place) => (held[*place].0.as_fd(), true),
             Socket::Unconnected(socket) => (socket.as_fd(), false),
@@ -107,7 +108,10 @@ impl Extras {
             self.readers.insert(ns.clone(), Reader::new(&ns, Beside::Criu)?);
         }
         let reader = self.readers.get_mut(&ns).expect("inserted");
-        let options = reader.read(socket, connected).unwrap_or_default();
+        let options = reader.read(socket, connected).unwrap_or_else(|error| {
+            self.failed.push((inode, chain(&error)));
+            Vec::new()
+        });
         let owner = self.owners.as_ref().and_then(|owners| owners.inside(owner)).unwrap_or_default();
         Ok(SocketExtra { owner, options })
     }

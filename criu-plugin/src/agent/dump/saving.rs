@@ -289,7 +289,7 @@ impl Saved {
         let on_path =
             on_path.map(|listener| TreeListener { listener: *listener, place: side::Place::OnPath });
         let listeners = listeners.chain(on_path).collect();
-        let sockets = self.sockets.clone();
+        let sockets = std::mem::take(&mut self.sockets);
         Ok(SideImage { id, run_id, translations, sockets, held, listeners }.write(&self.images)?)
     }
 

@@ -20,7 +20,7 @@ fn record(images: &ImageDir) -> Option<Record> {
     if !images.contains(inventory::NAME) {
         return None;
     }
-    let own: RecordId = SideImage::read(images).ok()??.id.parse().ok()?;
+    let own: RecordId = SideImage::read_id(images).ok()??.parse().ok()?;
     let store = Store::open().ok()??;
     let named = Inventory::read(images).ok()?.dump_run_id.and_then(|id| id.parse().ok());
     if let Some(other) = named.filter(|named| *named != own)

@@ -95,10 +95,17 @@ impl Builder<'_> {
         let failed = |source| AgentError::Task { pid: self.pid, source };
         let who =
             || addr::local(socket.as_fd()).map_or_else(|_| "a socket".into(), |local| local.to_string());
-        for when in [When::Early, When::Late] {
-            self.write(socket.as_fd(), &extra, when, &who).map_err(failed)?;
-        }
-        Ok(())
+        self.write_all(socket.as_fd(), &extra, &who).map_err(failed)
+    }
+
+    /// Gives a socket that is as it shall be otherwise all its extras.
+    fn write_all(
+        &self,
+        socket: BorrowedFd<'_>,
+        extra: &SocketExtra,
+        who: &dyn Fn() -> String,
+    ) -> Result<(), SysError> {
+        [When::Early, When::Late].into_iter().try_for_each(|when| self.write(socket, extra, when, who))
     }
 
     /// Gives a socket those extras that it gets at this time.
@@ -131,10 +138,7 @@ impl Builder<'_> {
         sockopt::set_reuse_port(socket, connection.reuseport.unwrap_or(false)).map_err(failed)?;
         tcp::sync_segment_size(socket).map_err(failed)?;
         let extra = self.plan.sockets.get(connection.ino)?.unwrap_or_default();
-        [When::Early, When::Late]
-            .into_iter()
-            .try_for_each(|when| self.write(socket, &extra, when, &|| tuple.to_string()))
-            .map_err(failed)
+        self.write_all(socket, &extra, &|| tuple.to_string()).map_err(failed)
     }
 
     fn build_connection(

@@ -112,12 +112,7 @@ impl SideImage {
     /// # Errors
     /// What is wrong with the file.
     pub fn read(dir: &ImageDir) -> Result<Option<Self>, ImageError> {
-        let Some(mut reader) = Reader::open_if_there(dir, NAME, Magic::SoccrDump)? else { return Ok(None) };
-        let entry: Soccr_dump_entry = reader.required()?;
-        if entry.version() != VERSION {
-            let fault = Fault::value("version", format!("{} is not known", entry.version()));
-            return Err(reader.bad_message(fault));
-        }
+        let Some((entry, mut reader)) = Self::open(dir)? else { return Ok(None) };
         let mut image = Self { id: entry.id().to_owned(), run_id: entry.run_id, ..Self::default() };
         let mut allowance = Allowance::new();
         while let Some(item) = reader.next_bytes()? {
@@ -125,6 +120,24 @@ impl SideImage {
             taken.map_err(|(at, fault)| reader.bad_byte(at, fault))?;
         }
         Ok(Some(image))
+    }
+
+    /// The [id](Self::id) alone: all the rest may be long.
+    ///
+    /// # Errors
+    /// What is wrong with the file's head.
+    pub fn read_id(dir: &ImageDir) -> Result<Option<String>, ImageError> {
+        Ok(Self::open(dir)?.map(|(entry, _)| entry.id().to_owned()))
+    }
+
+    fn open(dir: &ImageDir) -> Result<Option<(Soccr_dump_entry, Reader)>, ImageError> {
+        let Some(mut reader) = Reader::open_if_there(dir, NAME, Magic::SoccrDump)? else { return Ok(None) };
+        let entry: Soccr_dump_entry = reader.required()?;
+        if entry.version() != VERSION {
+            let fault = Fault::value("version", format!("{} is not known", entry.version()));
+            return Err(reader.bad_message(fault));
+        }
+        Ok(Some((entry, reader)))
     }
 
     fn items(&self) -> impl Iterator<Item = Soccr_item> {
@@ -205,7 +218,7 @@ pub fn held_to_bytes(held: &HeldPackets) -> Vec<u8> {
 pub fn held_from_bytes(mut bytes: &[u8]) -> HeldPackets {
     let mut held = HeldPackets::default();
     while let Some((len, rest)) = bytes.split_first_chunk::<4>()
-        && let Ok(len) = usize::try_from(u32::from_ne_bytes(*len))
+        && let Ok(len) = usize::try_from(u32::from_le_bytes(*len))
         && let Some((message, rest)) = rest.split_at_checked(len)
         && let Ok(item) = decode::<Soccr_item>(message)
         && let Ok(Some((tuple, segment))) = held_in(&item)
