@@ -11,7 +11,6 @@ use nix::sys::socket::{
     AddressFamily, SockFlag, SockType, SockaddrStorage, connect, setsockopt, socket, sockopt,
 };
 
-use crate::fleet::Talk;
 use crate::pattern::Pattern;
 
 /// How long a client waits for one byte before it calls the connection dead.
@@ -173,6 +172,15 @@ impl Client {
     pub(crate) fn at(&self, what: &str) -> String {
         format!("client {}: {what} ({} bytes sent, {} received)", self.port, self.sent, self.received)
     }
+}
+
+/// What a member of a [`crate::Fleet`] does when it is its turn. Nothing may wait there.
+pub trait Talk: Send + 'static {
+    /// Sends and receives what can be now; with `more` false only what is due still.
+    fn turn(&mut self, more: bool) -> Result<()>;
+
+    /// Whether anything is due still.
+    fn waits(&self) -> bool;
 }
 
 /// Bytes that a client has under way at most.

@@ -8,16 +8,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Error, Result, anyhow, ensure};
 
 use crate::client::Client;
+pub use crate::client::Talk;
 use crate::task::wait_until;
-
-/// What a client does when it is its turn. Nothing may wait there.
-pub trait Talk: Send + 'static {
-    /// Sends and receives what can be now; with `more` false only what is due still.
-    fn turn(&mut self, more: bool) -> Result<()>;
-
-    /// Whether anything is due still.
-    fn waits(&self) -> bool;
-}
 
 /// Whether a connection broke; else a byte was wrong, missing or too many.
 pub fn is_dead(error: &Error) -> bool {

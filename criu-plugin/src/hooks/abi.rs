@@ -78,7 +78,7 @@ extern "C" fn fit_host() {
 }
 
 /// Whether this CRIU has POST_FORKING.
-pub fn has_post_forking() -> bool {
+fn has_post_forking() -> bool {
     // SAFETY: written by the loader only, before anybody calls.
     usize::try_from(unsafe { CR_PLUGIN_DESC.max_hooks }).is_ok_and(|hooks| hooks > POST_FORKING)
 }
@@ -97,7 +97,9 @@ fn guarded_or(failure: impl FnOnce() -> c_int, body: impl FnOnce() -> c_int) -> 
 }
 
 extern "C" fn init(stage: c_int) -> c_int {
-    guarded(-1, || Stage::from_criu(stage).map_or(0, |stage| session::begin(stage, at_exit)))
+    guarded(-1, || {
+        Stage::from_criu(stage).map_or(0, |stage| session::begin(stage, has_post_forking(), at_exit))
+    })
 }
 
 extern "C" fn exit(stage: c_int, ret: c_int) {

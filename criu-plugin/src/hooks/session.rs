@@ -9,7 +9,7 @@ use nix::unistd::{Pid, getpid};
 use super::client::{AskError, Client};
 use super::host::{ENOTSUP, Stage};
 use super::mode::Mode;
-use super::{abi, host, solo, start};
+use super::{host, solo, start};
 use crate::agent::Job;
 use crate::fault;
 use crate::protocol::Request;
@@ -75,14 +75,15 @@ fn answered(result: Result<(), HookError>) -> i32 {
     }
 }
 
-/// init(): starts the agent, unless the user wants CRIU alone to deal with TCP. `at_exit` is for the end of criu's process.
-pub fn begin(stage: Stage, at_exit: extern "C" fn()) -> i32 {
+/// init(): starts the agent, unless the user wants CRIU alone to deal with TCP. `has_post_forking` is whether CRIU calls that
+/// hook, `at_exit` is for the end of criu's process.
+pub fn begin(stage: Stage, has_post_forking: bool, at_exit: extern "C" fn()) -> i32 {
     let mode = Mode::of(stage);
     if mode == Mode::Aside {
         host::print(log::Level::Info, "stands aside: SOCCR_TCP=close");
         return 0;
     }
-    match started(stage, mode, at_exit) {
+    match started(stage, mode, has_post_forking, at_exit) {
         Ok(()) => 0,
         Err(error) if mode == Mode::Beside => {
             host::print(log::Level::Warn, &error);
@@ -95,7 +96,7 @@ pub fn begin(stage: Stage, at_exit: extern "C" fn()) -> i32 {
     }
 }
 
-fn started(stage: Stage, mode: Mode, at_exit: extern "C" fn()) -> Result<(), String> {
+fn started(stage: Stage, mode: Mode, has_post_forking: bool, at_exit: extern "C" fn()) -> Result<(), String> {
     let job = match (stage, mode) {
         (Stage::Dump, Mode::Beside) => Job::Beside,
         (Stage::Dump, _) => Job::Dump,
@@ -106,7 +107,7 @@ fn started(stage: Stage, mode: Mode, at_exit: extern "C" fn()) -> Result<(), Str
         host::pin(at_exit)?;
     } else {
         // CRIU may go on meanwhile, where the agent says so: POST_FORKING waits for the result.
-        let prepared = if abi::has_post_forking() {
+        let prepared = if has_post_forking {
             client.begin(Request::Prepare)
         } else {
             client.ask(Request::Prepare, None)

@@ -41,7 +41,27 @@ pub fn faulty(stage: &Stage) -> Result<Option<Criu>> {
 /// built in it. The agent dies just before that, so what is locked by then can be seen.
 #[test]
 fn without_post_forking_nothing_is_built_unlocked() -> Result<()> {
-    let Some(mut stage) = stage(Place::External, &[PLUGIN])? else { return Ok(()) };
+    let faults = "hook.count:error,restore.disconnected:kill-agent";
+    a_restore_fails_and_the_next_succeeds(Place::External, faults, |stage| {
+        let locked = leftovers::rules(stage.host())?;
+        ensure!(locked.iter().any(|rule| rule.contains("soccr-")), "not locked: {}", locked.join("\n"));
+        Ok(())
+    })
+}
+
+/// CRIU ignores what the late hook returns: a plugin that panics there kills the task.
+#[test]
+fn a_panic_in_the_late_hook_fails_the_restore() -> Result<()> {
+    a_restore_fails_and_the_next_succeeds(Place::Host, "hook.resume:panic", |_| Ok(()))
+}
+
+/// `check` is for what the restore leaves that meets these faults.
+fn a_restore_fails_and_the_next_succeeds(
+    place: Place,
+    faults: &str,
+    check: impl FnOnce(&Stage) -> Result<()>,
+) -> Result<()> {
+    let Some(mut stage) = stage(place, &[PLUGIN])? else { return Ok(()) };
     let Some(faulty) = faulty(&stage)? else { return Ok(()) };
     let server = stage.serve(SERVER_V4, &["--mode", "echo"])?;
     let mut clients = clients(&stage, &server)?;
@@ -50,11 +70,9 @@ fn without_post_forking_nothing_is_built_unlocked() -> Result<()> {
     let address = stage.freeze(server, PLUGIN, &images)?;
 
     let plain = std::mem::replace(&mut stage.criu, faulty);
-    let faults = "hook.count:error,restore.disconnected:kill-agent";
     let failed = stage.restore(PLUGIN, &images)?.env("SOCCR_FAULT", faults).run();
-    ensure!(failed.is_err(), "the agent died, the restore did not fail");
-    let locked = leftovers::rules(stage.host())?;
-    ensure!(locked.iter().any(|rule| rule.contains("soccr-")), "not locked: {}", locked.join("\n"));
+    ensure!(failed.is_err(), "{faults}: the restore did not fail");
+    check(&stage)?;
     stage.criu = plain;
     Task::adopt(pid).wait(PATIENCE)?;
     stage.wait_until_quiet()?;
@@ -124,27 +142,6 @@ fn records(stage: &Stage) -> Result<usize> {
     let names = fs::read_dir(stage.records())?.map(|entry| Ok(entry?.file_name()));
     let names: Vec<_> = names.collect::<Result<_>>()?;
     Ok(names.iter().filter(|name| !name.as_encoded_bytes().starts_with(b".")).count())
-}
-
-/// CRIU ignores what the late hook returns: a plugin that panics there kills the task.
-#[test]
-fn a_panic_in_the_late_hook_fails_the_restore() -> Result<()> {
-    let Some(mut stage) = stage(Place::Host, &[PLUGIN])? else { return Ok(()) };
-    let Some(faulty) = faulty(&stage)? else { return Ok(()) };
-    let server = stage.serve(SERVER_V4, &["--mode", "echo"])?;
-    let mut clients = clients(&stage, &server)?;
-    let images = stage.images()?;
-    let pid = server.pid();
-    let address = stage.freeze(server, PLUGIN, &images)?;
-    let plain = std::mem::replace(&mut stage.criu, faulty);
-    let failed = stage.restore(PLUGIN, &images)?.env("SOCCR_FAULT", "hook.resume:panic").run();
-    ensure!(failed.is_err(), "the plugin panicked, the restore did not fail");
-    stage.criu = plain;
-    Task::adopt(pid).wait(PATIENCE)?;
-    stage.wait_until_quiet()?;
-    let server = stage.thaw(address, PLUGIN, &images)?;
-    clients.iter_mut().try_for_each(|client| client.ping(1000))?;
-    stage.wait_until_clean(Some(&server))
 }
 
 /// Real time is for the moments in which sockets are in repair mode. The agent that waits for the outcome is ordinary.

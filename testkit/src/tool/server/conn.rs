@@ -14,12 +14,10 @@ use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, s
 use soccr_testkit::Pattern;
 
 use super::Options;
-use super::session::Session;
+use super::session::{Session, TURN};
 
 /// Bytes that wait to be sent at most, before reading stops.
 const PENDING: usize = 1 << 20;
-/// Bytes that go over one connection before others have their turn.
-pub const TURN: usize = 256 << 10;
 
 pub struct Conn {
     socket: TcpStream,

@@ -6,8 +6,10 @@ use anyhow::{Result, bail, ensure};
 use nix::sys::socket::{setsockopt, sockopt};
 use soccr_testkit::Pattern;
 
-use super::conn::TURN;
 use super::order::{OPEN, Order, block};
+
+/// Bytes that go over one connection before others have their turn.
+pub const TURN: usize = 256 << 10;
 
 pub struct Session {
     port: u16,

@@ -11,7 +11,9 @@ use soccr_testkit::task::wait_until;
 use soccr_testkit::{NetNs, interrupt};
 
 use crate::soak::conn::{Conn, Kind};
-use crate::soak::stage::PATIENCE;
+
+/// After a restore every connection must go on within this time.
+pub const PATIENCE: Duration = Duration::from_secs(30);
 
 /// The clients at work, in a namespace of their own.
 pub struct Clients<'a> {

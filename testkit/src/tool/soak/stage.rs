@@ -16,7 +16,7 @@ use soccr_testkit::sockets::Queues;
 use soccr_testkit::task::{Task, wait_until};
 use soccr_testkit::{NetNs, Side, Stage, leftovers};
 
-use crate::soak::fleet::{Clients, Progress, Totals};
+use crate::soak::fleet::{Clients, PATIENCE, Progress, Totals};
 
 const SERVER_V4: Ipv4Addr = Ipv4Addr::new(10, 99, 0, 1);
 const SERVER_V6: Ipv6Addr = Ipv6Addr::new(0xfd99, 0, 0, 0, 0, 0, 0, 1);
@@ -25,9 +25,6 @@ const SERVER_V6: Ipv6Addr = Ipv6Addr::new(0xfd99, 0, 0, 0, 0, 0, 0, 1);
 const PORT: u16 = 7001;
 /// Where IPv6 sockets are, which also take IPv4-mapped connections.
 const PORT_V6: u16 = 7002;
-
-/// After a restore every connection must go on within this time.
-pub const PATIENCE: Duration = Duration::from_secs(30);
 
 /// The longest freeze between dump and restore, and the longest run between restore and dump.
 const FREEZE: Duration = Duration::from_secs(2);
