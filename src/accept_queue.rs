@@ -18,7 +18,7 @@
 use std::fs;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
-use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::OnceLock;
 
 use nix::errno::Errno;
@@ -30,6 +30,7 @@ use crate::kernel::btf::Btf;
 use crate::kernel::netlink::NetlinkSocket;
 use crate::kernel::netns::{NetNs, NetNsError};
 use crate::kernel::{SysError, addr, diag, sockopt, tcp};
+use crate::lock::{BadOption, variable};
 
 /// How many connections wait in a listener's queue.
 ///
@@ -66,6 +67,48 @@ pub fn unfit(tuple: &FourTuple, tcp: &ControlBlock) -> Option<&'static str> {
     } else {
         None
     }
+}
+
+/// The environment variable that chooses the [`Policy`].
+pub const POLICY_VARIABLE: &str = "SOCCR_ACCEPT_QUEUE";
+
+/// What becomes of connections that nobody has accepted, where they cannot be carried.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Policy {
+    /// They stay where they are, by which a dump fails.
+    #[default]
+    Refuse,
+    /// They are reset.
+    Reset,
+}
+
+impl Policy {
+    /// What `SOCCR_ACCEPT_QUEUE` chooses.
+    ///
+    /// # Errors
+    /// [`BadOption`] for any other value than `refuse` or `reset`.
+    pub fn from_env() -> Result<Self, BadOption> {
+        match variable(POLICY_VARIABLE).as_str() {
+            "" | "refuse" => Ok(Self::Refuse),
+            "reset" => Ok(Self::Reset),
+            other => {
+                Err(BadOption { variable: POLICY_VARIABLE, value: other.into(), expected: "refuse or reset" })
+            }
+        }
+    }
+}
+
+/// Resets all connections that wait in a listener's queue; how many that were.
+///
+/// # Errors
+/// The kernel's answer.
+pub fn reset(listener: BorrowedFd<'_>) -> Result<usize, SysError> {
+    let mut count = 0;
+    while let Some(socket) = take(listener)? {
+        tcp::disconnect(socket.as_fd())?;
+        count += 1;
+    }
+    Ok(count)
 }
 
 /// Connections cannot be put into accept queues here.
@@ -141,12 +184,21 @@ pub struct AcceptQueues {
     _attached: OwnedFd,
 }
 
-/// Whether this kernel lets this process put connections into accept queues, up to what each namespace has set.
+/// Whether connections can be put into accept queues of this namespace.
 ///
 /// # Errors
 /// [`Unavailable`]: why not.
-pub fn check() -> Result<(), Unavailable> {
-    load().map(drop)
+pub fn check(ns: &NetNs) -> Result<(), Unavailable> {
+    load()?;
+    ns.run(|| check_settings(ns))?
+}
+
+/// The kernel's way to make a connection of an ACK begins where it looks whether SYN cookies are on.
+fn check_settings(ns: &NetNs) -> Result<(), Unavailable> {
+    match fs::read("/proc/sys/net/ipv4/tcp_syncookies") {
+        Ok(text) if text.trim_ascii() == b"0" => Err(Unavailable::SynCookies(ns.clone())),
+        _ => Ok(()),
+    }
 }
 
 impl AcceptQueues {
@@ -157,11 +209,9 @@ impl AcceptQueues {
     pub fn open(ns: &NetNs) -> Result<Self, Unavailable> {
         let (program, requests, listeners) = load()?;
         let (attached, monitor) = ns.run(|| {
-            if fs::read("/proc/sys/net/ipv4/tcp_syncookies").is_ok_and(|text| text.trim_ascii() == b"0") {
-                return Err(Unavailable::SynCookies(ns.clone()));
-            }
+            check_settings(ns)?;
             let attached = program.attach_to_ingress(addr::interface_index("lo")?)?;
-            Ok((attached, NetlinkSocket::sock_diag()?))
+            Ok::<_, Unavailable>((attached, NetlinkSocket::sock_diag()?))
         })??;
         Ok(Self { ns: ns.clone(), requests, listeners, monitor, _attached: attached })
     }
