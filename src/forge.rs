@@ -1,14 +1,15 @@
-//! Forged segments: how a FIN gets into a receive queue.
+//! Forged segments: how a FIN gets into a receive queue, and a connection into an accept queue.
 //!
 //! Repair mode fills a receive queue with bytes, but the kernel has no call that puts the peer's FIN behind
-//! them, nor one that acknowledges ours. So the engine sends the socket the segment that its peer would have
+//! them, nor one that acknowledges ours. A connection that no program has accepted has no descriptor to call anything
+//! with. So the engine sends the socket the segment that its peer would have
 //! sent, through a raw socket and the host's own stack. The segment carries [`MARK`], which the network
 //! lock lets pass; other people's firewall rules may not, and then a passage is opened through them for the
 //! moment ([`crate::lock::passage`]).
 
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -22,9 +23,10 @@ pub use crate::lock::MARK;
 
 /// A segment from the peer.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Segment {
+pub(crate) struct Segment<'a> {
     pub tuple: FourTuple,
     pub kind: Kind,
+    pub data: &'a [u8],
     /// The peer's sequence: our rcv_nxt.
     pub seq: u32,
     /// What the peer acknowledges.
@@ -84,11 +86,24 @@ struct Tools {
     passages: Vec<(NetNs, Passage)>,
 }
 
+/// Where a segment is sent.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Way {
+    pub ns: NetNs,
+    /// A VRF has routes and addresses of its own, which only what is bound to its device sees.
+    pub device: Vec<u8>,
+}
+
+impl Way {
+    /// To this socket.
+    pub fn to(socket: BorrowedFd<'_>) -> Result<Self, ForgeError> {
+        Ok(Self { ns: NetNs::of_socket(socket)?, device: sockopt::bound_device(socket)? })
+    }
+}
+
 #[derive(Debug)]
 struct RawSocket {
-    ns: NetNs,
-    /// A VRF has routes and addresses of its own, which only what is bound to its device sees.
-    device: Vec<u8>,
+    way: Way,
     ipv6: bool,
     fd: OwnedFd,
 }
@@ -104,32 +119,58 @@ impl Forge {
     pub(crate) fn deliver(
         &self,
         socket: BorrowedFd<'_>,
-        segment: &Segment,
+        segment: &Segment<'_>,
         reaches: State,
     ) -> Result<(), ForgeError> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).deliver(socket, segment, reaches)
+        let arrived = || Ok(tcp::info(socket)?.state == reaches as u8);
+        if self.bring(&Way::to(socket)?, segment, arrived)? {
+            return Ok(());
+        }
+        let state = tcp::info(socket)?.state;
+        Err(ForgeError::Lost { segment: if segment.kind == Kind::Fin { "FIN" } else { "ACK" }, state })
+    }
+
+    /// Sends the segment until it has `arrived`; `false`: it does not.
+    pub(crate) fn bring(
+        &self,
+        way: &Way,
+        segment: &Segment<'_>,
+        arrived: impl Fn() -> Result<bool, SysError>,
+    ) -> Result<bool, ForgeError> {
+        self.tools().bring(way, segment, &arrived)
+    }
+
+    /// As [`Forge::bring`], where it is not a firewall that may be in the way: only once.
+    pub(crate) fn bring_once(
+        &self,
+        way: &Way,
+        segment: &Segment<'_>,
+        arrived: impl Fn() -> Result<bool, SysError>,
+    ) -> Result<bool, ForgeError> {
+        self.tools().send_and_see(way, segment, &arrived)
     }
 
     /// Sends the segment to whatever socket has its addresses where `socket` is.
-    pub(crate) fn send(&self, socket: BorrowedFd<'_>, segment: &Segment) -> Result<(), ForgeError> {
-        let ns = NetNs::of_socket(socket)?;
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).send(&ns, socket, segment)
+    pub(crate) fn send(&self, socket: BorrowedFd<'_>, segment: &Segment<'_>) -> Result<(), ForgeError> {
+        self.tools().send(&Way::to(socket)?, segment)
     }
 
-    /// Sends a socket in `ns`, bound to `device`, segments that its peer has sent before, from the TCP header on. Whether
-    /// they arrive nobody tells.
+    /// Sends segments that the peer has sent before, from the TCP header on. Whether they arrive nobody tells.
     pub(crate) fn replay(
         &self,
-        ns: &NetNs,
-        device: Vec<u8>,
+        way: &Way,
         tuple: &FourTuple,
         segments: Vec<Vec<u8>>,
     ) -> Result<(), ForgeError> {
         let wire = tuple.on_wire();
-        let mut tools = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let raw_socket = tools.raw_socket(ns, device, wire.local.is_ipv6())?;
+        let mut tools = self.tools();
+        let raw_socket = tools.raw_socket(way, wire.local.is_ipv6())?;
         let mut packets = segments.into_iter().map(|segment| packet(&wire, segment));
         Ok(packets.try_for_each(|packet| raw::send(raw_socket, &packet, wire.local))?)
+    }
+
+    fn tools(&self) -> MutexGuard<'_, Tools> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Closes the passages, if any, and reports what goes wrong with it.
@@ -146,75 +187,72 @@ impl Forge {
 }
 
 impl Tools {
-    fn deliver(
+    fn bring(
         &mut self,
-        socket: BorrowedFd<'_>,
-        segment: &Segment,
-        reaches: State,
-    ) -> Result<(), ForgeError> {
-        let ns = NetNs::of_socket(socket)?;
-        if self.send_and_see(&ns, socket, segment, reaches)? {
-            return Ok(());
+        way: &Way,
+        segment: &Segment<'_>,
+        arrived: &dyn Fn() -> Result<bool, SysError>,
+    ) -> Result<bool, ForgeError> {
+        if self.send_and_see(way, segment, arrived)? {
+            return Ok(true);
         }
-        if self.passages.iter().all(|(open, _)| *open != ns) {
-            self.passages.push((ns.clone(), Passage::open(&ns)?));
-            if self.send_and_see(&ns, socket, segment, reaches)? {
-                return Ok(());
-            }
+        if self.passages.iter().any(|(open, _)| *open == way.ns) {
+            return Ok(false);
         }
-        let state = tcp::info(socket)?.state;
-        Err(ForgeError::Lost { segment: if segment.kind == Kind::Fin { "FIN" } else { "ACK" }, state })
+        self.passages.push((way.ns.clone(), Passage::open(&way.ns)?));
+        self.send_and_see(way, segment, arrived)
     }
 
     fn send_and_see(
         &mut self,
-        ns: &NetNs,
-        socket: BorrowedFd<'_>,
-        segment: &Segment,
-        reaches: State,
+        way: &Way,
+        segment: &Segment<'_>,
+        arrived: &dyn Fn() -> Result<bool, SysError>,
     ) -> Result<bool, ForgeError> {
-        self.send(ns, socket, segment)?;
-        arrived(socket, reaches)
+        self.send(way, segment)?;
+        Ok(soon(arrived)?)
     }
 
-    fn send(&mut self, ns: &NetNs, socket: BorrowedFd<'_>, segment: &Segment) -> Result<(), ForgeError> {
+    fn send(&mut self, way: &Way, segment: &Segment<'_>) -> Result<(), ForgeError> {
         let wire = segment.tuple.on_wire();
-        let device = sockopt::bound_device(socket)?;
-        let raw_socket = self.raw_socket(ns, device, wire.local.is_ipv6())?;
-        match raw::send(raw_socket, &packet(&wire, segment.tcp()), wire.local) {
+        match raw::send(
+            self.raw_socket(way, wire.local.is_ipv6())?,
+            &packet(&wire, segment.tcp()),
+            wire.local,
+        ) {
             // EPERM: a rule drops it on its way out already.
             Ok(()) | Err(SysError { errno: Errno::EPERM, .. }) => Ok(()),
             Err(error) => Err(error.into()),
         }
     }
 
-    fn raw_socket(&mut self, ns: &NetNs, device: Vec<u8>, ipv6: bool) -> Result<BorrowedFd<'_>, ForgeError> {
-        let is_it = |it: &RawSocket| it.ipv6 == ipv6 && it.device == device && it.ns == *ns;
+    fn raw_socket(&mut self, way: &Way, ipv6: bool) -> Result<BorrowedFd<'_>, ForgeError> {
+        let is_it = |it: &RawSocket| it.ipv6 == ipv6 && it.way == *way;
         let index = self.sockets.iter().position(is_it).unwrap_or(self.sockets.len());
         if index == self.sockets.len() {
-            let fd = open(ns, &device, ipv6)?;
-            self.sockets.push(RawSocket { ns: ns.clone(), device, ipv6, fd });
+            let fd = open(way, ipv6)?;
+            self.sockets.push(RawSocket { way: way.clone(), ipv6, fd });
         }
         Ok(self.sockets[index].fd.as_fd())
     }
 }
 
-fn open(ns: &NetNs, device: &[u8], ipv6: bool) -> Result<OwnedFd, ForgeError> {
-    let socket = ns.run(|| raw::open(ipv6))??;
+fn open(way: &Way, ipv6: bool) -> Result<OwnedFd, ForgeError> {
+    let socket = way.ns.run(|| raw::open(ipv6))??;
     sockopt::set_mark(socket.as_fd(), MARK)?;
-    if !device.is_empty() {
-        sockopt::bind_to_device(socket.as_fd(), device)?;
+    if !way.device.is_empty() {
+        sockopt::bind_to_device(socket.as_fd(), &way.device)?;
     }
     Ok(socket)
 }
 
 /// The loopback path delivers before sendto() returns, unless the softirq was put off to its thread; no event
-/// tells of FIN_WAIT2, so the state is asked for, and only a short while.
-fn arrived(socket: BorrowedFd<'_>, reaches: State) -> Result<bool, ForgeError> {
+/// tells of FIN_WAIT2, so it is asked for, and only a short while.
+fn soon(arrived: &dyn Fn() -> Result<bool, SysError>) -> Result<bool, SysError> {
     const PATIENCE: Duration = Duration::from_millis(20);
     let deadline = Instant::now() + PATIENCE;
     loop {
-        if tcp::info(socket)?.state == reaches as u8 {
+        if arrived()? {
             return Ok(true);
         }
         if Instant::now() >= deadline {
@@ -229,21 +267,25 @@ const PROTOCOL_TCP: u8 = 6;
 /// The most that IP knows: a socket with IP_MINTTL would drop less.
 const TTL: u8 = 255;
 
-impl Segment {
+impl Segment<'_> {
     fn tcp(&self) -> Vec<u8> {
         const FIN: u8 = 0x01;
         const RST: u8 = 0x04;
+        const PSH: u8 = 0x08;
         const ACK: u8 = 0x10;
-        let mut header = vec![0; TCP_HEADER];
+        let mut header = Vec::with_capacity(TCP_HEADER + self.data.len());
+        header.resize(TCP_HEADER, 0);
         header[4..8].copy_from_slice(&self.seq.to_be_bytes());
         header[8..12].copy_from_slice(&self.ack.to_be_bytes());
         header[12] = 5 << 4; // header length in words
         header[13] = match self.kind {
             Kind::Fin => FIN | ACK,
-            Kind::Ack => ACK,
+            Kind::Ack if self.data.is_empty() => ACK,
+            Kind::Ack => PSH | ACK,
             Kind::Rst => RST,
         };
         header[14..16].copy_from_slice(&self.window.to_be_bytes());
+        header.extend(self.data);
         header
     }
 }

@@ -80,6 +80,8 @@
 // CRIU's half uses more of the engine than TCP's does.
 #![cfg_attr(not(feature = "criu"), allow(dead_code, unused_imports))]
 
+#[doc(hidden)]
+pub mod accept_queue;
 mod carried;
 mod chain;
 #[doc(hidden)]

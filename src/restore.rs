@@ -220,7 +220,14 @@ impl Restoring<'_> {
     /// peer's RST ends it on each of them.
     fn connect_after_orphan(&self) -> Result<(), SysError> {
         const PATIENCE: Duration = Duration::from_millis(20);
-        let rst = Segment { tuple: *self.tuple, kind: Kind::Rst, seq: self.tcp.rcv_nxt, ack: 0, window: 0 };
+        let rst = Segment {
+            tuple: *self.tuple,
+            kind: Kind::Rst,
+            data: &[],
+            seq: self.tcp.rcv_nxt,
+            ack: 0,
+            window: 0,
+        };
         let mut deadline = None;
         loop {
             match (self.try_connect(), deadline) {
@@ -393,6 +400,7 @@ impl Restoring<'_> {
         let segment = Segment {
             tuple: forge::with_local_port(self.tuple, port),
             kind,
+            data: &[],
             seq,
             ack,
             window: forge::header_window(self.tcp.window.map_or(0, |window| window.snd_wnd), scale),

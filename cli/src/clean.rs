@@ -5,7 +5,7 @@ use std::io::Write;
 use anyhow::{Context, Result, bail};
 use serde::Serialize;
 use soccr::criu::record::{
-    self, CleanOptions, Listed, LockRecord, NsId, Record, RecordId, Report, State, Store,
+    self, CleanOptions, Listed, LockRecord, NsId, QueueRecord, Record, RecordId, Report, State, Store,
 };
 use soccr::criu::tasks::ProcessId;
 use soccr::criu::{stock, tasks};
@@ -65,6 +65,8 @@ struct Ended {
     state: String,
     /// Connections in running tasks.
     revived: Vec<String>,
+    /// Connections that nobody had accepted, which went with whoever held them.
+    lost: Vec<QueueRecord>,
     /// Tasks that a save had stopped.
     continued: Vec<ProcessId>,
     unlocked: Vec<LockRecord>,
@@ -178,7 +180,8 @@ impl Told {
         }
         let report = record::clean(store, record, CleanOptions { dry_run: self.dry_run });
         report.problems.iter().for_each(|problem| warn(&format!("{id}: {problem}")));
-        let Report { revived, unlocked, absent, gone, continued, passages, problems, criu_unlocked } = report;
+        let Report { revived, unlocked, absent, gone, lost, continued, passages, problems, criu_unlocked } =
+            report;
         let criu_unlocked =
             criu_unlocked.into_iter().map(|(ns, lock)| CriuLock { ns, lock: lock.to_string() });
         let done = problems.is_empty();
@@ -187,6 +190,7 @@ impl Told {
             state: state.to_string(),
             criu_unlocked: criu_unlocked.collect(),
             revived,
+            lost,
             continued,
             unlocked,
             absent,
@@ -228,6 +232,9 @@ impl Ended {
         writeln!(out, "{} ({}):", self.id, self.state)?;
         for connection in &self.revived {
             writeln!(out, "  {connection}: {would}brought back from repair mode")?;
+        }
+        for queue in &self.lost {
+            writeln!(out, "  {queue} are lost")?;
         }
         for LockRecord { ns, name, method } in &self.unlocked {
             writeln!(out, "  {ns}: lock {name} ({method:?}) {would}removed")?;

@@ -9,7 +9,7 @@ use std::os::fd::AsFd;
 
 use super::image::external::ExternalImage;
 use super::image::index::Index;
-use super::image::side::SideImage;
+use super::image::side::{Accepted, SideImage};
 use super::image::{ImageDir, ImageError, inventory};
 use super::keeper::Keeper;
 use super::record::{
@@ -137,6 +137,8 @@ fn known(id: &RecordId) -> Result<bool, RecordError> {
 /// What the images tell of their connections.
 struct Held {
     connections: Vec<ConnectionRecord>,
+    /// Those that nobody has accepted.
+    accepted: Vec<Accepted>,
     translations: Vec<Translation>,
     name: Option<LockName>,
 }
@@ -152,8 +154,9 @@ impl Held {
             let reuse_addr = crate::kernel::options::reuse_addr(&image.options);
             connections.push(ConnectionRecord::of_external(image.tuple, reuse_addr));
         })?;
-        let translations = side.map(|side| side.translations_of(&index)).unwrap_or_default();
-        Ok(Self { connections, translations, name })
+        let translations = side.as_ref().map(|side| side.translations_of(&index)).unwrap_or_default();
+        let accepted = side.map(|side| side.accepted_of(&index, images)).unwrap_or_default();
+        Ok(Self { connections, accepted, translations, name })
     }
 
     fn id(&self) -> Result<RecordId, HoldError> {
@@ -166,7 +169,8 @@ impl Held {
 
     /// The addresses of all packets, as the sockets see them and before and behind a translation.
     fn packets(&self) -> Vec<FourTuple> {
-        let sockets = self.connections.iter().map(ConnectionRecord::tuple);
+        let accepted = self.accepted.iter().map(|accepted| accepted.tuple);
+        let sockets = self.connections.iter().map(ConnectionRecord::tuple).chain(accepted);
         let reachable = sockets.filter(|tuple| tuple.local.port() != 0 && tuple.leaves_its_host());
         let sides = self.translations.iter().flat_map(|t| [t.original.tuple(), t.reply.tuple()]);
         reachable.chain(sides).collect()

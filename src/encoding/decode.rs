@@ -109,7 +109,7 @@ impl ImageMessage for Soccr_dump_entry {
 
 impl ImageMessage for Soccr_item {
     const NESTED: Nested =
-        Nested(&[(1, TRANSLATION), (2, Soccr_socket::NESTED), (4, DIRECTION), (6, LISTENER)]);
+        Nested(&[(1, TRANSLATION), (2, Soccr_socket::NESTED), (3, ACCEPTED), (4, DIRECTION), (6, LISTENER)]);
 }
 
 impl ImageMessage for Soccr_socket {
@@ -117,6 +117,7 @@ impl ImageMessage for Soccr_socket {
 }
 
 const TRANSLATION: Nested = Nested(&[(1, DIRECTION), (2, DIRECTION)]);
+const ACCEPTED: Nested = Nested(&[(3, FLAT), (4, FLAT)]);
 const LISTENER: Nested = Nested(&[(1, FLAT)]);
 /// And what else begins with two endpoints.
 const DIRECTION: Nested = Nested(&[(1, FLAT), (2, FLAT)]);

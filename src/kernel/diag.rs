@@ -23,6 +23,8 @@ const SOCK_ID: usize = 48;
 const REQUEST: usize = 8 + SOCK_ID;
 /// `struct inet_diag_msg`: four bytes, the id, then five words, of which the last is the inode.
 const REPLY: usize = 4 + SOCK_ID + 20;
+/// `idiag_rqueue`.
+const UNREAD: std::ops::Range<usize> = 4 + SOCK_ID + 4..4 + SOCK_ID + 8;
 const PORTS: std::ops::Range<usize> = 0..4;
 const COOKIE: std::ops::Range<usize> = SOCK_ID - 8..SOCK_ID;
 
@@ -237,9 +239,28 @@ fn seen(message: &[u8]) -> Option<Seen> {
     Some(seen)
 }
 
+/// What `monitor` tells of the connection with exactly these addresses, as on the wire, in its network namespace; `None`:
+/// there is none.
+///
+/// # Errors
+/// ENOBUFS.
+pub fn receiving(monitor: &NetlinkSocket, tuple: &FourTuple) -> SysResult<Option<Receiving>> {
+    Ok(find(monitor, tuple)?.map(|found| found.receiving))
+}
+
+/// How far a connection's receiving half is, with nobody's descriptor to ask.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Receiving {
+    /// The state's number.
+    pub state: u8,
+    /// What waits to be read, a FIN included.
+    pub unread: u32,
+}
+
 struct FoundSocket {
     owned: bool,
     cookie: [u8; 8],
+    receiving: Receiving,
 }
 
 /// The socket with exactly these addresses, listeners left out.
@@ -257,7 +278,10 @@ fn find(socket: &NetlinkSocket, tuple: &FourTuple) -> SysResult<Option<FoundSock
     }
     let mut cookie = [0; 8];
     cookie.copy_from_slice(&found_id[COOKIE]);
-    Ok(Some(FoundSocket { owned: reply[REPLY - 4..] != [0; 4], cookie }))
+    let mut unread = [0; 4];
+    unread.copy_from_slice(&reply[UNREAD]);
+    let receiving = Receiving { state: reply[1], unread: u32::from_ne_bytes(unread) };
+    Ok(Some(FoundSocket { owned: reply[REPLY - 4..] != [0; 4], cookie, receiving }))
 }
 
 /// Addresses and ports in network order, any interface, any cookie.

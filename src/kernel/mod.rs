@@ -6,6 +6,8 @@
 
 pub mod addr;
 pub mod ao;
+pub mod bpf;
+pub mod btf;
 pub mod diag;
 pub mod netlink;
 pub mod netns;

@@ -2,12 +2,12 @@
 
 use std::mem::{MaybeUninit, offset_of, size_of};
 use std::net::SocketAddr;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 use nix::errno::Errno;
 
 use super::sockopt::{Plain, get, set, set_slice};
-use super::{SysError, SysResult, addr, check, page};
+use super::{SysError, SysResult, addr, check, page, sockopt};
 
 const TCP_REPAIR: i32 = 19;
 const TCP_REPAIR_QUEUE: i32 = 20;
@@ -493,6 +493,25 @@ pub fn connect(fd: BorrowedFd<'_>, remote: SocketAddr) -> SysResult<()> {
             Err(error) => Err(error),
         }
     })
+}
+
+/// Takes the first connection out of a listener's accept queue; `None`: it is empty.
+///
+/// # Errors
+/// The kernel's answer: EMFILE, EINVAL for a socket that does not listen.
+pub fn accept(listener: BorrowedFd<'_>) -> SysResult<Option<OwnedFd>> {
+    let none = std::ptr::null_mut();
+    let accepted = sockopt::with_nonblocking(listener, || {
+        // SAFETY: nobody asks for the peer's address.
+        let fd = unsafe { libc::accept4(listener.as_raw_fd(), none, none.cast(), libc::SOCK_CLOEXEC) };
+        check("accept a connection", fd)
+    });
+    match accepted {
+        // SAFETY: a descriptor the kernel just gave us; nobody else owns it.
+        Ok(fd) => Ok(Some(unsafe { OwnedFd::from_raw_fd(fd) })),
+        Err(SysError { errno: Errno::EAGAIN, .. }) => Ok(None),
+        Err(error) => Err(error),
+    }
 }
 
 /// `connect(AF_UNSPEC)`: back to a fresh, unbound socket, with any shutdown forgotten.

@@ -19,7 +19,7 @@ use super::conntrack::Translation;
 use super::options::{BadOption, LockOptions, Method, hold_new_time, hold_time};
 use super::packet_log::PacketLog;
 use crate::chain;
-use crate::forge::Forge;
+use crate::forge::{Forge, Way};
 use crate::four_tuple::FourTuple;
 use crate::kernel::netns::NetNs;
 use crate::kernel::sockopt;
@@ -281,8 +281,9 @@ impl HeldPackets {
     /// Brings the listeners in `ns`, which nothing locks any more, who would connect to them.
     pub fn let_in(&mut self, ns: &NetNs) -> usize {
         let (forge, newcomers) = (Forge::new(), std::mem::take(&mut self.newcomers));
+        let way = Way { ns: ns.clone(), device: Vec::new() };
         let brought = newcomers.into_iter().filter(|(tuple, syn)| {
-            let replayed = forge.replay(ns, Vec::new(), tuple, vec![syn.clone()]);
+            let replayed = forge.replay(&way, tuple, vec![syn.clone()]);
             replayed.inspect_err(|error| log::debug!("{tuple}: has to ask again: {}", chain(error))).is_ok()
         });
         brought.count()
@@ -309,9 +310,7 @@ impl HeldPackets {
                 continue;
             }
             let packets = held.list.len();
-            let at = NetNs::of_socket(*socket).ok().zip(sockopt::bound_device(*socket).ok());
-            let Some((ns, device)) = at else { continue };
-            match forge.replay(&ns, device, tuple, held.list) {
+            match Way::to(*socket).and_then(|way| forge.replay(&way, tuple, held.list)) {
                 Ok(()) => count += packets,
                 Err(error) => log::debug!("{tuple}: what was held has to be sent again: {}", chain(&error)),
             }

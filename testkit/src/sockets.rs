@@ -152,6 +152,12 @@ impl TaskSocket {
         Ok(self.unread()? > 0 && unsent > 0 && self.unacked()? == unsent)
     }
 
+    /// Of a listener: connections that nobody has accepted.
+    pub fn waiting(&self) -> Result<u32> {
+        let info = self.info()?;
+        Ok(u32::from_ne_bytes(info[24..28].try_into()?))
+    }
+
     /// The other end; `None` where there is none.
     pub fn peer(&self) -> Option<SocketAddr> {
         let peer = getpeername::<SockaddrStorage>(self.socket.as_raw_fd()).ok()?;
@@ -164,8 +170,9 @@ impl TaskSocket {
         get(&self.socket, level, name).with_context(|| format!("socket option {level}:{name}"))
     }
 
-    /// `struct tcp_info`'s first 20 bytes: `tcpi_state` is the first, `tcpi_snd_mss` the last four.
-    fn info(&self) -> Result<[u8; 20]> {
+    /// `struct tcp_info`'s first 28 bytes: `tcpi_state` is the first, `tcpi_snd_mss` at 16, and `tcpi_unacked`, the
+    /// backlog of a listener, at 24.
+    fn info(&self) -> Result<[u8; 28]> {
         get(&self.socket, libc::IPPROTO_TCP, libc::TCP_INFO).context("TCP_INFO")
     }
 }
@@ -198,7 +205,7 @@ const SIOCOUTQNSD: libc::Ioctl = 0x894B;
 pub(crate) trait Plain: Copy {}
 impl Plain for i32 {}
 impl Plain for [u32; 2] {}
-impl Plain for [u8; 20] {}
+impl Plain for [u8; 28] {}
 
 pub(crate) fn get<T: Plain>(socket: &OwnedFd, level: i32, name: i32) -> io::Result<T> {
     let mut value = MaybeUninit::<T>::zeroed();

@@ -84,9 +84,14 @@ fn probe() -> Vec<Feature> {
     add(Must, "pidfd_getfd", "reaching a task's sockets (5.6)", duplicate());
     add(Helps, "SO_PEEK_OFF", "sockets in flight inside unix sockets", peek_offset());
     add(Helps, "raw sockets, SO_MARK", "half-closed connections", raw_socket());
+    add(Helps, "bpf_sk_assign_tcp_reqsk", "connections that nobody has accepted (6.9)", accept_queue());
     add(OneOf, "nf_tables", "the network lock", network_lock(Method::Nftables));
     add(OneOf, "iptables", "the network lock with SOCCR_LOCK=iptables", network_lock(Method::Iptables));
     features
+}
+
+fn accept_queue() -> Result<()> {
+    Ok(soccr::accept_queue::check(&NetNs::current()?)?)
 }
 
 fn own_pid() -> i32 {

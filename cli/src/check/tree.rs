@@ -8,7 +8,9 @@ use anyhow::{Context, Result};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde::Serialize;
+use soccr::accept_queue;
 use soccr::connection::{FourTuple, State};
+use soccr::kernel::netns::NetNs;
 use soccr::kernel::{SysError, ao, diag, sockopt, tcp};
 
 use crate::print_json;
@@ -100,8 +102,9 @@ fn problems(socket: &Socket) -> Result<Vec<(bool, Problem)>> {
     );
     if state == LISTEN {
         let waiting = socket.info()?.unacked;
+        let carried = NetNs::of_socket(fd).is_ok_and(|ns| accept_queue::check(&ns).is_ok());
         add(
-            waiting > 0,
+            waiting > 0 && !carried,
             &format!("{waiting} connections wait to be accepted, by which CRIU's dump fails"),
             "have the program accept them, or give them up by CRIU's option skip-in-flight",
         );

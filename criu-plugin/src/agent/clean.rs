@@ -61,6 +61,9 @@ fn undo(store: &Store, record: &Record) {
     for connection in &report.revived {
         log::warn!("{connection}: brought back after the agent's death");
     }
+    for queue in &report.lost {
+        log::error!("{queue} are lost with the agent");
+    }
     for problem in &report.problems {
         log::error!("{problem}");
     }

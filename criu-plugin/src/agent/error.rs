@@ -1,9 +1,12 @@
 //! What can go wrong in the agent; each error names the connection, the task or the file, and has its cause behind it
 //! (`soccr::chain` tells all).
 
+use std::net::SocketAddr;
+
 use procfs::ProcError;
+use soccr::accept_queue::{PutError, Unavailable};
 use soccr::checkpoint::SaveError;
-use soccr::connection::FourTuple;
+use soccr::connection::{FourTuple, UnsupportedState};
 use soccr::criu::image::ImageError;
 use soccr::criu::record::RecordError;
 use soccr::criu::tasks::{FindError, Place};
@@ -44,6 +47,22 @@ pub enum AgentError {
     Socket { tuple: FourTuple, pid: i32, source: SysError },
     #[error("{tuple} (pid {pid})")]
     SocketNs { tuple: FourTuple, pid: i32, source: NetNsError },
+    #[error("listener {local} ({place})")]
+    Listener { local: SocketAddr, place: Place, source: SysError },
+    #[error("{0}: its inode number does not fit CRIU's images")]
+    Inode(FourTuple),
+    #[error("{tuple}, which nobody has accepted")]
+    QueuedState { tuple: FourTuple, source: UnsupportedState },
+    #[error("{tuple}, which nobody has accepted: {why}")]
+    Unfit { tuple: FourTuple, why: &'static str },
+    #[error("{tuple}, which nobody has accepted")]
+    Queued { tuple: FourTuple, source: SaveError },
+    #[error("{tuple}, which nobody has accepted")]
+    QueuedImage { tuple: FourTuple, source: ImageError },
+    #[error("{tuple} cannot be put back for its listener")]
+    NoAcceptQueue { tuple: FourTuple, source: Unavailable },
+    #[error("{tuple} cannot be put back for its listener")]
+    AcceptQueue { tuple: FourTuple, source: PutError },
     #[error("image {file}")]
     Restore { file: String, source: RestoreError },
     #[error("{0} is alive in this network namespace: were these images restored already?")]

@@ -3,7 +3,8 @@
 //! It is not criu: descriptors that it holds cannot break criu's select() calls, and it outlives criu, because only
 //! after criu's last hook is it decided whether the tasks die or run on.
 //!
-//! * `dump`, `restore`: the work; `path`: the lock where packets pass on their way; `clean`: what is left to do when an agent was killed.
+//! * `dump`, `restore`: the work; `path`: the lock where packets pass on their way; `queued`: what goes back
+//!   into accept queues; `clean`: what is left to do when an agent was killed.
 //! * `server`, `log`, `profile`: how the hooks ask, and what they are told.
 //! * `process`, `privilege`: what this process is and what it may do.
 
@@ -16,6 +17,7 @@ mod path;
 mod privilege;
 mod process;
 mod profile;
+mod queued;
 mod restore;
 mod server;
 

@@ -8,7 +8,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::namespaces::{Namespaces, find};
 use super::stopped::{carry_on, finish};
-use super::{LockRecord, NsId, Phase, Record, State, Store, current_boot};
+use super::{LockRecord, NsId, Phase, QueueRecord, Record, State, Store, current_boot};
 use crate::chain;
 use crate::criu::stock::{self, NamespaceLock};
 use crate::criu::tasks::{Fate, ProcessId, Task, Walker};
@@ -37,6 +37,8 @@ pub struct Report {
     pub absent: Vec<LockRecord>,
     /// Namespaces that are in use by nobody here; their locks went with them.
     pub gone: Vec<NsId>,
+    /// The accept queues whose connections are lost: they were closed with whoever held them.
+    pub lost: Vec<QueueRecord>,
     /// Tasks that were left stopped, and continued.
     pub continued: Vec<ProcessId>,
     /// Rules for forged segments that were removed.
@@ -57,6 +59,7 @@ pub struct Report {
 pub fn clean(store: &Store, record: &Record, options: Options) -> Report {
     let mut report = Report::default();
     if record.boot == current_boot() {
+        report.lost = record.lost_queues().to_vec();
         report.continued = record.stopped.iter().copied().filter(ProcessId::lives).collect();
         if record.phase == Phase::Dumped && !options.dry_run {
             report.problems.extend(finish(store, record));

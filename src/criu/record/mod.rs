@@ -73,6 +73,9 @@ pub struct Record {
     /// The connections that are translated where they are locked on their way.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub translations: Vec<Translation>,
+    /// The accept queues whose connections the dump has taken out.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub accept_queues: Vec<QueueRecord>,
     /// The tasks that the connections belong to. While a dump waits for its restore: those that were dumped.
     pub tasks: Vec<ProcessId>,
     /// Those of the tasks that soccr has stopped (SIGSTOP), to be continued when all is done.
@@ -90,6 +93,12 @@ fn yes() -> bool {
 }
 
 impl Record {
+    /// The accept queues whose connections are lost now that this dump is undone: they were closed with whoever held them.
+    pub fn lost_queues(&self) -> &[QueueRecord] {
+        let undone = matches!(self.phase, Phase::Saving | Phase::Deciding | Phase::LeftStopped);
+        if undone { &self.accept_queues } else { &[] }
+    }
+
     /// Whether it tells of a lock, by us or by CRIU.
     #[must_use]
     pub fn has_locks(&self) -> bool {
@@ -143,6 +152,22 @@ pub struct LockRecord {
     pub name: LockName,
     /// How it was made.
     pub method: Method,
+}
+
+/// An accept queue that was emptied. Its connections are in no task's table: should the dump be killed, and its tasks live,
+/// they are lost.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct QueueRecord {
+    /// The listener's end.
+    pub listener: SocketAddr,
+    /// How many connections waited.
+    pub waiting: u32,
+}
+
+impl std::fmt::Display for QueueRecord {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} connections that nobody had accepted at {}", self.waiting, self.listener)
+    }
 }
 
 /// A network namespace as long as it exists.

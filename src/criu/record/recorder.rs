@@ -10,8 +10,8 @@ use nix::sys::stat::fstat;
 
 use super::file;
 use super::{
-    ConnectionRecord, Folder, LockRecord, NsId, Phase, Record, RecordError, RecordId, State, Store,
-    current_boot, own_pid_ns,
+    ConnectionRecord, Folder, LockRecord, NsId, Phase, QueueRecord, Record, RecordError, RecordId, State,
+    Store, current_boot, own_pid_ns,
 };
 use crate::connection::FourTuple;
 use crate::criu::tasks::ProcessId;
@@ -52,6 +52,7 @@ impl Recorder {
             locks: Vec::new(),
             criu_locks: Vec::new(),
             translations: Vec::new(),
+            accept_queues: Vec::new(),
             tasks: Vec::new(),
             stopped: Vec::new(),
             kept_after_death: true,
@@ -184,6 +185,11 @@ impl Recorder {
     /// Says how connections are translated where they are locked on their way.
     pub fn set_translations(&mut self, translations: &[Translation]) {
         self.record.translations = translations.to_vec();
+    }
+
+    /// Adds an accept queue that is about to be emptied.
+    pub fn add_accept_queue(&mut self, queue: QueueRecord) {
+        self.record.accept_queues.push(queue);
     }
 
     /// Says which locks there are.

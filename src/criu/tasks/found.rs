@@ -3,6 +3,7 @@
 use std::fmt;
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
+use std::rc::Rc;
 
 use super::owner::Owner;
 use crate::four_tuple::FourTuple;
@@ -33,7 +34,7 @@ pub struct FoundConnection {
 #[derive(Debug)]
 pub struct Unconnected {
     /// Our duplicate of the socket.
-    pub socket: OwnedFd,
+    pub socket: Rc<OwnedFd>,
     /// Its inode, by which CRIU's images know it.
     pub inode: u32,
     /// Who owns it, by our numbers.

@@ -165,7 +165,7 @@ impl Finder {
             return match why {
                 Some(why) => Err(FindError::RefusedUnconnected { local, place, why }),
                 None => Ok(Some(Kind::Unconnected(Unconnected {
-                    socket,
+                    socket: socket.into(),
                     inode,
                     owner,
                     cookie,

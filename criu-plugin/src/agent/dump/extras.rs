@@ -3,6 +3,7 @@
 
 use std::collections::HashMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::rc::Rc;
 
 use soccr::chain;
 use soccr::connection::FourTuple;
@@ -37,7 +38,7 @@ struct Unread {
 enum Socket {
     /// At this place among those that the dump holds.
     Connection(usize),
-    Unconnected(OwnedFd),
+    Unconnected(Rc<OwnedFd>),
 }
 
 /// The connections that the dump holds.

@@ -5,25 +5,30 @@ use std::os::fd::{AsFd, OwnedFd};
 
 use soccr::chain;
 use soccr::connection::FourTuple;
+use soccr::criu::image::ImageDir;
+use soccr::criu::image::side::Accepted;
 use soccr::criu::keeper::Keeper;
 use soccr::criu::record::{self, NsId, Phase, Recorder, State, Store};
 use soccr::criu::stock;
 use soccr::criu::tasks::Task;
 use soccr::kernel::netns::NetNs;
 use soccr::lock::held::Holder;
-use soccr::lock::{self, Listener, LockName, Method, NetworkLock};
+use soccr::lock::{self, Listener, LockName, LockOptions, Method, NetworkLock};
 use soccr::repair::Paused;
 
 use super::arrangement::{Arrangement, Namespaces};
 use crate::agent::error::AgentError;
 use crate::agent::path::Path;
 use crate::agent::profile::Profile;
+use crate::agent::queued::{Putter, Queued, Waiting};
 use crate::fault;
 
 /// The sockets, the locks, and the record that tells of them. It is given up by [`let_live`](Self::let_live) when the
 /// tasks run on, by [`leave`](Self::leave) when they are dead; either gives the tasks back.
 #[derive(Debug)]
 pub struct Held {
+    /// Where all is saved.
+    images: ImageDir,
     /// The tasks, the root first.
     pub tasks: Vec<Task>,
     /// Their network namespaces, the root's first.
@@ -32,6 +37,8 @@ pub struct Held {
     pub criu_ns: NetNs,
     /// The sockets whose connections are saved.
     pub sockets: Vec<(OwnedFd, FourTuple)>,
+    /// Those that nobody had accepted, which are in no task, as they stood in their queues.
+    pub queued: Vec<Queued>,
     /// What keeps the connections still.
     pub locks: HashMap<NetNs, NetworkLock>,
     /// The same on the way to namespaces other than criu's.
@@ -46,12 +53,30 @@ pub struct Held {
 
 impl Held {
     /// Nothing is held yet.
-    pub fn nothing(recorder: Recorder, criu: &Task, lock: &LockName) -> Result<Self, AgentError> {
-        let (tasks, namespaces, sockets) = (Vec::new(), Vec::new(), Vec::new());
+    pub fn nothing(
+        images: &ImageDir,
+        recorder: Recorder,
+        criu: &Task,
+        lock: &LockName,
+    ) -> Result<Self, AgentError> {
+        let images = ImageDir::duplicate(images.as_fd())?;
+        let (tasks, namespaces, sockets, queued) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
         let criu_ns = NetNs::of_task(criu.pid.cast_unsigned())?;
         let path = Path::new(&criu_ns, lock);
         let (locks, holder, listeners) = (HashMap::new(), Holder::from_env()?, HashMap::new());
-        Ok(Self { tasks, namespaces, criu_ns, sockets, locks, path, holder, listeners, recorder })
+        Ok(Self {
+            images,
+            tasks,
+            namespaces,
+            criu_ns,
+            sockets,
+            queued,
+            locks,
+            path,
+            holder,
+            listeners,
+            recorder,
+        })
     }
 
     /// Criu's network namespace, and the root's.
@@ -76,6 +101,19 @@ impl Held {
         Ok(())
     }
 
+    /// An agent that died has locked this connection.
+    pub fn adopt_lock(&mut self, ns: &NetNs, tuple: FourTuple, name: &LockName, options: &LockOptions) {
+        self.locks.entry(ns.clone()).or_insert_with(|| NetworkLock::adopt(ns, name, options));
+        if *ns != self.criu_ns {
+            self.path.add([tuple]);
+        }
+    }
+
+    /// What was taken out of accept queues.
+    pub fn accepted(&self) -> Vec<Accepted> {
+        self.queued.iter().map(|queued| queued.accepted).collect()
+    }
+
     /// The record follows. What it told before is enough to find and undo all, so this may fail.
     pub fn note(&mut self, phase: Phase) {
         if let Err(error) = self.recorder.enter(phase) {
@@ -86,15 +124,22 @@ impl Held {
     /// The tasks run on: nothing was changed in them, so the locks are all there is to undo, CRIU's own included. CRIU
     /// removes that itself, unless it was killed, or fails after it has locked.
     pub fn let_live(mut self) -> Vec<Task> {
+        let waiting = self.put_back_queued();
         let unlocked = self.unlock() & self.remove_criu_locks();
-        self.release();
+        self.release(&waiting);
         self.end_record(unlocked)
     }
 
     /// CRIU carries the connections itself, and needs its own lock for that.
     pub fn stand_aside(mut self) -> Vec<Task> {
+        self.put_back_queued();
         let unlocked = self.unlock();
         self.end_record(unlocked)
+    }
+
+    /// Behind the locks the accept queues become what they were.
+    fn put_back_queued(&mut self) -> Vec<Waiting> {
+        Putter::put_all(std::mem::take(&mut self.queued), &self.images)
     }
 
     /// Whether all our locks are gone.
@@ -114,12 +159,13 @@ impl Held {
     }
 
     /// The sockets get what was kept from them, and the root's listeners those who would connect.
-    fn release(&mut self) {
+    fn release(&mut self, waiting: &[Waiting]) {
         let mut held = std::mem::take(&mut self.holder).finish();
         if let Some(root) = self.namespaces.first() {
             held.let_in(root);
         }
         let sockets = self.sockets.iter().map(|(socket, tuple)| (socket.as_fd(), *tuple));
+        let sockets = sockets.chain(waiting.iter().map(Waiting::end));
         log::debug!("{} packets were held, {} brought to their sockets", held.len(), held.release(sockets));
     }
 
@@ -209,6 +255,7 @@ impl Held {
     fn close_silently(&mut self) {
         let _ = fault::point("dump.dead");
         let mut profile = Profile::start("dump");
+        self.queued.clear(); // they are in repair mode already
         for (socket, tuple) in self.sockets.drain(..) {
             let _ = fault::point("dump.closing");
             match Paused::pause_only(socket.as_fd()) {

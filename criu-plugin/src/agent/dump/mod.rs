@@ -12,6 +12,7 @@ mod arrangement;
 pub mod beside;
 mod extras;
 mod held;
+mod queues;
 mod saving;
 mod watching;
 mod writer;

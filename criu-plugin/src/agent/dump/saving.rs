@@ -1,8 +1,10 @@
 //! The first phase of a dump: the connections of frozen tasks are found, locked and saved.
 
 use std::collections::HashMap;
+use std::ops::Range;
 use std::os::fd::{AsFd, OwnedFd};
 
+use soccr::accept_queue::Policy;
 use soccr::connection::{ControlBlock, FourTuple, Queues};
 use soccr::criu::image::ImageDir;
 use soccr::criu::image::external::ExternalImage;
@@ -17,10 +19,12 @@ use soccr::repair::{Paused, Probe};
 
 use super::extras::Extras;
 use super::held::Held;
+use super::queues::{self, Listener};
 use super::writer::{self, Image};
 use crate::agent::error::AgentError;
 use crate::agent::path::Path;
 use crate::agent::profile::Profile;
+use crate::agent::queued::Queued;
 use crate::agent::{clean, listeners, privilege};
 use crate::fault;
 
@@ -31,6 +35,7 @@ pub struct Saving<'a> {
     images: ImageDir,
     lock_name: LockName,
     options: LockOptions,
+    policy: Policy,
     finder: Finder,
     extras: Extras,
     /// What is held until the outcome.
@@ -58,9 +63,9 @@ impl<'a> Saving<'a> {
         let recorder = Recorder::new(lock_name.id(), Phase::Saving, images.as_fd(), criu.pid)?;
         let options = LockOptions::from_env()?;
         let finder = Finder::default();
-        let held = Held::nothing(recorder, criu, &lock_name)?;
+        let (held, policy) = (Held::nothing(&images, recorder, criu, &lock_name)?, Policy::from_env()?);
         let extras = Extras::default();
-        Ok(Self { criu, images, lock_name, options, finder, extras, held })
+        Ok(Self { criu, images, lock_name, options, policy, finder, extras, held })
     }
 
     /// No further hook comes.
@@ -106,21 +111,24 @@ impl<'a> Saving<'a> {
         fault::point("dump.tree")?;
         let tasks = self.held.tasks.get(first..).unwrap_or_default();
         let Found { connections: found, unconnected } = self.finder.of_tasks(tasks)?;
+        let listeners = queues::listeners(&unconnected)?;
         self.extras.add_unconnected(unconnected);
         self.extras.set_owners(OwnerMap::of(pid).map_err(|error| FindError::Proc(pid, error))?);
         fault::point("dump.found")?;
-        let elsewhere = found.iter().filter(|connection| connection.ns != self.held.criu_ns);
-        self.held.path.add(elsewhere.map(|connection| connection.tuple));
+        self.add_to_path(&ends(&found));
         self.find_listeners(&found);
         profile.lap("find");
         self.record(&found)?;
         profile.lap("record");
         fault::point("dump.recorded")?;
-        self.lock(&found)?;
+        self.lock(&ends(&found))?;
         fault::point("dump.locked")?;
         profile.lap("lock");
+        let queued = self.empty_queues(&listeners)?;
+        profile.lap("empty accept queues");
         let count = found.len();
         self.save(found)?;
+        self.save_queued(queued)?;
         profile.lap("save");
         fault::point("dump.saved")?;
         log::info!("{count} TCP connections saved, locked by the table inet {}", self.lock_name);
@@ -153,6 +161,12 @@ impl<'a> Saving<'a> {
         pids.into_iter().try_for_each(|pid| self.held.add_task(pid))
     }
 
+    /// Those whose packets pass through criu's namespace.
+    fn add_to_path(&mut self, ends: &[End<'_>]) {
+        let elsewhere = ends.iter().filter(|(ns, _)| **ns != self.held.criu_ns);
+        self.held.path.add(elsewhere.map(|(_, tuple)| *tuple));
+    }
+
     /// Writes down what is about to be changed on this host, while nothing is.
     fn record(&mut self, found: &[FoundConnection]) -> Result<(), AgentError> {
         let locked_by_criu = self.held.tree().own.cloned();
@@ -160,30 +174,35 @@ impl<'a> Saving<'a> {
         if found.is_empty() && locked_by_criu.is_none() && listening.is_empty() {
             return Ok(());
         }
+        self.record_locks(found.iter().map(|connection| &connection.ns).chain(&listening));
         let recorder = &mut self.held.recorder;
         locked_by_criu.iter().for_each(|ns| recorder.add_criu_lock(ns));
-        let namespaces = found.iter().map(|connection| &connection.ns).chain(&listening);
-        for ns in namespaces.filter(|_| self.options.method != Method::Skip).map(NsId::from) {
-            recorder.add_lock(LockRecord { ns, name: self.lock_name.clone(), method: self.options.method });
-        }
-        self.held.path.record(&self.options).into_iter().for_each(|lock| recorder.add_lock(lock));
-        recorder.set_translations(self.held.path.translations());
         self.held.tasks.iter().for_each(|task| recorder.add_task(task.pid));
         recorder.add_connections(found.iter().map(ConnectionRecord::from));
         recorder.save(Phase::Saving)?;
         Ok(())
     }
 
+    /// The locks that are to be in these namespaces, and on the way.
+    fn record_locks<'n>(&mut self, namespaces: impl Iterator<Item = &'n NetNs>) {
+        let recorder = &mut self.held.recorder;
+        for ns in namespaces.filter(|_| self.options.method != Method::Skip).map(NsId::from) {
+            recorder.add_lock(LockRecord { ns, name: self.lock_name.clone(), method: self.options.method });
+        }
+        self.held.path.record(&self.options).into_iter().for_each(|lock| recorder.add_lock(lock));
+        recorder.set_translations(self.held.path.translations());
+    }
+
     /// One transaction per namespace, the one that packets pass through first.
-    fn lock(&mut self, found: &[FoundConnection]) -> Result<(), AgentError> {
+    fn lock(&mut self, ends: &[End<'_>]) -> Result<(), AgentError> {
         let listening = self.held.listening();
         let Held { path, holder, locks, criu_ns, listeners, namespaces, .. } = &mut self.held;
-        holder.expect(found.iter().map(|connection| connection.tuple));
+        holder.expect(ends.iter().map(|(_, tuple)| *tuple));
         holder.expect_translated(path.translations());
         path.lock(&holder.options(criu_ns, &self.options), holder.newcomers)?;
         let mut tuples: HashMap<&NetNs, Vec<FourTuple>> = HashMap::new();
-        for connection in found.iter().filter(|connection| connection.tuple.local.port() != 0) {
-            tuples.entry(&connection.ns).or_default().push(connection.tuple);
+        for (ns, tuple) in ends.iter().filter(|(_, tuple)| tuple.local.port() != 0) {
+            tuples.entry(ns).or_default().push(*tuple);
         }
         for ns in listening.iter().filter(|ns| !locks.contains_key(ns)) {
             tuples.entry(ns).or_default();
@@ -205,6 +224,58 @@ impl<'a> Saving<'a> {
                 }
             }
         }
+        Ok(())
+    }
+
+    /// Takes what waits in accept queues out of them, where no newcomer can follow any more, and locks it. Each is held from
+    /// then on, in repair mode: should anything fail, it can be put back.
+    fn empty_queues(&mut self, listeners: &[Listener]) -> Result<Range<usize>, AgentError> {
+        let first = self.held.queued.len();
+        let mut full = Vec::new();
+        for listener in listeners {
+            if let Some(queue) = listener.queue(self.policy)? {
+                self.held.recorder.add_accept_queue(queue);
+                full.push(listener);
+            }
+        }
+        if full.is_empty() {
+            return Ok(first..first);
+        }
+        self.held.tasks.iter().for_each(|task| self.held.recorder.add_task(task.pid));
+        self.held.recorder.save(Phase::Saving)?;
+        for listener in full {
+            while let Some(taken) = listener.take()? {
+                self.held.queued.push(taken);
+            }
+        }
+        let queued = first..self.held.queued.len();
+        let taken: Vec<_> = self.held.queued[queued.clone()].iter().map(Queued::end).collect();
+        let ends: Vec<End<'_>> = taken.iter().map(|(ns, tuple)| (ns, *tuple)).collect();
+        self.add_to_path(&ends);
+        self.record_locks(ends.iter().map(|(ns, _)| *ns));
+        self.held.recorder.save(Phase::Saving)?;
+        self.lock(&ends)?;
+        fault::point("dump.queue-locked")?;
+        Ok(queued)
+    }
+
+    /// Reads and writes what was taken out of accept queues. The images tell of it from now on, should another agent have
+    /// to go on.
+    fn save_queued(&mut self, queued: Range<usize>) -> Result<(), AgentError> {
+        if queued.is_empty() {
+            return Ok(());
+        }
+        let (count, mut queues) = (queued.len(), Queues::default());
+        for queued in &mut self.held.queued[queued] {
+            if self.criu.gone() {
+                return Err(AgentError::Protocol("criu is gone"));
+            }
+            queued.save(&self.images, &mut queues)?;
+            fault::point("dump.queue-written")?;
+        }
+        let (id, accepted) = (self.lock_name.id().to_owned(), self.held.accepted());
+        SideImage { id, accepted, ..SideImage::default() }.write(&self.images)?;
+        log::info!("{count} connections that nobody had accepted saved");
         Ok(())
     }
 
@@ -249,7 +320,7 @@ impl<'a> Saving<'a> {
         }
         if !known {
             self.record(std::slice::from_ref(&found))?;
-            self.lock(std::slice::from_ref(&found))?;
+            self.lock(&ends(std::slice::from_ref(&found)))?;
         }
         let failed = |source| AgentError::Socket { tuple: found.tuple, pid: 0, source };
         let mut options = Reader::new(&found.ns, Beside::Nobody)?;
@@ -289,8 +360,8 @@ impl Saved {
         let on_path =
             on_path.map(|listener| TreeListener { listener: *listener, place: side::Place::OnPath });
         let listeners = listeners.chain(on_path).collect();
-        let sockets = std::mem::take(&mut self.sockets);
-        Ok(SideImage { id, run_id, translations, sockets, held, listeners }.write(&self.images)?)
+        let (sockets, accepted) = (std::mem::take(&mut self.sockets), self.held.accepted());
+        Ok(SideImage { id, run_id, translations, sockets, accepted, held, listeners }.write(&self.images)?)
     }
 
     /// What an agent that died has left: the record tells what is locked and which the tasks are, and they have the
@@ -302,7 +373,7 @@ impl Saved {
         let recorder = Recorder::take_over(&record.id, criu.pid)?.ok_or_else(gone)?;
         let lock_name = LockName::criu(record.id.as_str())?;
         let options = LockOptions::from_env()?;
-        let mut held = Held::nothing(recorder, criu, &lock_name)?;
+        let mut held = Held::nothing(&images, recorder, criu, &lock_name)?;
         if record.locks.iter().any(|lock| lock.name == lock_name.on_path()) {
             held.path = Path::adopt(&held.criu_ns, &lock_name, &record.translations, &options);
         }
@@ -310,6 +381,9 @@ impl Saved {
             held.add_task(task.pid)?;
         }
         let Found { connections, unconnected } = Finder::default().of_tasks(&held.tasks)?;
+        let side = SideImage::read(&images)?.filter(|side| side.id == lock_name.id());
+        let accepted = side.map(|side| side.accepted).unwrap_or_default();
+        held.queued = queues::of_images(accepted, queues::listeners(&unconnected)?);
         let mut extras = Extras::default();
         extras.add_unconnected(unconnected);
         if let Some(root) = held.tasks.first() {
@@ -317,18 +391,24 @@ impl Saved {
         }
         for FoundConnection { socket, inode, owner, tuple, ns, .. } in connections {
             extras.add_connection(inode, owner, ns.clone(), held.sockets.len());
-            let lock = || NetworkLock::adopt(&ns, &lock_name, &options);
-            held.locks.entry(ns.clone()).or_insert_with(lock);
-            if ns != held.criu_ns {
-                held.path.add([tuple]);
-            }
+            held.adopt_lock(&ns, tuple, &lock_name, &options);
             held.sockets.push((socket, tuple));
+        }
+        for (ns, tuple) in held.queued.iter().map(Queued::end).collect::<Vec<_>>() {
+            held.adopt_lock(&ns, tuple, &lock_name, &options);
         }
         log::warn!("took over from an agent that died: {} connections", held.sockets.len());
         extras.read_all(&held.sockets);
         let sockets = extras.into_sockets();
         Ok(Self { images, lock_name, held, sockets })
     }
+}
+
+/// A connection's namespace and addresses.
+type End<'a> = (&'a NetNs, FourTuple);
+
+fn ends(found: &[FoundConnection]) -> Vec<End<'_>> {
+    found.iter().map(|connection| (&connection.ns, connection.tuple)).collect()
 }
 
 /// Reads the connection and leaves the socket as it was.

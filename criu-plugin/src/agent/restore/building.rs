@@ -2,7 +2,9 @@
 
 use std::collections::{HashMap, HashSet};
 use std::os::fd::{AsFd, OwnedFd};
+use std::rc::Rc;
 
+use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -12,16 +14,17 @@ use soccr::criu::tasks::{self, Fate, FindError, OwnerMap, SocketNamespaces, Task
 use soccr::forge::Forge;
 use soccr::kernel::netns::NetNs;
 use soccr::kernel::process::RemoteFd;
-use soccr::kernel::{sockopt, tcp};
+use soccr::kernel::{SysError, sockopt, tcp};
 use soccr::repair::{Paused, four_tuple};
 
-use super::builder::{Builder, Built, Made, Wanted};
+use super::builder::{Builder, Built, Made, Wanted, must_live};
 use super::locks::Locks;
 use super::parallel;
 use super::plan::Plan;
 use super::preloaded::Preloaded;
 use crate::agent::error::AgentError;
 use crate::agent::profile::Profile;
+use crate::agent::queued::{Putter, Queued, Source, Waiting};
 use crate::fault;
 
 /// A restore whose connections are not all built yet.
@@ -37,6 +40,10 @@ pub struct Building<'a> {
     namespaces: SocketNamespaces,
     pub forge: Forge,
     pub built: Vec<Built>,
+    /// Listeners whose queues were not empty, by their inodes at the dump.
+    listeners: HashMap<u32, Rc<OwnedFd>>,
+    /// What is in their queues again.
+    pub waiting: Vec<Waiting>,
 }
 
 /// The restored tasks.
@@ -55,7 +62,7 @@ pub struct Tree {
 pub struct Missing {
     /// File ids of connections.
     pub connections: HashSet<u32>,
-    /// File ids and inodes of other sockets of which CRIU's images do not tell all.
+    /// File ids and inodes of other sockets of which CRIU's images do not tell all, or whose queues were not empty.
     unconnected: HashMap<u32, u32>,
     /// What was in flight in unix sockets, by their file ids.
     in_flight: HashMap<u32, Vec<Packet>>,
@@ -68,16 +75,16 @@ impl<'a> Building<'a> {
     pub fn begin(mut plan: Plan, locks: Locks, criu: &'a Task) -> Self {
         let alive = plan.index.tasks.iter().filter(|(_, task)| task.alive);
         let tree = Tree { awaited: alive.map(|(pid, _)| *pid).collect(), ..Tree::default() };
-        let unconnected = plan.index.unconnected.iter().copied();
         let missing = Missing {
-            unconnected: unconnected.filter(|(_, inode)| plan.sockets.contains(*inode)).collect(),
+            unconnected: plan.unconnected(),
             connections: plan.index.carried().map(|connection| connection.file_id).collect(),
             in_flight: std::mem::take(&mut plan.index.in_flight),
             external: plan.external.clone(),
         };
         let (namespaces, forge) = (SocketNamespaces::default(), Forge::new());
         let preloaded = Preloaded::none_of(&plan.index);
-        Self { criu, plan, preloaded, locks, tree, missing, namespaces, forge, built: Vec::new() }
+        let (built, listeners, waiting) = (Vec::new(), HashMap::new(), Vec::new());
+        Self { criu, plan, preloaded, locks, tree, missing, namespaces, forge, built, listeners, waiting }
     }
 
     /// Whether hooks of tasks are still to come.
@@ -87,7 +94,7 @@ impl<'a> Building<'a> {
 
     /// init(): locks what is to be restored in criu's own namespace, and what passes through it.
     pub fn lock_beside_criu(&mut self) -> Result<(), AgentError> {
-        let mut tuples = self.plan.tuples(|connection| self.plan.is_beside_criu(connection));
+        let mut tuples = self.plan.tuples(|net_ns_id| self.plan.is_beside_criu(net_ns_id));
         tuples.extend(self.plan.external.keys());
         self.locks.refuse_living(&tuples)?;
         self.locks.lock_path(self.plan.passing())?;
@@ -98,7 +105,7 @@ impl<'a> Building<'a> {
 
     /// POST_FORKING: the root task is there, and no other has entered a namespace of its own.
     pub fn forked(&mut self) -> Result<(), AgentError> {
-        if !self.missing.connections.is_empty()
+        if (!self.missing.connections.is_empty() || !self.plan.accepted.is_empty())
             && let Some(inner) = self.plan.index.root
             && let Some(pid) = tasks::restored_child(self.criu.pid, inner).map_err(AgentError::Tree)?
         {
@@ -123,7 +130,7 @@ impl<'a> Building<'a> {
             let task = tasks::inner_pid(*pid).ok().and_then(|inner| self.plan.index.tasks.get(&inner));
             let id = task.and_then(|task| task.net_ns_id);
             if id.is_some() && id != self.plan.index.root_net_ns_id && !wanted.contains_key(&ns) {
-                wanted.insert(ns, self.plan.tuples(|connection| connection.net_ns_id == id));
+                wanted.insert(ns, self.plan.tuples(|net_ns_id| net_ns_id == id));
             }
         }
         self.locks.lock(wanted)
@@ -147,6 +154,7 @@ impl<'a> Building<'a> {
         profile.lap("find");
         self.lock_sockets(&wanted, pid)?;
         profile.lap("lock");
+        self.keep_listeners(&wanted, pid)?;
         let Self { criu, plan, preloaded, forge, .. } = self;
         let owners = OwnerMap::of(pid).map_err(|error| FindError::Proc(pid, error))?;
         let builder = Builder { plan, preloaded, forge, criu, pid, owners };
@@ -205,6 +213,23 @@ impl<'a> Building<'a> {
         self.locks.lock(wanted)
     }
 
+    /// The queues of these listeners were not empty, and will be filled when all is built.
+    fn keep_listeners(&mut self, sockets: &[Wanted], pid: i32) -> Result<(), AgentError> {
+        for (made, socket) in sockets {
+            if let Made::Unconnected(ino) = made
+                && self.plan.accepted.iter().any(|accepted| accepted.listener == *ino)
+            {
+                let failed = |error: std::io::Error| {
+                    let errno = Errno::from_raw(error.raw_os_error().unwrap_or(0));
+                    AgentError::Task { pid, source: SysError { call: "duplicate a listener", errno } }
+                };
+                let copy = socket.try_clone().map_err(failed)?;
+                self.listeners.insert(*ino, Rc::new(copy));
+            }
+        }
+        Ok(())
+    }
+
     /// Connections that RESTORE_EXT_FILE has built in the task, and left in repair mode.
     fn adopt_external(&mut self, task: &Task) -> Result<(), AgentError> {
         if self.missing.external.is_empty() {
@@ -231,6 +256,34 @@ impl<'a> Building<'a> {
             return Ok(());
         }
         self.adopt_external(self.criu)
+    }
+
+    /// Puts those that nobody had accepted back for their listeners, behind the lock of each listener's own namespace.
+    pub fn fill_queues(&mut self) -> Result<(), AgentError> {
+        let mut queued = Vec::new();
+        for accepted in std::mem::take(&mut self.plan.accepted) {
+            let tuple = accepted.tuple;
+            let listener = self.listeners.get(&accepted.listener);
+            let listener = listener.cloned().ok_or_else(|| AgentError::NotFound(tuple.to_string()))?;
+            let ns = self.namespaces.of(listener.as_fd());
+            let ns = ns.map_err(|source| AgentError::SocketNs { tuple, pid: 0, source })?;
+            queued.push(Queued { listener, ns, accepted, source: Source::Image });
+        }
+        if queued.is_empty() {
+            return Ok(());
+        }
+        let mut wanted: HashMap<NetNs, Vec<FourTuple>> = HashMap::new();
+        for (ns, tuple) in queued.iter().map(Queued::end) {
+            wanted.entry(ns).or_default().push(tuple);
+        }
+        self.locks.lock(wanted)?;
+        let (mut putter, count) = (Putter::default(), queued.len());
+        for queued in queued {
+            must_live(self.criu)?;
+            self.waiting.push(putter.put(queued, &self.plan.images, &self.forge)?);
+        }
+        log::info!("{count} connections wait to be accepted again");
+        Ok(())
     }
 
     /// A task that was killed meanwhile makes criu fail, and the restore shall be one that can be tried again.

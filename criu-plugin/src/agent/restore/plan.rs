@@ -1,6 +1,6 @@
 //! What the images say is to be restored.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::os::fd::AsFd;
 
 use nix::sys::stat::fstat;
@@ -8,9 +8,9 @@ use soccr::chain;
 use soccr::connection::FourTuple;
 use soccr::criu::image::ImageDir;
 use soccr::criu::image::external::ExternalImage;
-use soccr::criu::image::index::{Index, InetConnection};
+use soccr::criu::image::index::Index;
 use soccr::criu::image::inventory;
-use soccr::criu::image::side::{SideImage, Sockets, TreeListener};
+use soccr::criu::image::side::{Accepted, SideImage, Sockets, TreeListener};
 use soccr::criu::record::{ConnectionRecord, Phase, RecordError, RecordId, Recorder};
 use soccr::lock::LockName;
 use soccr::lock::conntrack::Translation;
@@ -35,6 +35,8 @@ pub struct Plan {
     pub sockets: Sockets,
     /// The connections that were translated on their way.
     pub translations: Vec<Translation>,
+    /// Those that nobody had accepted, of each listener in the order of its queue.
+    pub accepted: Vec<Accepted>,
     /// What peers have sent during the dump.
     pub held: HeldPackets,
     /// Where the tree listens.
@@ -57,25 +59,51 @@ impl Plan {
         let images = ImageDir::duplicate(images.as_fd())?;
         let translations = side.as_ref().map(|side| side.translations_of(&index)).unwrap_or_default();
         let side = side.filter(|side| side.belongs_to(&index));
+        let accepted = side.as_ref().map(|side| side.accepted_of(&index, &images)).unwrap_or_default();
         let (sockets, held, listeners) =
             side.map(|side| (side.sockets, side.held, side.listeners)).unwrap_or_default();
-        Ok(Self { images, index, external, dump_locks, our_lock, sockets, translations, held, listeners })
+        Ok(Self {
+            images,
+            index,
+            external,
+            dump_locks,
+            our_lock,
+            sockets,
+            translations,
+            accepted,
+            held,
+            listeners,
+        })
     }
 
-    /// The addresses of the connections that packets can reach, but for the external ones.
-    pub fn tuples(&self, wanted: impl Fn(&InetConnection) -> bool) -> Vec<FourTuple> {
-        let reachable = self.index.carried().filter(|connection| connection.tuple.local.port() != 0);
-        reachable.filter(|connection| wanted(connection)).map(|connection| connection.tuple).collect()
+    /// The addresses of the connections in some of the network namespaces that packets can reach, but for the external
+    /// ones.
+    pub fn tuples(&self, wanted: impl Fn(Option<u32>) -> bool) -> Vec<FourTuple> {
+        let connections = self.index.carried().map(|connection| (connection.net_ns_id, connection.tuple));
+        let namespaces = self.index.unconnected.iter().map(|socket| (socket.ino, socket.net_ns_id));
+        let namespaces: HashMap<u32, Option<u32>> = namespaces.collect();
+        let of_listener = |accepted: &Accepted| namespaces.get(&accepted.listener).copied().flatten();
+        let accepted = self.accepted.iter().map(|accepted| (of_listener(accepted), accepted.tuple));
+        let reachable = connections.chain(accepted).filter(|(_, tuple)| tuple.local.port() != 0);
+        reachable.filter(|(net_ns_id, _)| wanted(*net_ns_id)).map(|(_, tuple)| tuple).collect()
     }
 
-    /// Whether the connection belongs into the namespace in which criu itself runs.
-    pub fn is_beside_criu(&self, connection: &InetConnection) -> bool {
-        connection.net_ns_id.is_none() || connection.net_ns_id == self.index.root_net_ns_id
+    /// File ids and inodes of sockets without a peer that have extras, or in whose accept queues connections are to wait.
+    pub fn unconnected(&self) -> HashMap<u32, u32> {
+        let full: HashSet<u32> = self.accepted.iter().map(|accepted| accepted.listener).collect();
+        let wanted = |ino: u32| full.contains(&ino) || self.sockets.contains(ino);
+        let sockets = self.index.unconnected.iter().filter(|socket| wanted(socket.ino));
+        sockets.map(|socket| (socket.file_id, socket.ino)).collect()
+    }
+
+    /// Whether this is the namespace in which criu itself runs.
+    pub fn is_beside_criu(&self, net_ns_id: Option<u32>) -> bool {
+        net_ns_id.is_none() || net_ns_id == self.index.root_net_ns_id
     }
 
     /// The connections that packets reach through criu's own namespace.
     pub fn passing(&self) -> Vec<FourTuple> {
-        self.tuples(|connection| !self.is_beside_criu(connection))
+        self.tuples(|net_ns_id| !self.is_beside_criu(net_ns_id))
     }
 
     /// The lock that the one on the way belongs to: the dump's, so that it is taken over, or else this restore's.
@@ -156,6 +184,7 @@ mod tests {
             our_lock: None,
             sockets: Sockets::default(),
             translations: Vec::new(),
+            accepted: Vec::new(),
             held: HeldPackets::default(),
             listeners: Vec::new(),
         };

@@ -15,6 +15,7 @@ use super::parallel;
 use crate::agent::error::AgentError;
 use crate::agent::log;
 use crate::agent::profile::Profile;
+use crate::agent::queued::Waiting;
 use crate::fault;
 
 /// Something was missing in the last step, and nothing is unlocked.
@@ -49,7 +50,7 @@ pub fn wake(mut building: Building<'_>) -> Result<Vec<Task>, Failed<'_>> {
     profile.lap("leave repair");
     // From here on packets pass: the tasks must live, and whatever fails is only told.
     log::commit();
-    let Building { mut locks, tree, plan, .. } = building;
+    let Building { mut locks, tree, plan, waiting, .. } = building;
     if let Err(error) = locks.unlock() {
         ::log::error!("the connections stay locked, see soccr status: {}", chain(&error));
         return Ok(tree.restored);
@@ -58,8 +59,9 @@ pub fn wake(mut building: Building<'_>) -> Result<Vec<Task>, Failed<'_>> {
     profile.lap("unlock");
     let mut held = plan.held;
     held.append(&locks.take_held());
+    let sockets = whole.iter().map(|whole| (whole.socket.as_fd(), whole.tuple));
     held.let_in(locks.home());
-    let count = held.release(whole.iter().map(|whole| (whole.socket.as_fd(), whole.tuple)));
+    let count = held.release(sockets.chain(waiting.iter().map(Waiting::end)));
     let _ = fault::point("restore.released");
     probe(&whole);
     let _ = fault::point("restore.awake");
@@ -79,6 +81,7 @@ fn complete(building: &mut Building<'_>) -> Result<(), AgentError> {
         return Err(AgentError::NotFound(names.join(", ")));
     }
     fault::point("restore.all-built")?;
+    building.fill_queues()?;
     Ok(std::mem::take(&mut building.forge).finish()?)
 }
 

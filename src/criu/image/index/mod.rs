@@ -17,6 +17,7 @@ use std::collections::{BTreeMap, HashMap};
 
 pub use connections::{Connections, InetConnection};
 pub use in_flight::Packet;
+pub use sockets::Unconnected;
 pub use tasks::{DumpedTask, Fd};
 
 use super::allowance::Allowance;
@@ -41,8 +42,8 @@ pub struct Index {
     pub root: Option<u32>,
     /// The connections by file id.
     pub connections: Connections,
-    /// Other TCP sockets, listeners among them: their file ids and inodes.
-    pub unconnected: Vec<(u32, u32)>,
+    /// Other TCP sockets, listeners among them.
+    pub unconnected: Vec<Unconnected>,
     /// For each unix socket, by file id, the unread packets that carry descriptors, first come first.
     pub in_flight: HashMap<u32, Vec<Packet>>,
 }

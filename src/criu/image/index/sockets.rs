@@ -16,18 +16,30 @@ use crate::criu::image::{Fault, ImageDir, ImageError};
 use crate::encoding::decode::decode;
 use crate::encoding::{port_of, state_of};
 
-/// Reads the connections, by file id, and of the other TCP sockets file id and inode.
+/// A TCP socket without a peer, as CRIU's images know it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Unconnected {
+    /// Its file's id.
+    pub file_id: u32,
+    /// Its inode at the dump.
+    pub ino: u32,
+    /// Its network namespace.
+    pub net_ns_id: Option<u32>,
+}
+
+/// Reads the connections, by file id, and the other TCP sockets.
 pub(super) fn read(
     dir: &ImageDir,
     allowance: &mut Allowance,
-) -> Result<(Connections, Vec<(u32, u32)>), ImageError> {
+) -> Result<(Connections, Vec<Unconnected>), ImageError> {
     let streams = streams(dir)?;
     let (mut found, mut unconnected) = (Found::default(), Vec::new());
     for_each(dir, |reader, entry, length| {
         if entry.dst_port() == 0 {
-            let memory = allowance.take(in_vector::<(u32, u32)>(), length);
+            let memory = allowance.take(in_vector::<Unconnected>(), length);
             memory.map_err(|fault| reader.bad_message(fault))?;
-            unconnected.push((entry.id(), entry.ino()));
+            let (file_id, ino, net_ns_id) = (entry.id(), entry.ino(), entry.ns_id);
+            unconnected.push(Unconnected { file_id, ino, net_ns_id });
             return Ok(());
         }
         let connection = connection(entry, &streams).map_err(|fault| reader.bad_message(fault))?;

@@ -9,14 +9,17 @@ use protobuf::MessageField;
 use super::allowance::Allowance;
 use super::container::{Magic, Reader, head};
 use super::index::Index;
+use super::tcp_stream::TcpStreamImage;
 use super::{Fault, ImageDir, ImageError};
+use crate::connection::State;
 use crate::encoding::container::push_message;
 use crate::encoding::decode::decode;
 use crate::encoding::proto::soccr::{
-    Soccr_direction, Soccr_dump_entry, Soccr_held, Soccr_item, Soccr_listener, Soccr_translation,
+    Soccr_accepted, Soccr_direction, Soccr_dump_entry, Soccr_held, Soccr_item, Soccr_listener,
+    Soccr_translation,
 };
 use crate::encoding::wire::{self, NotAField, Value};
-use crate::encoding::{from_endpoint, to_endpoint};
+use crate::encoding::{from_endpoint, state_of, to_endpoint};
 use crate::four_tuple::FourTuple;
 use crate::lock::conntrack::{Direction, Translation};
 use crate::lock::held::HeldPackets;
@@ -38,10 +41,25 @@ pub struct SideImage {
     pub translations: Vec<Translation>,
     /// What CRIU's images do not tell of sockets.
     pub sockets: Sockets,
+    /// The connections that nobody had accepted, of each listener in the order of its queue.
+    pub accepted: Vec<Accepted>,
     /// What the connections' peers have sent during the dump.
     pub held: HeldPackets,
     /// Where the tree listens.
     pub listeners: Vec<TreeListener>,
+}
+
+/// A connection that waited in an accept queue.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Accepted {
+    /// The listener's inode.
+    pub listener: u32,
+    /// Its own, which names the image of its state.
+    pub ino: u32,
+    /// Both ends.
+    pub tuple: FourTuple,
+    /// Its state.
+    pub state: State,
 }
 
 /// A listener of the tree.
@@ -90,15 +108,29 @@ impl SideImage {
         LockName::criu(&self.id).ok()
     }
 
+    /// The connections in accept queues of listeners that `index` holds.
+    fn waiting<'a>(&'a self, index: &Index) -> impl Iterator<Item = &'a Accepted> {
+        let listeners: HashSet<u32> = index.unconnected.iter().map(|socket| socket.ino).collect();
+        self.accepted.iter().filter(move |accepted| listeners.contains(&accepted.listener))
+    }
+
     /// The translations of connections that `index` holds. What is said of others was left behind by other images, or is
     /// not to be trusted.
     pub fn translations_of(&self, index: &Index) -> Vec<Translation> {
-        let carried: HashSet<FourTuple> =
-            index.carried().map(|connection| connection.tuple.on_wire()).collect();
+        let carried = index.carried().map(|connection| connection.tuple);
+        let carried = carried.chain(self.waiting(index).map(|accepted| accepted.tuple));
+        let carried: HashSet<FourTuple> = carried.map(|tuple| tuple.on_wire()).collect();
         let sides = |translation: &&Translation| [translation.original.tuple(), translation.reply.tuple()];
         let of_these =
             |translation: &&Translation| sides(translation).iter().any(|side| carried.contains(side));
         self.translations.iter().filter(of_these).copied().collect()
+    }
+
+    /// The connections in the accept queues of listeners that `index` holds, as far as they have images: others were left
+    /// behind by other images, or are not to be trusted.
+    pub fn accepted_of(&self, index: &Index, dir: &ImageDir) -> Vec<Accepted> {
+        let has_image = |accepted: &&Accepted| dir.contains(&TcpStreamImage::name(accepted.ino));
+        self.waiting(index).filter(has_image).copied().collect()
     }
 
     /// Whether it was written with the images of this index, or other ones were in this folder then.
@@ -145,11 +177,15 @@ impl SideImage {
             translation: MessageField::some(to_translation(translation)),
             ..Default::default()
         });
+        let accepted = self.accepted.iter().map(|accepted| Soccr_item {
+            accepted: MessageField::some(to_accepted(accepted)),
+            ..Default::default()
+        });
         let listeners = self.listeners.iter().map(|listener| Soccr_item {
             listener: MessageField::some(to_listener(listener)),
             ..Default::default()
         });
-        translations.chain(held_items(self.held.iter())).chain(listeners)
+        translations.chain(accepted).chain(held_items(self.held.iter())).chain(listeners)
     }
 
     /// What a later version has written is passed over.
@@ -163,6 +199,9 @@ impl SideImage {
     fn take_message(&mut self, item: &Soccr_item) -> Result<(), Fault> {
         if let Some(entry) = item.translation.as_ref() {
             self.translations.push(from_translation(entry)?);
+        }
+        if let Some(entry) = item.accepted.as_ref() {
+            self.accepted.push(from_accepted(entry)?);
         }
         if let Some(entry) = item.listener.as_ref() {
             let listener = Listener { local: from_endpoint(&entry.local, "local")?, v6only: entry.v6only() };
@@ -262,6 +301,27 @@ fn to_translation(translation: &Translation) -> Soccr_translation {
     }
 }
 
+fn to_accepted(accepted: &Accepted) -> Soccr_accepted {
+    Soccr_accepted {
+        listener: Some(accepted.listener),
+        ino: Some(accepted.ino),
+        local: MessageField::some(to_endpoint(accepted.tuple.local)),
+        remote: MessageField::some(to_endpoint(accepted.tuple.remote)),
+        state: Some(u32::from(accepted.state as u8)),
+        ..Default::default()
+    }
+}
+
+fn from_accepted(entry: &Soccr_accepted) -> Result<Accepted, Fault> {
+    let local = from_endpoint(&entry.local, "local")?;
+    let tuple = FourTuple { local, remote: from_endpoint(&entry.remote, "remote")? };
+    if let Some(why) = tuple.impossible() {
+        return Err(Fault::value("local, remote", why));
+    }
+    let state = state_of(entry.state())?;
+    Ok(Accepted { listener: entry.listener(), ino: entry.ino(), tuple, state })
+}
+
 fn to_held(tuple: &FourTuple, segment: &[u8]) -> Soccr_held {
     Soccr_held {
         local: MessageField::some(to_endpoint(tuple.local)),
@@ -335,6 +395,12 @@ mod tests {
             run_id: None,
             translations: vec![v4, v6],
             sockets,
+            accepted: vec![Accepted {
+                listener: 7,
+                ino: 8,
+                tuple: v4.reply.tuple(),
+                state: State::CloseWait,
+            }],
             held: held(),
             listeners,
         };
@@ -342,11 +408,20 @@ mod tests {
         assert_eq!(held_from_bytes(&held_to_bytes(&image.held)), image.held);
         let read = SideImage::read(&dir).unwrap().unwrap();
         assert_eq!(read.translations, image.translations);
+        assert_eq!(read.accepted, image.accepted);
         assert_eq!(read.held, image.held);
         assert_eq!(read.listeners, image.listeners);
         assert_eq!(read.sockets.get(7).unwrap(), Some(extra));
         assert_eq!(read.sockets.get(8).unwrap(), Some(SocketExtra::default()));
         assert_eq!(read.sockets.get(9).unwrap(), None);
+    }
+
+    #[test]
+    fn no_connection_waits_for_an_impossible_peer() {
+        let tuple = direction("10.9.0.1:1", "10.9.0.2:0").tuple();
+        let accepted = Accepted { listener: 7, ino: 8, tuple, state: State::Established };
+        assert!(from_accepted(&to_accepted(&accepted)).is_err());
+        assert!(from_accepted(&Soccr_accepted::default()).is_err());
     }
 
     /// An option that no socket is given, an inode that stands twice, none at all.

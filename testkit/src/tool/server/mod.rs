@@ -7,7 +7,7 @@ mod session;
 use std::cell::RefCell;
 use std::collections::HashMap;
 use std::fs::File;
-use std::io::ErrorKind;
+use std::io::{ErrorKind, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
@@ -72,6 +72,9 @@ pub struct Options {
     /// Of accepted sockets
     #[arg(long, value_name = "BYTES")]
     sndbuf: Option<usize>,
+    /// Accept nothing before SIGUSR1, and then send each client its place in the order (one byte) before anything else
+    #[arg(long)]
+    late: bool,
     /// SO_REUSEADDR off in about half of the accepted sockets
     #[arg(long)]
     reuse_half: bool,
@@ -174,6 +177,7 @@ struct Loop {
     parked: Vec<Parked>,
     counters: Rc<RefCell<HashMap<String, u64>>>,
     ended: usize,
+    accepted: u8,
     child: Option<Child>,
     next_tick: Instant,
     // Held for what it is to a dump, never used.
@@ -195,14 +199,21 @@ impl Loop {
             parked: Vec::new(),
             counters: Rc::default(),
             ended: 0,
+            accepted: 0,
             child: None,
             next_tick: Instant::now(),
             _unix: options.unix.as_ref().map(UnixStream::connect).transpose()?,
             options,
         };
         server.watch(&server.released, EpollFlags::EPOLLIN)?;
-        server.listeners.iter().try_for_each(|listener| server.watch(listener, EpollFlags::EPOLLIN))?;
+        if !server.options.late {
+            server.watch_listeners()?;
+        }
         Ok(server)
+    }
+
+    fn watch_listeners(&self) -> Result<()> {
+        self.listeners.iter().try_for_each(|listener| self.watch(listener, EpollFlags::EPOLLIN))
     }
 
     fn open(&mut self) -> Result<()> {
@@ -292,10 +303,14 @@ impl Loop {
 
     fn accept(&mut self, nth: usize) -> Result<()> {
         loop {
-            let (stream, peer) = match self.listeners[nth].accept() {
+            let (mut stream, peer) = match self.listeners[nth].accept() {
                 Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(()),
                 accepted => accepted.context("accept")?,
             };
+            if self.options.late {
+                stream.write_all(&[self.accepted])?;
+                self.accepted += 1;
+            }
             if self.options.reuse_half {
                 setsockopt(&stream, sockopt::ReuseAddr, &reuses(peer))?;
             }
@@ -316,6 +331,9 @@ impl Loop {
     /// SIGUSR1 came.
     fn release(&mut self) -> Result<()> {
         while self.released.read_signal()?.is_some() {}
+        if self.options.late {
+            self.watch_listeners()?;
+        }
         self.options.hold = false;
         self.options.keep = false;
         self.ended += self.kept.len();

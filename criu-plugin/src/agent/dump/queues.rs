@@ -1,0 +1,117 @@
+//! The accept queues of the tree's listeners. CRIU refuses to dump a listener whose queue is not empty, so what waits
+//! there is taken out, before CRIU looks.
+
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::os::fd::{AsFd, OwnedFd};
+use std::rc::Rc;
+
+use soccr::accept_queue::{self, Policy};
+use soccr::chain;
+use soccr::connection::State;
+use soccr::criu::image::side::Accepted;
+use soccr::criu::record::QueueRecord;
+use soccr::criu::tasks::{Place, Unconnected};
+use soccr::kernel::netns::NetNs;
+use soccr::kernel::{SysError, tcp};
+use soccr::repair::{Paused, four_tuple};
+
+use crate::agent::error::AgentError;
+use crate::agent::queued::{Queued, Source};
+use crate::fault;
+
+/// A listener of the tree.
+#[derive(Debug)]
+pub struct Listener {
+    socket: Rc<OwnedFd>,
+    inode: u32,
+    local: SocketAddr,
+    ns: NetNs,
+    place: Place,
+}
+
+/// The listeners among these sockets.
+pub fn listeners(unconnected: &[Unconnected]) -> Result<Vec<Listener>, AgentError> {
+    const LISTEN: u8 = 10;
+    let mut listeners = Vec::new();
+    for Unconnected { socket, inode, local, ns, place, .. } in unconnected {
+        let failed = |source| AgentError::Listener { local: *local, place: *place, source };
+        if tcp::info(socket.as_fd()).map_err(failed)?.state == LISTEN {
+            let (socket, ns) = (Rc::clone(socket), ns.clone());
+            listeners.push(Listener { socket, inode: *inode, local: *local, ns, place: *place });
+        }
+    }
+    Ok(listeners)
+}
+
+/// What an agent that died has saved, whose sockets went with it.
+pub fn of_images(accepted: Vec<Accepted>, listeners: Vec<Listener>) -> Vec<Queued> {
+    let listeners = listeners.into_iter().map(|Listener { socket, inode, ns, .. }| (inode, (socket, ns)));
+    let listeners: HashMap<u32, (Rc<OwnedFd>, NetNs)> = listeners.collect();
+    let queued = |accepted: Accepted| {
+        let Some((listener, ns)) = listeners.get(&accepted.listener) else {
+            log::error!("{}, which nobody had accepted: its listener is gone", accepted.tuple);
+            return None;
+        };
+        Some(Queued { listener: Rc::clone(listener), ns: ns.clone(), accepted, source: Source::Image })
+    };
+    accepted.into_iter().filter_map(queued).collect()
+}
+
+impl Listener {
+    /// What is in its queue and to be taken out; `None`: nothing. What could not be put back is left to CRIU, which refuses
+    /// the dump, or reset, as the policy says.
+    pub fn queue(&self, policy: Policy) -> Result<Option<QueueRecord>, AgentError> {
+        let waiting = accept_queue::waiting(self.socket.as_fd()).map_err(|source| self.failed(source))?;
+        if waiting == 0 {
+            return Ok(None);
+        }
+        let Err(why) = accept_queue::check(&self.ns) else {
+            return Ok(Some(QueueRecord { listener: self.local, waiting }));
+        };
+        let Self { local, place, .. } = self;
+        let who =
+            format!("{local} ({place}): {waiting} connections that nobody has accepted cannot be carried");
+        match policy {
+            Policy::Refuse => log::warn!("{who}, and CRIU refuses them: {}", chain(&why)),
+            Policy::Reset => {
+                let count = accept_queue::reset(self.socket.as_fd()).map_err(|source| self.failed(source))?;
+                log::warn!("{who}, and {count} were reset: {}", chain(&why));
+            }
+        }
+        Ok(None)
+    }
+
+    fn failed(&self, source: SysError) -> AgentError {
+        AgentError::Listener { local: self.local, place: self.place, source }
+    }
+
+    /// Takes out the next connection; `None`: the queue is empty. One that its peer has reset meanwhile is of no use to
+    /// anybody.
+    pub fn take(&self) -> Result<Option<Queued>, AgentError> {
+        let failed = |source| self.failed(source);
+        while let Some(socket) = accept_queue::take(self.socket.as_fd()).map_err(failed)? {
+            fault::point("dump.accepted")?;
+            let tuple = four_tuple(socket.as_fd()).map_err(failed)?;
+            let state = State::try_from(tcp::info(socket.as_fd()).map_err(failed)?.state);
+            let state = state.map_err(|source| AgentError::QueuedState { tuple, source })?;
+            if state == State::Close {
+                log::info!("{tuple}: its peer has reset it before it was accepted");
+                continue;
+            }
+            let inode = nix::sys::stat::fstat(&socket)
+                .map_err(|errno| failed(SysError { call: "stat a socket", errno }))?
+                .st_ino;
+            let Ok(ino) = u32::try_from(inode) else { return Err(AgentError::Inode(tuple)) };
+            let source = Source::Socket(Paused::pause(socket)?.release());
+            let accepted = Accepted { listener: self.inode, ino, tuple, state };
+            return Ok(Some(Queued {
+                listener: Rc::clone(&self.socket),
+                ns: self.ns.clone(),
+                accepted,
+                source,
+            }));
+        }
+        Ok(None)
+    }
+}
