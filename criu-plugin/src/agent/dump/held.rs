@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use soccr::chain;
 use soccr::connection::FourTuple;
 use soccr::criu::keeper::Keeper;
-use soccr::criu::record::{self, NsId, Phase, Recorder, State, Store};
+use soccr::criu::record::{NsId, Phase, Recorder, State, Store};
 use soccr::criu::stock;
 use soccr::criu::tasks::Task;
 use soccr::kernel::netns::NetNs;
@@ -183,8 +183,7 @@ impl Held {
         drop(arrangement);
         self.namespaces.clear();
         self.note(Phase::Dumped);
-        let record = self.recorder.record();
-        if record.locks.is_empty() && record::is_undone(record) {
+        if self.recorder.record().locks.is_empty() && self.recorder.is_undone() {
             self.forget_record();
         }
         let keeper = self.keeper(staying);
