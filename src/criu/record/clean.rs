@@ -10,7 +10,7 @@ use serde::Serialize;
 
 use super::namespaces::{Namespaces, all_namespaces, find};
 use super::stopped::{carry_on, finish};
-use super::{ConnectionRecord, LockRecord, NsId, Phase, Record, State, Store, current_boot};
+use super::{ConnectionRecord, LockRecord, NsId, Phase, Record, RecordId, State, Store, current_boot};
 use crate::chain;
 use crate::connection::FourTuple;
 use crate::criu::stock::{self, NamespaceLock};
@@ -107,8 +107,7 @@ pub fn remove_locks(record: &Record) -> Vec<String> {
 /// A lock that somebody else has removed, as `nft flush ruleset` does, leaves images that nobody has restored.
 #[must_use]
 pub fn is_undone(store: &Store, record: &Record) -> bool {
-    let waits = record.boot == current_boot() && record.phase == Phase::Dumped && record.stopped.is_empty();
-    let is_unlocked = || {
+    waits(record) && {
         let namespaces = namespaces_of(record);
         let gone = |id: NsId, is_unlocked: &dyn Fn(&NetNs) -> bool| {
             namespaces.get(id).map_or_else(|| namespaces.is_gone(id), is_unlocked)
@@ -117,15 +116,37 @@ pub fn is_undone(store: &Store, record: &Record) -> bool {
             && record.criu_locks.iter().all(|id| gone(*id, &is_unlocked_by_criu))
             && (record.locks.iter().all(|lock| namespaces.is_gone(lock.ns))
                 || !record.images.is_there()
-                || is_restored(store, record))
-    };
-    waits && is_unlocked()
+                || store.read(&record.id).is_ok_and(|read| read.is_some_and(|(_, all)| is_restored(&all))))
+    }
 }
 
-/// Whether a process on this host has one of the connections.
-fn is_restored(store: &Store, record: &Record) -> bool {
-    let connections = store.read(&record.id).ok().flatten().map(|(_, connections)| connections);
-    let tuples: Vec<FourTuple> = connections.iter().flatten().map(ConnectionRecord::tuple).collect();
+/// Ends a dump that waits for its restore, if a process on this host has one of its connections: stock CRIU has restored
+/// it, which does not know of all that a dump leaves. Gives whether that was so.
+pub fn end_restored(store: &Store, id: &RecordId) -> bool {
+    let Ok(Some((record, connections))) = store.read(id) else { return false };
+    if !waits(&record) || !is_restored(&connections) {
+        return false;
+    }
+    let tuples: Vec<FourTuple> = connections.iter().map(ConnectionRecord::tuple).collect();
+    for (ns, _) in namespaces_of(&record).iter() {
+        // A stateful firewall has seen neither what was locked nor the restore.
+        let known = conntrack::restore(ns, &record.translations);
+        if let Err(error) = known.and(conntrack::establish(ns, &tuples)) {
+            log::warn!("{ns}: connections may be reset on their way: {}", chain(&error));
+        }
+    }
+    clean(store, &record, Options::default()).problems.iter().for_each(|problem| log::error!("{problem}"));
+    true
+}
+
+/// Whether the locks that the record tells of are a dump's that is complete, and of which all else is up to a restore.
+fn waits(record: &Record) -> bool {
+    record.boot == current_boot() && record.phase == Phase::Dumped && record.stopped.is_empty()
+}
+
+/// Whether a process on this host has one of these connections.
+fn is_restored(connections: &[ConnectionRecord]) -> bool {
+    let tuples: Vec<FourTuple> = connections.iter().map(ConnectionRecord::tuple).collect();
     let lives = |ns: &NetNs| matches!(ns.run(|| diag::find_owned(&tuples)), Ok(Ok(Some(_))));
     all_namespaces().iter().any(|(ns, _)| lives(ns))
 }

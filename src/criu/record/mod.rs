@@ -37,7 +37,7 @@ use crate::lock::conntrack::Translation;
 use crate::lock::{LockName, Method};
 
 pub use clean::{
-    EndedLock, Options as CleanOptions, Report, all_ended_locks, clean, ended_locks, is_undone,
+    EndedLock, Options as CleanOptions, Report, all_ended_locks, clean, end_restored, ended_locks, is_undone,
     locked_by_criu, remove_locks,
 };
 pub use error::RecordError;

@@ -200,7 +200,7 @@ impl Held {
     fn keeper(&mut self, locks: Vec<LockName>) -> Option<Keeper> {
         let holder = std::mem::take(&mut self.holder);
         let door = self.recorder.held().filter(|_| !locks.is_empty() && holder.listens())?;
-        let keeper = Keeper::new(holder, &self.criu_ns, locks, door);
+        let keeper = Keeper::new(holder, &self.criu_ns, locks, door, &self.recorder.record().id);
         keeper.inspect_err(|error| log::warn!("nobody holds packets until the restore: {error}")).ok()
     }
 
