@@ -38,9 +38,13 @@ demo: all criu ## freeze, kill and bring back a server while its clients go on
 	@scripts/packages redis-server || echo "demo: no redis-server here, using the built-in echo server"
 	@scripts/isolated target/release/soccr-test demo
 
-demo-migrate: all criu ## a server moves between two hosts with its addresses while its clients go on, beside stock CRIU
+demo-migrate: PODMAN = target/migrate-podman
+demo-migrate: all criu ## a server moves between two hosts with its addresses while its clients go on, by criu and by podman, beside stock CRIU (STOCK=0: without)
 	@scripts/packages redis-server || echo "demo-migrate: no redis-server here, using the built-in server"
-	@scripts/isolated target/release/soccr-test migrate $(ARGS)
+	@scripts/runtimes --rounds 1 $(if $(filter 0,$(STOCK)),--no-stock) --out $(PODMAN) --cases "two hosts, published" -- podman-runc \
+		|| [ -e $(PODMAN)/report.json ] || echo "demo-migrate: no podman here, criu alone"
+	@scripts/isolated target/release/soccr-test migrate $(if $(filter 0,$(STOCK)),--ours-only) \
+		$$(test ! -e $(PODMAN)/report.json || echo --podman $(PODMAN)/report.json) $(ARGS)
 
 test: ## everything but what takes longer or tests nothing of ours (STEPS="cargo demo …": only these)
 	@scripts/test $(STEPS)

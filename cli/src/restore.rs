@@ -205,11 +205,7 @@ fn check(arguments: &Arguments, record: &Record, name: &LockName, ns: &NetNs) ->
         }
         return Ok(());
     }
-    for LockRecord { name, .. } in record::ended_locks(record, ns) {
-        warn(&format!(
-            "{ns}: the lock {name} is gone: connections whose peers have sent meanwhile were reset"
-        ));
-    }
+    record::ended_locks(record, ns).iter().for_each(|ended| warn(&ended.to_string()));
     Ok(())
 }
 

@@ -7,7 +7,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result};
 use serde::Serialize;
-use soccr::criu::record::{self, Listed, NsId, Record, State, Store};
+use soccr::criu::record::{self, EndedLock, Listed, NsId, Record, State, Store};
 use soccr::criu::stock::{self, NamespaceLock};
 use soccr::kernel::netns::NetNs;
 use soccr::lock::{self, LockName};
@@ -43,6 +43,8 @@ struct Entry {
     agent_lives: bool,
     /// The namespaces that CRIU has locked as a whole.
     locked_by_criu: Vec<NsId>,
+    /// Locks that were to wait for the restore and are gone.
+    ended_locks: Vec<EndedLock>,
     #[serde(flatten)]
     record: Record,
 }
@@ -87,10 +89,11 @@ pub fn run(arguments: &Arguments) -> Result<bool> {
 fn collect(scope: &Scope) -> Result<Status> {
     let store = Store::open()?;
     let listed = store.as_ref().map_or_else(|| Ok(Vec::new()), Store::list)?;
+    let is_undone = |record: &_| store.as_ref().is_some_and(|store| record::is_undone(store, record));
     let (mut records, mut unreadable) = (Vec::new(), Vec::new());
     for Listed { id, record } in listed {
         match record {
-            Ok(record) if record::is_undone(&record) => forget(store.as_ref(), &record),
+            Ok(record) if is_undone(&record) => forget(store.as_ref(), &record),
             Ok(record) => records.push(entry(record)),
             Err(error) => unreadable
                 .push(Unreadable { id: id.to_string(), why: format!("{:#}", anyhow::Error::new(error)) }),
@@ -122,6 +125,7 @@ fn entry(record: Record) -> Entry {
         criu_lives: record.criu.lives(),
         agent_lives: record.agent.lives(),
         locked_by_criu: locked_by_criu(&record),
+        ended_locks: record::all_ended_locks(&record),
         record,
     }
 }
@@ -162,6 +166,9 @@ fn print(status: &Status) -> std::io::Result<()> {
         let mut table = Table::new(&head);
         status.records.iter().for_each(|entry| table.push(row(entry)));
         table.print(&mut out)?;
+    }
+    for entry in &status.records {
+        entry.ended_locks.iter().try_for_each(|ended| writeln!(out, "{}: {ended}", entry.record.id))?;
     }
     for Unreadable { id, why } in &status.unreadable {
         writeln!(out, "{id}: unreadable: {why}")?;

@@ -275,6 +275,30 @@ fn a_dump_that_waits_is_shown_until_its_lock_is_gone() {
     });
 }
 
+/// As `nft flush ruleset` removes it: nobody has restored the images. Without them nobody can.
+#[test]
+fn a_dump_whose_lock_is_gone_is_told() {
+    in_own_network(|| {
+        let host = Host::new();
+        let echo = Echo::start();
+        let name = echo.record(&host, "waits", Phase::Dumped);
+        echo.lock(&name);
+        host.orphan("waits");
+        assert_eq!(host.status()["records"][0]["ended_locks"], json!([]));
+        drop(echo);
+        let flushed = Command::new("nft").args(["flush", "ruleset"]).status().expect("nft runs");
+        assert!(flushed.success());
+        let record = &host.status()["records"][0];
+        assert_eq!(record["state"], "dumped", "{record}");
+        assert_eq!(record["ended_locks"][0]["name"], "CRIU-waits", "{record}");
+        let told =
+            format!("waits: {}: the lock CRIU-waits is gone: connections whose peers have sent", here());
+        assert!(host.done(&["status"]).contains(&told), "{}", host.done(&["status"]));
+        host.edit("waits", |head| head["images"]["ino"] = json!(0));
+        assert_eq!(host.status()["records"], json!([]));
+    });
+}
+
 /// A namespace that only we keep open: as one with a path, in which nobody is while a dump waits for its restore.
 fn empty_namespace() -> NetNs {
     let unshare = || nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).map(|()| here());

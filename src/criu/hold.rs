@@ -106,7 +106,7 @@ pub fn hold(images: &ImageDir, ns: &NetNs, options: &LockOptions) -> Result<Hold
         }
     }
     let door = recorder.held().filter(|_| holder.listens());
-    let keeper = door.map(|door| Keeper::new(holder, ns, vec![name], door));
+    let keeper = door.map(|door| Keeper::new(holder, ns, vec![name], door, &id));
     let keeper = keeper.transpose().unwrap_or_else(|error| {
         log::warn!("what peers send until the restore is dropped: {error}");
         None

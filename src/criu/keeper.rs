@@ -4,6 +4,11 @@
 //! It holds nothing else: no socket, no folder, no namespace that could go. The restore's agent takes what was held
 //! through a socket beside the record, and the keeper ends. It also ends when the lock is gone, whoever removed it, and
 //! when it has waited for as long as `SOCCR_HOLD` says.
+//!
+//! Stock CRIU can restore the images too, and leaves what it does not know of: the lock on the way to a container, and the
+//! record. When the dump's lock is gone, or a packet comes from one of the sockets, the keeper looks whether a
+//! process on this host has one of the connections again, and removes all that is left. A packet alone, which anybody
+//! can forge, removes nothing.
 
 use std::fs;
 use std::io::{self, Read, Write};
@@ -13,6 +18,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use super::image::side;
+use super::record::{self, RecordId, Store};
 use crate::kernel::netns::NetNs;
 use crate::lock::held::{HeldPackets, Holder};
 use crate::lock::{self, LockName, Watch};
@@ -21,6 +27,8 @@ use nix::sys::prctl;
 
 /// Neither end waits longer for the other.
 const PATIENCE: Duration = Duration::from_secs(5);
+/// Between two looks at all namespaces, which are not for free.
+const LOOK_EVERY: Duration = Duration::from_millis(500);
 
 /// Holds packets until somebody takes them.
 #[derive(Debug)]
@@ -31,6 +39,8 @@ pub struct Keeper {
     locks: Vec<LockName>,
     watch: Watch,
     door: Door,
+    /// The record of the dump.
+    id: RecordId,
 }
 
 /// Where the packets are given away.
@@ -47,26 +57,43 @@ impl Drop for Door {
 }
 
 impl Keeper {
-    /// Keeps what `holder` holds, of the locks with these names in `ns` only; gives it away at `door`.
+    /// Keeps what `holder` holds, of the locks with these names in `ns` only, for the restore of the dump `id`; gives it
+    /// away at `door`.
     ///
     /// # Errors
     /// The socket cannot be made there, or the namespace not be watched.
-    pub fn new(mut holder: Holder, ns: &NetNs, locks: Vec<LockName>, door: PathBuf) -> io::Result<Self> {
+    pub fn new(
+        mut holder: Holder,
+        ns: &NetNs,
+        locks: Vec<LockName>,
+        door: PathBuf,
+        id: &RecordId,
+    ) -> io::Result<Self> {
         holder.keep_only(ns);
         let watch = Watch::open(ns).map_err(io::Error::other)?;
         let _ = fs::remove_file(&door);
         let door = Door { socket: UnixListener::bind(&door)?, path: door };
         door.socket.set_nonblocking(true)?;
-        Ok(Self { holder, ns: ns.clone(), locks, watch, door })
+        Ok(Self { holder, ns: ns.clone(), locks, watch, door, id: id.clone() })
     }
 
     /// Holds them to the end. The process gets a name of its own.
     pub fn serve(mut self) {
         let _ = prctl::set_name(c"soccr-keeper");
         let end = Instant::now() + self.holder.patience;
+        let (mut heard, mut next_look) = (false, Instant::now());
         let mut changed = true;
-        while !changed || self.is_locked() {
-            let Some(left) = end.checked_duration_since(Instant::now()) else { return };
+        loop {
+            let now = Instant::now();
+            let is_locked = !changed || self.is_locked();
+            if !is_locked || (heard && now >= next_look) {
+                if self.end_restored() || !is_locked {
+                    return;
+                }
+                (heard, next_look) = (false, now + LOOK_EVERY);
+            }
+            let until = if heard { end.min(next_look) } else { end };
+            let Some(left) = until.checked_duration_since(now).filter(|_| now < end) else { return };
             let mut fds = vec![
                 PollFd::new(self.door.socket.as_fd(), PollFlags::POLLIN),
                 PollFd::new(self.watch.as_fd(), PollFlags::POLLIN),
@@ -77,8 +104,13 @@ impl Keeper {
                 return give(to, self.holder);
             }
             self.holder.read();
+            heard |= self.holder.heard_socket();
             changed = self.watch.changed();
         }
+    }
+
+    fn end_restored(&self) -> bool {
+        matches!(Store::open(), Ok(Some(store)) if record::end_restored(&store, &self.id))
     }
 
     fn is_locked(&self) -> bool {

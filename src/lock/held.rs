@@ -55,6 +55,8 @@ pub struct Holder {
     /// Namespaces that have no log.
     deaf: Vec<NetNs>,
     packets: HeldPackets,
+    /// One of the sockets has sent.
+    heard: bool,
 }
 
 impl Holder {
@@ -136,8 +138,17 @@ impl Holder {
     /// Takes what has come.
     pub fn read(&mut self) {
         for (_, log) in &mut self.logs {
-            log.read(|packet| self.packets.take(packet));
+            log.read(|packet| {
+                self.heard |= self.packets.is_from_socket(packet);
+                self.packets.take(packet);
+            });
         }
+    }
+
+    /// Whether one of the sockets has sent, as far as was [read](Self::read), since this was asked the last time. A lock
+    /// on the way sees both directions; while a dump waits only a socket that was restored can send.
+    pub fn heard_socket(&mut self) -> bool {
+        std::mem::take(&mut self.heard)
     }
 
     /// What is held by now.
@@ -240,6 +251,14 @@ impl HeldPackets {
         } else if self.listeners.iter().any(|listener| listener.hears(destination)) {
             self.add_newcomer(FourTuple { local: destination, remote: source }, segment);
         }
+    }
+
+    /// Whether one of the sockets has sent this. A reset comes from where there is none.
+    fn is_from_socket(&self, packet: &[u8]) -> bool {
+        tcp_in(packet).is_some_and(|(source, destination, segment)| {
+            self.wanted.contains_key(&(destination, source))
+                && Head::of(segment).is_some_and(|head| head.flags & RST == 0)
+        })
     }
 
     /// Adds a SYN that somebody else has held; `false`: it is none. Of one that was sent more than once the first counts.

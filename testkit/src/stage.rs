@@ -236,14 +236,15 @@ impl Stage {
         let images = self.images()?;
         let address = self.freeze(server, dump, &images)?;
         let server = self.thaw(address, restore, &images)?;
-        if self.place != Place::Host && matches!((dump, restore), (Side::Plugin(_), Side::Stock(_))) {
+        if self.place == Place::External && matches!((dump, restore), (Side::Plugin(_), Side::Stock(_))) {
             self.clean_path()?;
         }
         self.wait_until_clean(Some(&server))?;
         Ok(server)
     }
 
-    /// Stock CRIU does not know the plugin's lock on the way to other namespaces: whoever restores with it removes that.
+    /// Stock CRIU does not know the plugin's lock on the way to other namespaces. Here nothing passes there, from which the
+    /// keeper would learn that the connections live again.
     fn clean_path(&self) -> Result<()> {
         let status = self.status()?;
         let [id] = status.ids()[..] else { bail!("the lock on the way has no record of its own: {status}") };

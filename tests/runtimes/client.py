@@ -168,14 +168,14 @@ def verdict(streams):
         if stream.end:
             ends.setdefault(stream.end, []).append(stream.port)
     alive = [stream for stream in streams if not stream.end]
-    silence = max((stream.silence for stream in alive), default=0)
+    silences = [round(stream.silence, 3) for stream in alive]
     for stream in streams:
         stream.silence = 0.0
     return {
         "alive": len(alive),
         "ends": {end: len(ports) for end, ports in ends.items()},
         "ports": ends,
-        "silence": round(silence, 2),
+        "silences": silences,
         "bytes": sum(stream.received for stream in streams),
     }
 

@@ -59,7 +59,7 @@ def main():
 
 
 def one_round(runtime, case, who, logs):
-    result = {"alive": 0, "moves": 0, "resets": 0, "silence": 0, "seconds": {}, "left": []}
+    result = {"alive": 0, "moves": [], "resets": 0, "left": []}
     try:
         make_lan()
         hosts = [Remote(name, [runtime, case, who, logs]) for name in ("a", "b")]
@@ -76,10 +76,10 @@ def go_to_and_fro(service, hold, logs, result):
         for number in range(1, MOVES + 1):
             begin = time.monotonic()
             service.move(hold)
-            result["seconds"][f"move {number}"] = round(time.monotonic() - begin, 2)
-            silence = result["silence"]
-            result |= streams.verdict() | {"moves": number, "resets": resets() - earlier}
-            result["silence"] = max(silence, result["silence"])
+            seconds = round(time.monotonic() - begin, 3)
+            result |= streams.verdict() | {"resets": resets() - earlier}
+            move = {"seconds": seconds, "resets": result["resets"] - sum(move["resets"] for move in result["moves"])}
+            result["moves"].append(move | {"silences": result.pop("silences")})
             result["left"] += [f"after move {number}: {line}" for host in service.hosts for line in host.ask("locks")]
             if not result["alive"]:
                 break

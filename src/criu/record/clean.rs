@@ -1,19 +1,24 @@
 //! Undoing what a record tells.
 
 use std::collections::HashSet;
+use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use serde::Serialize;
 
-use super::namespaces::{Namespaces, find};
+use super::namespaces::{Namespaces, all_namespaces, find};
 use super::stopped::{carry_on, finish};
-use super::{LockRecord, NsId, Phase, QueueRecord, Record, State, Store, current_boot};
+use super::{
+    ConnectionRecord, LockRecord, NsId, Phase, QueueRecord, Record, RecordId, State, Store, current_boot,
+};
 use crate::chain;
+use crate::connection::FourTuple;
 use crate::criu::stock::{self, NamespaceLock};
 use crate::criu::tasks::{Fate, ProcessId, Task, Walker};
 use crate::kernel::netns::NetNs;
-use crate::kernel::{sockopt, tcp};
+use crate::kernel::{diag, sockopt, tcp};
 use crate::lock::{self, conntrack};
 use crate::repair::{Paused, Probe, Who, four_tuple};
 
@@ -102,29 +107,85 @@ pub fn remove_locks(record: &Record) -> Vec<String> {
 }
 
 /// Whether nothing is left of what `record` tells, although nobody has removed it: stock CRIU restored the dump and
-/// removed the lock, or an administrator did. Only a record that waits for a restore can be so, and only who sees all processes can tell.
+/// removed the lock. Only a record that waits for a restore can be so, and only who sees all processes can tell.
+///
+/// A lock that somebody else has removed, as `nft flush ruleset` does, leaves images that nobody has restored.
 #[must_use]
-pub fn is_undone(record: &Record) -> bool {
-    let waits = record.boot == current_boot() && record.phase == Phase::Dumped && record.stopped.is_empty();
-    waits && {
+pub fn is_undone(store: &Store, record: &Record) -> bool {
+    waits(record) && {
         let namespaces = namespaces_of(record);
         let gone = |id: NsId, is_unlocked: &dyn Fn(&NetNs) -> bool| {
             namespaces.get(id).map_or_else(|| namespaces.is_gone(id), is_unlocked)
         };
         record.locks.iter().all(|lock| gone(lock.ns, &|ns| is_absent(ns, lock)))
             && record.criu_locks.iter().all(|id| gone(*id, &is_unlocked_by_criu))
+            && (record.locks.iter().all(|lock| namespaces.is_gone(lock.ns))
+                || !record.images.is_there()
+                || store.read(&record.id).is_ok_and(|read| read.is_some_and(|(_, all)| is_restored(&all))))
     }
 }
 
-/// The locks in `ns` that the record tells of, and that keep nothing away any more: a lease has ended them, or somebody
-/// has removed them.
+/// Ends a dump that waits for its restore, if a process on this host has one of its connections: stock CRIU has restored
+/// it, which does not know of all that a dump leaves. Gives whether that was so.
+pub fn end_restored(store: &Store, id: &RecordId) -> bool {
+    let Ok(Some((record, connections))) = store.read(id) else { return false };
+    if !waits(&record) || !is_restored(&connections) {
+        return false;
+    }
+    let tuples: Vec<FourTuple> = connections.iter().map(ConnectionRecord::tuple).collect();
+    for (ns, _) in namespaces_of(&record).iter() {
+        // A stateful firewall has seen neither what was locked nor the restore.
+        let known = conntrack::restore(ns, &record.translations);
+        if let Err(error) = known.and(conntrack::establish(ns, &tuples)) {
+            log::warn!("{ns}: connections may be reset on their way: {}", chain(&error));
+        }
+    }
+    clean(store, &record, Options::default()).problems.iter().for_each(|problem| log::error!("{problem}"));
+    true
+}
+
+/// Whether the locks that the record tells of are a dump's that is complete, and of which all else is up to a restore.
+fn waits(record: &Record) -> bool {
+    record.boot == current_boot() && record.phase == Phase::Dumped && record.stopped.is_empty()
+}
+
+/// Whether a process on this host has one of these connections.
+fn is_restored(connections: &[ConnectionRecord]) -> bool {
+    let tuples: Vec<FourTuple> = connections.iter().map(ConnectionRecord::tuple).collect();
+    let lives = |ns: &NetNs| matches!(ns.run(|| diag::find_owned(&tuples)), Ok(Ok(Some(_))));
+    all_namespaces().iter().any(|(ns, _)| lives(ns))
+}
+
+/// A lock that was to wait for a restore, and that keeps nothing away any more: a lease has ended it, or somebody has
+/// removed it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(transparent)]
+pub struct EndedLock(LockRecord);
+
+impl fmt::Display for EndedLock {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let LockRecord { ns, name, .. } = &self.0;
+        write!(f, "{ns}: the lock {name} is gone: connections whose peers have sent meanwhile were reset")
+    }
+}
+
+/// Those in `ns` that the record tells of.
 #[must_use]
-pub fn ended_locks<'a>(record: &'a Record, ns: &NetNs) -> Vec<&'a LockRecord> {
+pub fn ended_locks(record: &Record, ns: &NetNs) -> Vec<EndedLock> {
     let Ok(mut found) = lock::list(ns) else { return Vec::new() }; // whoever needs a lock then is told why
     found.retain(|lock| lock.entries > 0);
     let is_lock = |lock: &&LockRecord| lock.ns == NsId::from(ns) && lock.method != lock::Method::Skip;
     let recorded = record.locks.iter().filter(is_lock);
-    recorded.filter(|lock| !found.iter().any(|found| is_same(found, lock))).collect()
+    recorded.filter(|lock| !found.iter().any(|found| is_same(found, lock))).cloned().map(EndedLock).collect()
+}
+
+/// Those of a record that waits for its restore, in all namespaces.
+#[must_use]
+pub fn all_ended_locks(record: &Record) -> Vec<EndedLock> {
+    if record.boot != current_boot() || record.phase != Phase::Dumped {
+        return Vec::new(); // its locks are about to be made, or to be removed
+    }
+    namespaces_of(record).iter().flat_map(|(ns, _)| ended_locks(record, ns)).collect()
 }
 
 fn is_unlocked_by_criu(ns: &NetNs) -> bool {

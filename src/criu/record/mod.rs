@@ -37,7 +37,8 @@ use crate::lock::conntrack::Translation;
 use crate::lock::{LockName, Method};
 
 pub use clean::{
-    Options as CleanOptions, Report, clean, ended_locks, is_undone, locked_by_criu, remove_locks,
+    EndedLock, Options as CleanOptions, Report, all_ended_locks, clean, end_restored, ended_locks, is_undone,
+    locked_by_criu, remove_locks,
 };
 pub use error::RecordError;
 pub use namespaces::{Namespaces, all_namespaces};

@@ -11,7 +11,7 @@ use nix::sys::stat::fstat;
 use super::file;
 use super::{
     ConnectionRecord, Folder, LockRecord, NsId, Phase, QueueRecord, Record, RecordError, RecordId, State,
-    Store, current_boot, own_pid_ns,
+    Store, current_boot, is_undone, own_pid_ns,
 };
 use crate::connection::FourTuple;
 use crate::criu::tasks::ProcessId;
@@ -66,6 +66,12 @@ impl Recorder {
     pub fn keep_in(mut self, store: Store) -> Self {
         self.store = Some(store);
         self
+    }
+
+    /// Whether nothing is left of what it tells, as [`is_undone`] finds out.
+    #[must_use]
+    pub fn is_undone(&self) -> bool {
+        self.store.as_ref().is_some_and(|store| is_undone(store, &self.record))
     }
 
     /// Takes over the record with this id for the process `criu`; `None` when there is none, or only one from

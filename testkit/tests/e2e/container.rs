@@ -10,7 +10,7 @@ use anyhow::{Context, Result, ensure};
 use soccr_testkit::netns::{End, veth};
 use soccr_testkit::{Client, Fleet, NetNs, Place, Server, Stage, leftovers};
 
-use crate::world::{BUSY, PATIENCE, PLUGIN, stage};
+use crate::world::{BUSY, PATIENCE, PLUGIN, STOCK, stage};
 
 const CLIENTS: usize = 10;
 
@@ -165,6 +165,31 @@ fn a_container_that_runs_on_is_not_left_behind_a_lock() -> Result<()> {
         all = busy.stop(PATIENCE).whole()?;
         all.iter_mut().try_for_each(|client| client.ping(1000))?;
     }
+    network.down(host)?;
+    stage.wait_until_clean(Some(&server))
+}
+
+/// Stock CRIU restores the plugin's images. It does not know of the lock on the way, which ends when the server sends.
+#[test]
+fn stock_criu_restores_it_and_nothing_stays_on_the_way() -> Result<()> {
+    let Some(stage) = stage(Place::External, &[PLUGIN, STOCK])? else { return Ok(()) };
+    let host = wire(&stage)?;
+    let network = Network::up(host)?;
+    let server = Server::start(&network.container, INSIDE.parse()?, stage.dir(), ["--mode", "echo"])?;
+    let mut clients = clients(&stage.peer, INSIDE)?;
+    clients.extend(self::clients(&stage.peer, PUBLISHED)?);
+    clients.iter_mut().try_for_each(|client| client.ping(1000))?;
+
+    let (images, address) = (stage.images()?, server.address);
+    let external = format!("net[{}]:inner", network.container.inode());
+    let call = stage.criu.dump(PLUGIN, server.pid(), &images).inside(host).args(["--external", &external]);
+    call.dump_and_wait(server.task)?;
+    let call = stage.criu.restore(STOCK, &images).inside(host).inherit(&network.container, "inner")?;
+    let server = Server::restored(address, call.restore()?.0, stage.dir());
+    clients.iter_mut().try_for_each(|client| client.ping(1000))?;
+    let status = stage.status()?;
+    ensure!(status.is_empty(), "{status}");
+    leftovers::no_rules(&network.container)?;
     network.down(host)?;
     stage.wait_until_clean(Some(&server))
 }

@@ -8,7 +8,7 @@ use soccr::connection::FourTuple;
 use soccr::criu::image::ImageDir;
 use soccr::criu::image::side::Accepted;
 use soccr::criu::keeper::Keeper;
-use soccr::criu::record::{self, NsId, Phase, Recorder, State, Store};
+use soccr::criu::record::{NsId, Phase, Recorder, State, Store};
 use soccr::criu::stock;
 use soccr::criu::tasks::Task;
 use soccr::kernel::netns::NetNs;
@@ -229,8 +229,7 @@ impl Held {
         drop(arrangement);
         self.namespaces.clear();
         self.note(Phase::Dumped);
-        let record = self.recorder.record();
-        if record.locks.is_empty() && record::is_undone(record) {
+        if self.recorder.record().locks.is_empty() && self.recorder.is_undone() {
             self.forget_record();
         }
         let keeper = self.keeper(staying);
@@ -247,7 +246,7 @@ impl Held {
     fn keeper(&mut self, locks: Vec<LockName>) -> Option<Keeper> {
         let holder = std::mem::take(&mut self.holder);
         let door = self.recorder.held().filter(|_| !locks.is_empty() && holder.listens())?;
-        let keeper = Keeper::new(holder, &self.criu_ns, locks, door);
+        let keeper = Keeper::new(holder, &self.criu_ns, locks, door, &self.recorder.record().id);
         keeper.inspect_err(|error| log::warn!("nobody holds packets until the restore: {error}")).ok()
     }
 

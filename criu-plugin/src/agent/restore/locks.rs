@@ -78,11 +78,7 @@ impl Locks {
         };
         let criu_ns = NetNs::of_task(criu.pid.cast_unsigned())?;
         let waited = (!left.interrupted).then(|| record::ended_locks(recorder.record(), &criu_ns));
-        for LockRecord { name, .. } in waited.into_iter().flatten() {
-            log::warn!(
-                "{criu_ns}: the lock {name} is gone: connections whose peers have sent meanwhile were reset"
-            );
-        }
+        waited.iter().flatten().for_each(|ended| log::warn!("{ended}"));
         if left.interrupted {
             destroy_recorded_orphans(recorder.record(), &criu_ns, &plan.tuples(|_| true));
         }

@@ -4,7 +4,10 @@
 //! is restored at once when its addresses are there, or as where that takes longer (a container's network is set up, the
 //! images are fetched): when the clients have sent to them already. Who has nothing locked then answers with RST; else it
 //! is a matter of luck.
+//!
+//! The same move by podman's export and import is `scripts/runtimes`' to make; its rounds are shown with these.
 
+mod podman;
 mod report;
 
 use std::fs;
@@ -44,11 +47,14 @@ pub struct Options {
     /// Only the plugin with soccr hold
     #[arg(long)]
     ours_only: bool,
+    /// The report.json of scripts/runtimes, whose moves are shown with these
+    #[arg(long, value_name = "FILE")]
+    podman: Option<PathBuf>,
 }
 
 /// One row of the report.
 #[derive(Clone, Copy)]
-pub struct Trial {
+struct Trial {
     way: Way,
     /// The clients send to the new host before anything is restored there.
     late: bool,
@@ -84,13 +90,16 @@ pub fn run(options: &Options) -> Result<()> {
         _ => fs::create_dir_all(&options.out)?,
     }
     let out = options.out.canonicalize()?;
-    let mut report = Report::new(options.clients.get());
+    let mut report = Report::default();
     let trials: &[_] = if options.ours_only { &OURS } else { &ALL };
     for (nth, trial) in trials.iter().enumerate() {
         let row =
             measure(&criu, &out.join(nth.to_string()), *trial, options).with_context(|| trial.name())?;
         report.rows.push(row);
         task::no_children(Duration::from_secs(5))?;
+    }
+    if let Some(file) = &options.podman {
+        report.rows.extend(podman::rows(file)?);
     }
     println!("\n{}", report.text());
     let svg = out.join("report.svg");
@@ -112,7 +121,7 @@ fn measure(criu: &Criu, dir: &Path, trial: Trial, options: &Options) -> Result<R
     let clients: Vec<_> = lan.client.run(|| (0..count).map(connect).collect::<Result<_>>())?;
     let load = Fleet::start(clients, PACE);
 
-    let mut row = Row::new(trial);
+    let mut row = Row { name: trial.name(), clients: count, held: way.hold, ..Row::default() };
     for nth in 0..options.moves.get() {
         interrupt::check()?;
         everyone_answered(&load, BETWEEN);
@@ -194,4 +203,16 @@ fn left_behind(lan: &Lan, way: Way) -> Result<usize> {
         }
     }
     Ok(0)
+}
+
+impl Trial {
+    fn name(self) -> String {
+        let way = match self.way {
+            Way { side: Side::Plugin(_), hold: true } => "soccr with hold",
+            Way { side: Side::Plugin(_), hold: false } => "soccr without hold",
+            Way { side: Side::Stock(_), .. } => "stock CRIU",
+        };
+        let when = if self.late { "after the clients have sent" } else { "at once" };
+        format!("{way}, restored {when}")
+    }
 }

@@ -3,18 +3,19 @@
 use std::fmt::Write;
 use std::time::Duration;
 
-use soccr_testkit::{Side, Way};
-
-use crate::migrate::Trial;
-
+#[derive(Default)]
 pub struct Report {
-    clients: usize,
     pub rows: Vec<Row>,
 }
 
 /// All moves of a trial.
+#[derive(Default)]
 pub struct Row {
-    trial: Trial,
+    pub name: String,
+    /// How many clients began.
+    pub clients: usize,
+    /// Whether all of them are to live.
+    pub held: bool,
     pub moves: Vec<Moved>,
     /// Answers that never came, or came twice.
     pub wrong: u64,
@@ -25,8 +26,9 @@ pub struct Row {
 }
 
 impl Row {
-    pub fn new(trial: Trial) -> Self {
-        Self { trial, moves: Vec::new(), wrong: 0, left: 0, failure: None }
+    /// Whether the connections live, all their answers came once, and nothing is left.
+    fn is_good(&self) -> bool {
+        self.alive() == self.clients && self.resets() == 0 && self.wrong == 0 && self.left == 0
     }
 
     /// How many clients live after the last move; none, where the server did not come back.
@@ -72,16 +74,10 @@ impl Moved {
 }
 
 impl Report {
-    pub fn new(clients: usize) -> Self {
-        Self { clients, rows: Vec::new() }
-    }
-
-    /// Whether the connections that were held live, all their answers came once, and nothing is left.
+    /// Whether all is well with those that were held.
     pub fn is_good(&self) -> bool {
-        let good =
-            |row: &Row| row.alive() == self.clients && row.resets() == 0 && row.wrong == 0 && row.left == 0;
-        let held: Vec<_> = self.rows.iter().filter(|row| row.trial.way.hold).collect();
-        !held.is_empty() && held.into_iter().all(good)
+        let held: Vec<_> = self.rows.iter().filter(|row| row.held).collect();
+        !held.is_empty() && held.into_iter().all(Row::is_good)
     }
 
     /// A table, in Markdown.
@@ -95,8 +91,8 @@ impl Report {
             all.sort();
             let silence = Moved::new(Duration::ZERO, all, 0).silence();
             let silence = silence.map_or("-".into(), |it| it.map(seconds).join(" / "));
-            let (name, moves, alive) = (row.trial.name(), row.moves.len(), row.alive());
-            let (clients, resets, wrong, left) = (self.clients, row.resets(), row.wrong, row.left);
+            let (name, moves, alive) = (&row.name, row.moves.len(), row.alive());
+            let (clients, resets, wrong, left) = (row.clients, row.resets(), row.wrong, row.left);
             let _ = writeln!(
                 text,
                 "| {name} | {moves} | {alive} of {clients} | {resets} | {silence} | {wrong} | {left} |"
@@ -107,67 +103,117 @@ impl Report {
 
     /// A line for each move: a bar from the shortest to the longest silence with a tick at the median, and who lives.
     pub fn svg(&self) -> String {
-        let moves = self.rows.iter().map(|row| row.moves.len());
         let longest = self.rows.iter().flat_map(|row| &row.moves).filter_map(Moved::silence).map(|it| it[2]);
-        let scale = 330.0 / longest.max().unwrap_or_default().as_secs_f64().max(f64::MIN_POSITIVE);
-        let height = 60 + moves.sum::<usize>() * 24 + self.rows.len() * 34;
+        let axis = Axis::up_to(longest.max().unwrap_or_default());
+        let lines: usize = self.rows.iter().map(|row| row.lines().len()).sum();
+        let bottom = TOP + lines * LINE + self.rows.len() * (HEAD + GAP);
         let mut svg = format!(
-            "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"860\" height=\"{height}\" \
-             font-family=\"sans-serif\" font-size=\"13\">\n\
-             <rect width=\"100%\" height=\"100%\" fill=\"white\"/>\n\
-             <text x=\"20\" y=\"24\" font-weight=\"bold\">Seconds for which a client heard nothing \
-             (shortest, median, longest)</text>\n"
+            "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"900\" height=\"{}\" font-family=\"sans-serif\" \
+             font-size=\"13\">\n<rect width=\"100%\" height=\"100%\" fill=\"white\"/>\n\
+             <text x=\"20\" y=\"24\" font-weight=\"bold\">Seconds of silence that a client met in a move: shortest, median, \
+             longest of those that live</text>\n",
+            bottom + 8
         );
-        let mut y = 50;
+        axis.draw(&mut svg, bottom);
+        let mut y = TOP + LINE;
         for row in &self.rows {
             let _ =
-                writeln!(svg, "<text x=\"20\" y=\"{y}\" font-weight=\"bold\">{}</text>", row.trial.name());
-            y += 22;
-            for (nth, moved) in row.moves.iter().enumerate() {
-                let colour = if moved.silences.len() == self.clients { "#1f4e79" } else { "#b03a2e" };
-                self.draw(&mut svg, y, nth, moved, scale, colour);
-                y += 24;
+                writeln!(svg, "<text x=\"20\" y=\"{y}\" font-weight=\"bold\">{}</text>", escaped(&row.name));
+            y += HEAD;
+            for (nth, (silence, text, good)) in row.lines().into_iter().enumerate() {
+                let colour = if good { "#1f4e79" } else { "#b03a2e" };
+                let _ = writeln!(svg, "<text x=\"40\" y=\"{y}\">{}</text>", arrow(nth));
+                let mut end = axis.at(Duration::ZERO);
+                if let Some([min, median, max]) = silence {
+                    let (from, tick, to) = (axis.at(min), axis.at(median), axis.at(max));
+                    let (width, top) = ((to - from).max(1.0), y - 12);
+                    let _ = writeln!(
+                        svg,
+                        "<path d=\"M{end:.1} {}H{from:.1}\" stroke=\"{colour}\"/>\
+                         <rect x=\"{from:.1}\" y=\"{top}\" width=\"{width:.1}\" height=\"15\" fill=\"{colour}\" \
+                         fill-opacity=\"0.5\"/><rect x=\"{:.1}\" y=\"{top}\" width=\"3\" height=\"15\" \
+                         fill=\"{colour}\"/>",
+                        y - 5,
+                        tick - 1.5
+                    );
+                    end = to;
+                }
+                let x = end + 12.0;
+                let _ =
+                    writeln!(svg, "<text x=\"{x:.1}\" y=\"{y}\" fill=\"{colour}\">{}</text>", escaped(&text));
+                y += LINE;
             }
-            y += 12;
+            y += GAP;
         }
         svg + "</svg>\n"
     }
+}
 
-    fn draw(&self, svg: &mut String, y: usize, nth: usize, moved: &Moved, scale: f64, colour: &str) {
-        let _ = writeln!(svg, "<text x=\"40\" y=\"{y}\">{}</text>", arrow(nth));
-        let mut end = 120.0;
-        if let Some([min, median, max]) = moved.silence() {
-            let [from, tick, to] = [min, median, max].map(|time| 120.0 + time.as_secs_f64() * scale);
-            let width = (to - from).max(1.0);
-            let top = y - 12;
-            let _ = writeln!(
-                svg,
-                "<rect x=\"{from:.1}\" y=\"{top}\" width=\"{width:.1}\" height=\"15\" fill=\"{colour}\" \
-                 fill-opacity=\"0.5\"/><rect x=\"{tick:.1}\" y=\"{top}\" width=\"3\" height=\"15\" \
-                 fill=\"{colour}\"/>"
-            );
-            end = to;
-        }
-        let times = moved.silence().map_or("-".into(), |it| it.map(seconds).join(" / "));
-        let (x, alive) = (end + 12.0, moved.silences.len());
-        let _ = writeln!(
-            svg,
-            "<text x=\"{x:.1}\" y=\"{y}\" fill=\"{colour}\">{times}: {alive} of {} alive, {} resets</text>",
-            self.clients, moved.resets
-        );
+impl Row {
+    /// For each move its silences, what is written beside them, and whether all live.
+    fn lines(&self) -> Vec<(Option<[Duration; 3]>, String, bool)> {
+        let line = |moved: &Moved| {
+            let (alive, clients, resets) = (moved.silences.len(), self.clients, moved.resets);
+            let mut text = format!("{alive} of {clients} alive, {resets} resets");
+            if let Some(silence) = moved.silence() {
+                text = format!("{}: {text}", silence.map(seconds).join(" / "));
+            }
+            (moved.silence(), text, alive == clients)
+        };
+        let failure = self.failure.as_deref().map(|why| {
+            let words: String = why.chars().take(70).collect();
+            (None, format!("failed: {words}"), false)
+        });
+        self.moves.iter().map(line).chain(failure).collect()
     }
 }
 
-impl Trial {
-    pub fn name(self) -> String {
-        let way = match self.way {
-            Way { side: Side::Plugin(_), hold: true } => "soccr with hold",
-            Way { side: Side::Plugin(_), hold: false } => "soccr without hold",
-            Way { side: Side::Stock(_), .. } => "stock CRIU",
-        };
-        let when = if self.late { "after the clients have sent" } else { "at once" };
-        format!("{way}, restored {when}")
+// The lines of the picture.
+const TOP: usize = 56;
+const HEAD: usize = 22;
+const LINE: usize = 24;
+const GAP: usize = 12;
+
+/// Time from left to right.
+struct Axis {
+    /// Between two grid lines.
+    step: f64,
+    steps: u32,
+}
+
+impl Axis {
+    const LEFT: f64 = 120.0;
+    const WIDTH: f64 = 330.0;
+
+    /// At most six steps.
+    fn up_to(longest: Duration) -> Self {
+        let longest = longest.as_secs_f64();
+        let step =
+            [0.1, 0.2, 0.5, 1.0, 2.0, 5.0].into_iter().find(|step| longest <= step * 6.0).unwrap_or(10.0);
+        let steps = (1..=6).find(|steps| longest <= step * f64::from(*steps)).unwrap_or(6);
+        Self { step, steps }
     }
+
+    fn at(&self, time: Duration) -> f64 {
+        Self::LEFT + time.as_secs_f64() / (self.step * f64::from(self.steps)) * Self::WIDTH
+    }
+
+    fn draw(&self, svg: &mut String, bottom: usize) {
+        for nth in 0..=self.steps {
+            let time = self.step * f64::from(nth);
+            let x = self.at(Duration::from_secs_f64(time));
+            let _ = writeln!(
+                svg,
+                "<path d=\"M{x:.1} {TOP}V{bottom}\" stroke=\"#dddddd\"/>\
+                 <text x=\"{x:.1}\" y=\"{}\" fill=\"#666666\" text-anchor=\"middle\">{time:.1}</text>",
+                TOP - 6
+            );
+        }
+    }
+}
+
+fn escaped(text: &str) -> String {
+    text.replace('&', "&amp;").replace('<', "&lt;")
 }
 
 /// The direction of a move: the first is there, the next back.
@@ -181,46 +227,54 @@ fn seconds(time: Duration) -> String {
 
 #[cfg(test)]
 mod tests {
-    use soccr_testkit::Lock;
-
     use super::*;
 
-    fn row(side: Side, hold: bool, alive: u64, resets: usize) -> Row {
+    fn row(name: &str, held: bool, alive: u64, resets: usize) -> Row {
         let silences = (1..=alive).rev().map(|nth| Duration::from_millis(100 * nth)).collect();
-        let mut row = Row::new(Trial { way: Way { side, hold }, late: true });
-        row.moves.push(Moved::new(Duration::from_secs(1), silences, resets));
-        row
+        let moves = vec![Moved::new(Duration::from_secs(1), silences, resets)];
+        Row { name: name.into(), clients: 3, held, moves, ..Row::default() }
     }
 
     fn report(held: Row) -> Report {
-        let stock = row(Side::Stock(Lock::Nftables), false, 0, 7);
-        Report { clients: 3, rows: vec![held, stock] }
+        Report { rows: vec![held, row("stock", false, 0, 7)] }
     }
 
     #[test]
     fn only_what_was_held_must_live() {
-        let plugin = Side::Plugin(Lock::Nftables);
-        assert!(report(row(plugin, true, 3, 0)).is_good());
-        assert!(!report(row(plugin, true, 2, 0)).is_good());
-        assert!(!report(row(plugin, true, 3, 1)).is_good());
-        assert!(!report(row(plugin, false, 3, 0)).is_good(), "nothing was held");
-        let left = Row { left: 1, ..row(plugin, true, 3, 0) };
+        assert!(report(row("ours", true, 3, 0)).is_good());
+        assert!(!report(row("ours", true, 2, 0)).is_good());
+        assert!(!report(row("ours", true, 3, 1)).is_good());
+        assert!(!report(row("ours", false, 3, 0)).is_good(), "nothing was held");
+        let left = Row { left: 1, ..row("ours", true, 3, 0) };
         assert!(!report(left).is_good());
-        let failed = Row { failure: Some("criu restore".into()), ..row(plugin, true, 3, 0) };
+        let failed = Row { failure: Some("criu restore".into()), ..row("ours", true, 3, 0) };
         assert!(!report(failed).is_good());
     }
 
     #[test]
     fn silences_are_of_those_that_live() {
-        let report = report(row(Side::Plugin(Lock::Nftables), true, 3, 0));
+        let report = report(row("ours", true, 3, 0));
         let text = report.text();
-        assert!(text.contains("| soccr with hold, restored after the clients have sent | 1 | 3 of 3 | 0 | 0.100 / 0.200 / 0.300 | 0 | 0 |"), "{text}");
-        assert!(
-            text.contains(
-                "| stock CRIU, restored after the clients have sent | 1 | 0 of 3 | 7 | - | 0 | 0 |"
-            ),
-            "{text}"
-        );
+        assert!(text.contains("| ours | 1 | 3 of 3 | 0 | 0.100 / 0.200 / 0.300 | 0 | 0 |"), "{text}");
+        assert!(text.contains("| stock | 1 | 0 of 3 | 7 | - | 0 | 0 |"), "{text}");
         assert!(report.svg().contains("0.100 / 0.200 / 0.300: 3 of 3 alive, 0 resets"));
+    }
+
+    #[test]
+    fn the_longest_silence_is_on_the_axis() {
+        for (longest, steps, step) in
+            [(0, 1, 0.1), (301, 4, 0.1), (1201, 3, 0.5), (2800, 6, 0.5), (20_000, 4, 5.0)]
+        {
+            let axis = Axis::up_to(Duration::from_millis(longest));
+            assert_eq!((axis.steps, axis.step), (steps, step), "{longest} ms");
+        }
+    }
+
+    #[test]
+    fn a_failure_is_drawn() {
+        let failure = Some("criu: <status> 1".into());
+        let failed = Row { failure, ..row("stock", false, 0, 0) };
+        let svg = Report { rows: vec![failed] }.svg();
+        assert!(svg.contains(">failed: criu: &lt;status> 1</text>"), "{svg}");
     }
 }
