@@ -22,6 +22,10 @@ pub fn fidelity() -> String {
         text.push_str(&others.join("; "));
         text.push_str(".\n");
     }
+    text.push_str(BESIDE);
+    for [what, stock, ours, test] in NO_OPTIONS {
+        writeln!(text, "| {what} | {stock} | {ours} | {test} |").expect("memory");
+    }
     text
 }
 
@@ -43,6 +47,27 @@ const COLUMNS: &str = "\
 | option | Linux | stock CRIU 4.2 | with the plugin | set | test |
 |---|---|---|---|---|---|
 ";
+const BESIDE: &str = "
+## What is no option
+
+| what | stock CRIU 4.2 | with the plugin | test |
+|---|---|---|---|
+";
+/// What it is; what becomes of it with stock CRIU, and with the plugin; the test.
+const NO_OPTIONS: &[[&str; 4]] = &[
+    [
+        "the size of a buffer that the kernel tunes, and that it goes on doing so",
+        "yes",
+        "carried; the largest window, too",
+        "`options::buffers_come_back`, `a_receive_buffer_is_as_it_was_and_grows_as_before`",
+    ],
+    [
+        "how fast the program has read, from which the kernel tunes a receive buffer (rcvq_space)",
+        "no",
+        "measured anew, as in a new connection: TCP_REPAIR does not tell or take it",
+        "",
+    ],
+];
 /// Where this machine's kernel cannot show it.
 const UNTRIED: [&str; 2] = ["SO_RESERVE_MEM", "IPV6_RTHDR"];
 

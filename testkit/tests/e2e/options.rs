@@ -216,27 +216,56 @@ fn stock_loses_some() -> Result<()> {
     Ok(())
 }
 
-/// Buffers that the kernel has tuned are as large as they were, and are tuned further.
+/// SO_SNDBUF, SO_RCVBUF, SO_BUF_LOCK and TCP_WINDOW_CLAMP of the server's connection.
+fn buffers(server: &Server) -> Result<[i32; 4]> {
+    const SO_BUF_LOCK: i32 = 72;
+    let (_, connection) = sockets(server)?;
+    let one = |name| connection.option(libc::SOL_SOCKET, name);
+    let clamp = connection.option(libc::SOL_TCP, libc::TCP_WINDOW_CLAMP)?;
+    // setsockopt() doubles what it is given, so that an odd byte is lost.
+    Ok([one(libc::SO_SNDBUF)? / 2, one(libc::SO_RCVBUF)? / 2, one(SO_BUF_LOCK)?, clamp])
+}
+
+/// Buffers that the kernel has tuned are as large as they were, and are tuned further; those that the program has fixed stay.
 #[test]
 fn buffers_come_back() -> Result<()> {
+    for fixed in [false, true] {
+        let Some(mut stage) = stage(Place::Host, &[PLUGIN])? else { return Ok(()) };
+        let (server, mut client) = served(&stage, SERVER_V4, "10.9.0.1")?;
+        let (_, connection) = sockets(&server)?;
+        for name in [libc::SO_SNDBUF, libc::SO_RCVBUF] {
+            let size = 50_000_i32.to_ne_bytes();
+            ensure!(!fixed || sockopt::set_bytes(connection.as_fd(), libc::SOL_SOCKET, name, &size).is_ok());
+        }
+        drop(connection);
+        let fresh = buffers(&server)?;
+        let mut busy = || (0..50).try_for_each(|_| client.ping(128 << 10));
+        busy()?;
+        let tuned = buffers(&server)?;
+        ensure!((tuned[..2] == fresh[..2]) == fixed, "buffers {fresh:?}, and after use {tuned:?}");
+        let server = stage.freeze_and_thaw(server, PLUGIN, PLUGIN)?;
+        let now = buffers(&server)?;
+        ensure!(now == tuned, "buffers {tuned:?}, and now {now:?}");
+        busy()?;
+        let later = buffers(&server)?;
+        ensure!(!fixed || later[..3] == tuned[..3], "fixed buffers {tuned:?}, and later {later:?}");
+    }
+    Ok(())
+}
+
+/// A full receive queue takes more than its buffer while it is built, and leaves the buffer as it was.
+#[test]
+fn a_full_buffer_comes_back() -> Result<()> {
     let Some(mut stage) = stage(Place::Host, &[PLUGIN])? else { return Ok(()) };
-    let (server, mut client) = served(&stage, SERVER_V4, "10.9.0.1")?;
-    let buffers = |server: &Server| -> Result<[i32; 3]> {
-        let (_, connection) = sockets(server)?;
-        let one = |name| connection.option(libc::SOL_SOCKET, name);
-        const SO_BUF_LOCK: i32 = 72;
-        // setsockopt() doubles what it is given, so that an odd byte is lost.
-        Ok([one(libc::SO_SNDBUF)? / 2, one(libc::SO_RCVBUF)? / 2, one(SO_BUF_LOCK)?])
-    };
-    let fresh = buffers(&server)?;
-    let mut busy = || (0..50).try_for_each(|_| client.ping(128 << 10));
-    busy()?;
-    let tuned = buffers(&server)?;
-    ensure!(tuned[..2] != fresh[..2], "nothing was tuned");
+    let server = stage.serve(SERVER_V4, &["--mode", "echo", "--hold"])?;
+    let mut client = stage.connect(server.address)?;
+    let sent = usize::try_from(client.fill()?)?;
+    let before = buffers(&server)?;
     let server = stage.freeze_and_thaw(server, PLUGIN, PLUGIN)?;
     let now = buffers(&server)?;
-    ensure!(now == tuned, "buffers {tuned:?}, and now {now:?}");
-    busy()
+    ensure!(now == before, "buffers {before:?}, and now {now:?}");
+    server.release()?;
+    client.receive_echo(sent)
 }
 
 /// A program's eBPF filter cannot be read back: the dump is refused, on a connection and on a listener, and names it.
