@@ -6,7 +6,7 @@
 //! lock lets pass; other people's firewall rules may not, and then a passage is opened through them for the
 //! moment ([`crate::lock::passage`]).
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -127,9 +127,10 @@ impl Forge {
     ) -> Result<(), ForgeError> {
         let wire = tuple.on_wire();
         let mut tools = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let to = routed_to(wire.local, &device);
         let raw_socket = tools.raw_socket(ns, device, wire.local.is_ipv6())?;
         let mut packets = segments.into_iter().map(|segment| packet(&wire, segment));
-        Ok(packets.try_for_each(|packet| raw::send(raw_socket, &packet, wire.local))?)
+        Ok(packets.try_for_each(|packet| raw::send(raw_socket, &packet, to))?)
     }
 
     /// Closes the passages, if any, and reports what goes wrong with it.
@@ -180,8 +181,9 @@ impl Tools {
     fn send(&mut self, ns: &NetNs, socket: BorrowedFd<'_>, segment: &Segment) -> Result<(), ForgeError> {
         let wire = segment.tuple.on_wire();
         let device = sockopt::bound_device(socket)?;
+        let to = routed_to(wire.local, &device);
         let raw_socket = self.raw_socket(ns, device, wire.local.is_ipv6())?;
-        match raw::send(raw_socket, &packet(&wire, segment.tcp()), wire.local) {
+        match raw::send(raw_socket, &packet(&wire, segment.tcp()), to) {
             // EPERM: a rule drops it on its way out already.
             Ok(()) | Err(SysError { errno: Errno::EPERM, .. }) => Ok(()),
             Err(error) => Err(error.into()),
@@ -206,6 +208,18 @@ fn open(ns: &NetNs, device: &[u8], ipv6: bool) -> Result<OwnedFd, ForgeError> {
         sockopt::bind_to_device(socket.as_fd(), device)?;
     }
     Ok(socket)
+}
+
+/// By which address a packet for `local` finds its way: its header has `local` all the same. That may be an address which
+/// this host does not have (IP_TRANSPARENT), and to which the packet would leave it; loopback is always here. An address
+/// with a scope, and a socket with a device, hear only what comes by it.
+fn routed_to(local: SocketAddr, device: &[u8]) -> SocketAddr {
+    let loopback: IpAddr = match local.ip() {
+        IpAddr::V4(_) => Ipv4Addr::LOCALHOST.into(),
+        IpAddr::V6(ip) if ip.is_unicast_link_local() => return local,
+        IpAddr::V6(_) => Ipv6Addr::LOCALHOST.into(),
+    };
+    if device.is_empty() { SocketAddr::new(loopback, local.port()) } else { local }
 }
 
 /// The loopback path delivers before sendto() returns, unless the softirq was put off to its thread; no event

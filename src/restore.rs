@@ -141,7 +141,7 @@ struct Restoring<'a> {
 impl Restoring<'_> {
     fn run(&self, recv: &[u8], send: &[u8]) -> Result<(), RestoreError> {
         self.sys(self.sequences())?;
-        self.sys(self.connect())?;
+        self.sys(self.connect().map_err(|error| self.without_address(error)))?;
         self.local_address()?;
         self.sys(self.options())?;
         // Before the bytes of the send queue are cut into segments.
@@ -237,6 +237,20 @@ impl Restoring<'_> {
                 }
                 (result, _) => return result,
             }
+        }
+    }
+
+    /// With IP_FREEBIND bind() takes an IPv4 address that is not here, and connect() says of it whatever comes first.
+    fn without_address(&self, error: SysError) -> SysError {
+        const CALL: &str =
+            "connect from an address that is not here, which takes more than IP_FREEBIND (IP_TRANSPARENT)";
+        if error.errno == Errno::EADDRNOTAVAIL || sockopt::free_bind(self.fd) != Ok(true) {
+            return error;
+        }
+        let local = self.tuple.on_wire().local.ip();
+        match NetNs::of_socket(self.fd).map(|ns| ns.run(|| addr::can_be_bound(local))) {
+            Ok(Ok(false)) => SysError { call: CALL, errno: Errno::EADDRNOTAVAIL },
+            _ => error,
         }
     }
 

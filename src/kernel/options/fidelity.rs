@@ -67,6 +67,24 @@ const NO_OPTIONS: &[[&str; 4]] = &[
         "measured anew, as in a new connection: TCP_REPAIR does not tell or take it",
         "",
     ],
+    [
+        "a connection at an address that the host does not have: IP_TRANSPARENT, or IPv6 and IP_FREEBIND",
+        "not tried",
+        "carried; segments that are forged to it do not leave the host",
+        "`away::sockets_at_an_address_that_the_host_does_not_have`, `away::a_fin_at_an_address_that_the_host_does_not_have`",
+    ],
+    [
+        "the same with IPv4 and IP_FREEBIND alone, from which the kernel sends nothing",
+        "not tried",
+        "the restore fails, names it, and can be tried again when the address is there",
+        "`away::what_needs_its_address_says_so`",
+    ],
+    [
+        "a listener at such an address",
+        "IPv6 only: of IPv4 ones bind() comes before IP_FREEBIND",
+        "by CRIU; where that fails the log names the address (net.ipv4.ip_nonlocal_bind helps)",
+        "the same two",
+    ],
 ];
 /// Where this machine's kernel cannot show it.
 const UNTRIED: [&str; 2] = ["SO_RESERVE_MEM", "IPV6_RTHDR"];

@@ -3,6 +3,7 @@
 //! Needs root, CRIU and the plugin; without them each test says that it is skipped, or fails where
 //! `SOCCR_TEST_REQUIRE=1`. Each test makes its own network namespaces.
 
+mod away;
 mod callers;
 mod container;
 mod content;
