@@ -7,7 +7,7 @@
 //! lock lets pass; other people's firewall rules may not, and then a passage is opened through them for the
 //! moment ([`crate::lock::passage`]).
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -99,6 +99,18 @@ impl Way {
     pub fn to(socket: BorrowedFd<'_>) -> Result<Self, ForgeError> {
         Ok(Self { ns: NetNs::of_socket(socket)?, device: sockopt::bound_device(socket)? })
     }
+
+    /// By which address a packet for `local` finds its way: its header has `local` all the same. That may be an address
+    /// which this host does not have (IP_TRANSPARENT), and to which the packet would leave it; loopback is always here. An
+    /// address with a scope, and a socket with a device, hear only what comes by it.
+    fn route_to(&self, local: SocketAddr) -> SocketAddr {
+        let loopback: IpAddr = match local.ip() {
+            IpAddr::V4(_) => Ipv4Addr::LOCALHOST.into(),
+            IpAddr::V6(ip) if ip.is_unicast_link_local() => return local,
+            IpAddr::V6(_) => Ipv6Addr::LOCALHOST.into(),
+        };
+        if self.device.is_empty() { SocketAddr::new(loopback, local.port()) } else { local }
+    }
 }
 
 #[derive(Debug)]
@@ -163,10 +175,11 @@ impl Forge {
         segments: Vec<Vec<u8>>,
     ) -> Result<(), ForgeError> {
         let wire = tuple.on_wire();
+        let to = way.route_to(wire.local);
         let mut tools = self.tools();
         let raw_socket = tools.raw_socket(way, wire.local.is_ipv6())?;
         let mut packets = segments.into_iter().map(|segment| packet(&wire, segment));
-        Ok(packets.try_for_each(|packet| raw::send(raw_socket, &packet, wire.local))?)
+        Ok(packets.try_for_each(|packet| raw::send(raw_socket, &packet, to))?)
     }
 
     fn tools(&self) -> MutexGuard<'_, Tools> {
@@ -215,11 +228,8 @@ impl Tools {
 
     fn send(&mut self, way: &Way, segment: &Segment<'_>) -> Result<(), ForgeError> {
         let wire = segment.tuple.on_wire();
-        match raw::send(
-            self.raw_socket(way, wire.local.is_ipv6())?,
-            &packet(&wire, segment.tcp()),
-            wire.local,
-        ) {
+        let raw_socket = self.raw_socket(way, wire.local.is_ipv6())?;
+        match raw::send(raw_socket, &packet(&wire, segment.tcp()), way.route_to(wire.local)) {
             // EPERM: a rule drops it on its way out already.
             Ok(()) | Err(SysError { errno: Errno::EPERM, .. }) => Ok(()),
             Err(error) => Err(error.into()),

@@ -8,7 +8,7 @@
 //! 2. connect(); only a SYN_SENT socket does this outside repair mode, since its SYN has yet to be answered;
 //! 3. what the SYN segments agreed on, then the clock of the timestamps;
 //! 4. the receive queue, the part of the send queue that was sent, and outside repair mode the part that was
-//!    not, which the kernel treats as written just now;
+//!    not, which the kernel treats as written just now; the buffers have room for all of them until the end;
 //! 5. the windows. They are set when both queues are in place, since the kernel checks them against
 //!    rcv_nxt;
 //! 6. FINs, in the order in which the state says they came: ours by shutdown(), the peer's by a forged
@@ -76,8 +76,8 @@ pub enum RestoreError {
 impl<F: AsFd> Paused<F> {
     /// Builds the connection in a socket that is not bound yet, and leaves it in repair mode.
     ///
-    /// `recv` and `send` are the queues' bytes, `tcp.recv_len` and `tcp.send_len` of them. The socket's buffers
-    /// must have room for them ([`RoomForQueues`]).
+    /// `recv` and `send` are the queues' bytes, `tcp.recv_len` and `tcp.send_len` of them. The socket's buffers are to
+    /// have the program's sizes, which they keep.
     ///
     /// # Errors
     /// A [`RestoreError`] that names the connection; the socket is of no use then but to be closed, of which the peer
@@ -141,15 +141,17 @@ struct Restoring<'a> {
 impl Restoring<'_> {
     fn run(&self, recv: &[u8], send: &[u8]) -> Result<(), RestoreError> {
         self.sys(self.sequences())?;
-        self.sys(self.connect())?;
+        self.sys(self.connect().map_err(|error| self.without_address(error)))?;
         self.local_address()?;
         self.sys(self.options())?;
         // Before the bytes of the send queue are cut into segments.
         self.sys(tcp::sync_segment_size(self.fd))?;
+        let room = self.sys(RoomForQueues::make(self.fd, self.tcp))?;
         self.receive_queue(recv)?;
         self.send_queue(send)?;
         self.sys(self.window_before_fin())?;
         self.fins()?;
+        self.sys(room.map_or(Ok(()), RoomForQueues::give_back))?;
         self.sys(self.segment_size_by_window())
     }
 
@@ -242,6 +244,20 @@ impl Restoring<'_> {
                 }
                 (result, _) => return result,
             }
+        }
+    }
+
+    /// With IP_FREEBIND bind() takes an IPv4 address that is not here, and connect() says of it whatever comes first.
+    fn without_address(&self, error: SysError) -> SysError {
+        const CALL: &str =
+            "connect from an address that is not here, which takes more than IP_FREEBIND (IP_TRANSPARENT)";
+        if error.errno == Errno::EADDRNOTAVAIL || sockopt::free_bind(self.fd) != Ok(true) {
+            return error;
+        }
+        let local = self.tuple.on_wire().local.ip();
+        match NetNs::of_socket(self.fd).map(|ns| ns.run(|| addr::can_be_bound(local))) {
+            Ok(Ok(false)) => SysError { call: CALL, errno: Errno::EADDRNOTAVAIL },
+            _ => error,
         }
     }
 
@@ -416,13 +432,16 @@ fn destroy_orphan(socket: BorrowedFd<'_>, tuple: &FourTuple) -> Result<bool, Sys
     ns.run(|| diag::destroy_orphan(&tuple.on_wire())).unwrap_or(Ok(false))
 }
 
-/// Buffers that have room for both queues while a connection is built, and then what they were.
+/// Buffers that have room for both queues, and then what they were.
+///
+/// They grow when the socket is connected: connect() makes of the receive buffer's size the largest window that is ever
+/// announced (TCP_WINDOW_CLAMP), and what is announced beyond the true size ends in a buffer that grows by all that arrives.
 ///
 /// The sizes and whether the program fixed them (SO_BUF_LOCK) are put back by [`RoomForQueues::give_back`]; bytes
 /// beyond the size stay, as they do in a running socket whose buffer shrinks. Before 5.14 there is no SO_BUF_LOCK, and a
 /// size that was ever set is fixed: the buffer of an empty queue is left alone.
 #[derive(Debug)]
-pub struct RoomForQueues<'fd> {
+struct RoomForQueues<'fd> {
     fd: BorrowedFd<'fd>,
     send: Option<i32>,
     receive: Option<i32>,
@@ -431,10 +450,7 @@ pub struct RoomForQueues<'fd> {
 
 impl<'fd> RoomForQueues<'fd> {
     /// Makes room for as many bytes as `tcp` has in its queues.
-    ///
-    /// # Errors
-    /// The kernel's answer.
-    pub fn make(fd: BorrowedFd<'fd>, tcp: &ControlBlock) -> Result<Option<Self>, SysError> {
+    fn make(fd: BorrowedFd<'fd>, tcp: &ControlBlock) -> Result<Option<Self>, SysError> {
         use sockopt::Buffer::{Receive, Send};
         if tcp.recv_len == 0 && tcp.send_len == 0 {
             return Ok(None);
@@ -455,10 +471,7 @@ impl<'fd> RoomForQueues<'fd> {
     }
 
     /// Puts the program's sizes back.
-    ///
-    /// # Errors
-    /// The kernel's answer.
-    pub fn give_back(self) -> Result<(), SysError> {
+    fn give_back(self) -> Result<(), SysError> {
         use sockopt::Buffer::{Receive, Send};
         for (buffer, size) in [(Send, self.send), (Receive, self.receive)] {
             size.map_or(Ok(()), |size| sockopt::set_buffer_size(self.fd, buffer, size))?;

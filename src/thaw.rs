@@ -17,7 +17,7 @@ use crate::kernel::options::{self, When};
 use crate::kernel::sockopt;
 use crate::lock::{LockError, LockName, LockOptions, NetworkLock};
 use crate::repair::{Paused, Probe};
-use crate::restore::{RestoreError, RoomForQueues};
+use crate::restore::RestoreError;
 
 /// No connection was thawed. They are as they were before, and can be tried again.
 #[derive(Clone, Debug, thiserror::Error)]
@@ -230,9 +230,7 @@ pub fn build(head: &Head, queues: &Queues, forge: &Forge) -> Result<Paused<Owned
     options::write(socket.as_fd(), &head.options, When::Early, lost).map_err(sys)?;
     let paused = Paused::pause(socket).map_err(|error| sys(error.source))?;
     let restored = (|| {
-        let room = RoomForQueues::make(paused.socket(), &head.tcp).map_err(sys)?;
         paused.restore(&head.tuple, &head.tcp, &queues.recv, &queues.send, forge)?;
-        room.map_or(Ok(()), RoomForQueues::give_back).map_err(sys)?;
         options::write(paused.socket(), &head.options, When::Late, lost).map_err(sys)
     })();
     match restored {

@@ -8,6 +8,7 @@ use std::net::{Shutdown, TcpStream};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::time::{Duration, Instant};
 
+use nix::poll::{PollFd, PollFlags, poll};
 use nix::sys::socket::MsgFlags;
 use soccr::checkpoint::SaveError;
 use soccr::connection::{ControlBlock, FourTuple, Queues, State, Window};
@@ -16,7 +17,6 @@ use soccr::kernel::netns::NetNs;
 use soccr::kernel::{sockopt, tcp};
 use soccr::lock::{LockName, LockOptions, NetworkLock};
 use soccr::repair::{Paused, Probe, four_tuple};
-use soccr::restore::RoomForQueues;
 use support::{connected, expect_bytes, in_own_network, pattern};
 
 struct Saved {
@@ -63,7 +63,6 @@ enum Compare {
 fn build_and(saved: &Saved, compare: Compare) -> TcpStream {
     let socket: OwnedFd =
         sockopt::socket(saved.domain, libc::SOCK_STREAM, libc::IPPROTO_TCP).expect("socket");
-    let room = RoomForQueues::make(socket.as_fd(), &saved.tcp).expect("room");
     let paused = Paused::pause(socket.as_fd()).expect("pause");
     let forge = Forge::new();
     paused
@@ -72,9 +71,6 @@ fn build_and(saved: &Saved, compare: Compare) -> TcpStream {
     forge.finish().expect("no rule left");
     if compare == Compare::All {
         check_same(&paused, saved);
-    }
-    if let Some(room) = room {
-        room.give_back().expect("buffers");
     }
     if let Some(lock) = saved.lock.take() {
         lock.unlock().expect("unlock");
@@ -165,6 +161,57 @@ fn bytes_beyond_the_peers_window_are_sent_later() {
             assert_eq!(theirs.read(&mut [0]).expect("the end of the stream"), 0);
         }
     });
+}
+
+/// What the engine makes room with for a full queue leaves no trace: with tuning switched off the peer fills the same buffer
+/// again, and with tuning it grows.
+#[test]
+fn a_receive_buffer_is_as_it_was_and_grows_as_before() {
+    in_own_network(|| {
+        shell("ip link set lo mtu 1500"); // so that segments are small beside the buffer
+        let tuning = |on: u8| shell(&format!("echo {on} > /proc/sys/net/ipv4/tcp_moderate_rcvbuf"));
+        let size = |of: &TcpStream| sockopt::buffer_size(of.as_fd(), sockopt::Buffer::Receive).expect("size");
+        for address in FAMILIES {
+            tuning(0);
+            let (ours, mut theirs) = connected(address);
+            let fresh = size(&ours);
+            let full = fill(&mut theirs, &ours);
+            let mut ours = moved(ours);
+            assert_eq!((size(&ours), sockopt::buffer_locks(ours.as_fd()).unwrap_or(0)), (fresh, 0));
+            for _ in 0..2 {
+                read_all(&mut ours, &mut theirs);
+                let again = fill(&mut theirs, &ours);
+                assert_eq!(size(&ours), fresh, "{address}: it holds {again} bytes, and held {full}");
+            }
+            tuning(1);
+            let (ours, mut theirs) = connected(address);
+            fill(&mut theirs, &ours);
+            let mut ours = moved(ours);
+            read_all(&mut ours, &mut theirs);
+            assert!(size(&ours) > fresh, "{address}: it grows no more");
+        }
+    });
+}
+
+/// Until no more goes into the reader's queue; what is there then.
+fn fill(writer: &mut TcpStream, reader: &TcpStream) -> u32 {
+    writer.set_nonblocking(true).expect("non-blocking");
+    let part = pattern(5, 65_536);
+    let writable = || {
+        let mut fds = [PollFd::new(writer.as_fd(), PollFlags::POLLOUT)];
+        poll(&mut fds, 300_u16).expect("poll") > 0 && (&*writer).write(&part).is_ok()
+    };
+    while writable() {}
+    tcp::receive_queue_len(reader.as_fd()).expect("SIOCINQ")
+}
+
+/// What is under way, too.
+fn read_all(reader: &mut TcpStream, writer: &mut TcpStream) {
+    let mut buffer = vec![0; 1 << 20];
+    let under_way = |writer: &TcpStream| tcp::send_queue_len(writer.as_fd()).expect("SIOCOUTQ") > 0;
+    while under_way(writer) || tcp::receive_queue_len(reader.as_fd()).expect("SIOCINQ") > 0 {
+        assert!(reader.read(&mut buffer).expect("read") > 0);
+    }
 }
 
 #[test]

@@ -10,7 +10,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 
 use soccr::kernel::netns::NetNs;
 use soccr::kernel::options::{self, Beside, Known, Level, Reader, TABLE, When};
-use soccr::kernel::sockopt;
+use soccr::kernel::{addr, sockopt, tcp};
 use support::{connected, in_own_network};
 
 /// Numbers in the headers that are no option of a socket.
@@ -222,6 +222,57 @@ fn what_the_target_lacks_is_named() {
         written.expect_err("no such device").to_string(),
         "cannot set SO_BINDTODEVICE: ENODEV: No such device"
     );
+}
+
+/// Why programs that choose among the listeners of a port are lost, and not refused by name: whatever can be asked answers the
+/// same with one. The only call that tells takes it away.
+#[test]
+fn a_reuseport_program_cannot_be_seen() {
+    in_own_network(|| {
+        let sockets = [(); 2].map(|()| sockopt::tcp_socket(false).expect("a socket"));
+        let mut address = "127.0.0.1:0".parse().expect("an address");
+        for socket in &sockets {
+            sockopt::set_reuse_port(socket.as_fd(), true).expect("SO_REUSEPORT");
+            tcp::bind(socket.as_fd(), address).expect("bind");
+            nix::sys::socket::listen(socket, nix::sys::socket::Backlog::new(8).expect("8")).expect("listen");
+            address = addr::local(socket.as_fd()).expect("an address");
+        }
+        let shown = || -> Vec<_> { sockets.iter().map(|socket| all_that_is_shown(socket.as_fd())).collect() };
+        let before = shown();
+        // Return 0: the first listener.
+        let instruction = [6_u16.to_ne_bytes(), [0; 2], [0; 2], [0; 2]].concat();
+        let length = 1_u64.to_ne_bytes(); // struct sock_fprog: u16 and padding, then the pointer
+        let program = [length, (instruction.as_ptr() as u64).to_ne_bytes()].concat();
+        let set = |name, value: &[u8]| {
+            sockopt::set_bytes(sockets[0].as_fd(), libc::SOL_SOCKET, name, value).map_err(|error| error.errno)
+        };
+        set(libc::SO_ATTACH_REUSEPORT_CBPF, &program).expect("attached");
+        assert_eq!(before, shown(), "the kernel shows it: it can be refused by name");
+        const SO_DETACH_REUSEPORT_BPF: i32 = 68;
+        assert_eq!(set(SO_DETACH_REUSEPORT_BPF, &[0; 4]), Ok(()), "there was one");
+        assert_eq!(
+            set(SO_DETACH_REUSEPORT_BPF, &[0; 4]),
+            Err(nix::errno::Errno::ENOENT),
+            "now there is none"
+        );
+    });
+}
+
+/// Every option of every number, what sock_diag and /proc tell, but for clocks.
+fn all_that_is_shown(socket: BorrowedFd<'_>) -> (Vec<Option<Vec<u8>>>, String) {
+    const CLOCKS: [(Level, i32); 2] = [(Level::Tcp, libc::TCP_INFO), (Level::Tcp, libc::TCP_TIMESTAMP)];
+    let mut value = [0; 4096];
+    let mut options = Vec::new();
+    for level in [Level::Socket, Level::Tcp, Level::Ip, Level::Ipv6] {
+        for name in (0..256).filter(|name| !CLOCKS.contains(&(level, *name))) {
+            let length = sockopt::get_into(socket, level.number(), name, &mut value);
+            options.push(length.ok().map(|length| value[..length].to_vec()));
+        }
+    }
+    let script = "ss -tlnepmib --tos --cgroup --inet-sockopt && cat /proc/net/tcp";
+    let output = std::process::Command::new("sh").args(["-c", script]).output().expect("sh runs");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    (options, String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
 /// docs/FIDELITY.md is the table.

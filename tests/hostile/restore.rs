@@ -15,7 +15,7 @@ use soccr::kernel::netns::NetNs;
 use soccr::kernel::sockopt;
 use soccr::lock::{self, LockName, LockOptions, Method, NetworkLock};
 use soccr::repair::{Paused, Probe};
-use soccr::restore::{RestoreError, RoomForQueues};
+use soccr::restore::RestoreError;
 
 use crate::mutate::{Random, mutated};
 use crate::support::{connected, expect_bytes, in_own_network};
@@ -89,13 +89,9 @@ impl Victim {
         let start = Instant::now();
         let socket = sockopt::socket(self.domain, libc::SOCK_STREAM, libc::IPPROTO_TCP).unwrap();
         let paused = Paused::pause(socket).unwrap();
-        let room = RoomForQueues::make(paused.socket(), tcp).unwrap();
         let forge = Forge::new();
         let result = paused.restore(tuple, tcp, &queues.recv, &queues.send, &forge);
         forge.finish().unwrap();
-        if let Some(room) = room {
-            room.give_back().unwrap();
-        }
         assert!(start.elapsed() < SLOW, "{tuple} {tcp:?}: {:?}", start.elapsed());
         if let Err(error) = &result {
             // Its state is not that of a connection any more, in or out of repair mode.

@@ -7,8 +7,8 @@ use std::time::Duration;
 use nix::ifaddrs::getifaddrs;
 use nix::sys::socket::SockaddrStorage;
 use soccr::chain;
-use soccr::kernel::diag;
 use soccr::kernel::netns::NetNs;
+use soccr::kernel::{addr, diag};
 use soccr::lock::{Listener, NetworkLock};
 
 /// Those in `ns` that are the tree's alone, by their inodes. Where others listen at the same port, nobody can tell from a SYN
@@ -28,7 +28,14 @@ pub fn that_are_away(ns: &NetNs, listeners: &[Listener]) -> Vec<Listener> {
     listeners.iter().copied().filter(|listener| !taken(listener.local.port())).collect()
 }
 
-/// The same with an address each, as other namespaces see them: of those at any address one for each address of `ns`.
+/// Their addresses of IPv4 that `ns` does not have. CRIU makes listeners itself, and sets IP_FREEBIND after the bind() that
+/// this fails at (of IPv6 ones before it); IP_TRANSPARENT comes with the extras, later still.
+pub fn without_address(ns: &NetNs, listeners: &[Listener]) -> Vec<SocketAddr> {
+    let away = |local: &SocketAddr| ns.run(|| !addr::can_be_bound(local.ip())).unwrap_or(false);
+    listeners.iter().map(|listener| listener.local).filter(|local| local.is_ipv4() && away(local)).collect()
+}
+
+/// These with an address each, as other namespaces see them: of those at any address one for each address of `ns`.
 pub fn addresses(ns: &NetNs, listeners: &[Listener]) -> Vec<Listener> {
     let own: Vec<IpAddr> = match ns.run(getifaddrs) {
         Ok(Ok(interfaces)) => interfaces.filter_map(|interface| ip_of(&interface.address?)).collect(),

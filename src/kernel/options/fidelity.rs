@@ -22,6 +22,10 @@ pub fn fidelity() -> String {
         text.push_str(&others.join("; "));
         text.push_str(".\n");
     }
+    text.push_str(BESIDE);
+    for [what, stock, ours, test] in NO_OPTIONS {
+        writeln!(text, "| {what} | {stock} | {ours} | {test} |").expect("memory");
+    }
     text
 }
 
@@ -43,6 +47,82 @@ const COLUMNS: &str = "\
 | option | Linux | stock CRIU 4.2 | with the plugin | set | test |
 |---|---|---|---|---|---|
 ";
+const BESIDE: &str = "
+## What is no option
+
+| what | stock CRIU 4.2 | with the plugin | test |
+|---|---|---|---|
+";
+/// What it is; what becomes of it with stock CRIU, and with the plugin; the test.
+const NO_OPTIONS: &[[&str; 4]] = &[
+    [
+        "the size of a buffer that the kernel tunes, and that it goes on doing so",
+        "yes",
+        "carried; the largest window, too",
+        "`options::buffers_come_back`, `a_receive_buffer_is_as_it_was_and_grows_as_before`",
+    ],
+    [
+        "how fast the program has read, from which the kernel tunes a receive buffer (rcvq_space)",
+        "no",
+        "measured anew, as in a new connection: TCP_REPAIR does not tell or take it",
+        "",
+    ],
+    [
+        "a connection at an address that the host does not have: IP_TRANSPARENT, or IPv6 and IP_FREEBIND",
+        "not tried",
+        "carried; segments that are forged to it do not leave the host",
+        "`away::sockets_at_an_address_that_the_host_does_not_have`, `away::a_fin_at_an_address_that_the_host_does_not_have`",
+    ],
+    [
+        "the same with IPv4 and IP_FREEBIND alone, from which the kernel sends nothing",
+        "not tried",
+        "the restore fails, names it, and can be tried again when the address is there",
+        "`away::what_needs_its_address_says_so`",
+    ],
+    [
+        "a listener at such an address",
+        "IPv6 only: of IPv4 ones bind() comes before IP_FREEBIND",
+        "by CRIU; where that fails the log names the address (net.ipv4.ip_nonlocal_bind helps)",
+        "the same two",
+    ],
+    [
+        "a window that is closed, on either side or both, and what waits behind it",
+        "yes",
+        "carried",
+        "`crossing`, `content::close_wait_with_a_closed_window`, `bytes_beyond_the_peers_window_are_sent_later`",
+    ],
+    [
+        "where a program peeks next (SO_PEEK_OFF) in a queue",
+        "no",
+        "carried",
+        "`options::a_peek_offset_comes_back_with_its_queue`",
+    ],
+    ["the keepalive timer", "yes", "begins anew at the restore", "`options::keepalive_goes_on`"],
+    [
+        "the round trip time, and the retransmission timer made of it",
+        "no",
+        "measured anew with the first bytes that are acknowledged; what was sent before, and is lost, is sent again after a second (as a probe), then after 3",
+        "",
+    ],
+    [
+        "a user timeout (TCP_USER_TIMEOUT) that runs",
+        "the option is lost",
+        "begins anew with the first retransmission after the restore",
+        "`a_user_timeout_ends_after_a_restore`",
+    ],
+    [
+        "the clock of the timestamps, on a host with another uptime",
+        "yes",
+        "carried: it goes on where it was, so that the peer's PAWS takes what is sent",
+        "`the_timestamp_clock_goes_on`",
+    ],
+    [
+        "the peer's clock (ts_recent), for PAWS",
+        "no",
+        "known again with the peer's first segment; from then on old duplicates are refused",
+        "`old_duplicates_are_refused_after_a_restore`",
+    ],
+];
 /// Where this machine's kernel cannot show it.
 const UNTRIED: [&str; 2] = ["SO_RESERVE_MEM", "IPV6_RTHDR"];
 
@@ -63,8 +143,8 @@ fn line(known: &Known) -> Option<String> {
         Care::ByCriu(_) => ("carried by CRIU".into(), tried),
         Care::Buffer => ("carried by CRIU".into(), "`options::buffers_come_back`"),
         Care::OfConnection(what) => (what.into(), "`engine`"),
-        Care::Refused(why) => (format!("refused by name: {why}"), refusal(text)),
-        Care::Lost(why) => (format!("lost: {why}"), ""),
+        Care::Refused(why) => (format!("refused by name: {why}"), proof(text)),
+        Care::Lost(why) => (format!("lost: {why}"), proof(text)),
         Care::NoState(_) | Care::NotTcp(_) => return None,
     };
     let when = match known.when() {
@@ -75,8 +155,10 @@ fn line(known: &Known) -> Option<String> {
     Some(format!("| `{text}` | {since} | {stock} | {ours} | {when} | {test} |\n"))
 }
 
-fn refusal(option: &str) -> &'static str {
+/// The test of what cannot be carried.
+fn proof(option: &str) -> &'static str {
     match option {
+        "SO_ATTACH_REUSEPORT_CBPF" | "SO_ATTACH_REUSEPORT_EBPF" => "`a_reuseport_program_cannot_be_seen`",
         "SO_ATTACH_BPF" => "`options::refused_by_name`",
         "TCP_MD5SIG" | "TCP_MD5SIG_EXT" => "`promises::connections_and_listeners_with_md5_keys_are_refused`",
         _ => "",

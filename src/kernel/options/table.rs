@@ -205,8 +205,8 @@ options! {
     Socket 26 SO_ATTACH_FILTER "2.2": ByCriu(Late), "yes";
     Socket 44 SO_LOCK_FILTER "3.9": Carried(Late, ANY), "no";
     Socket 50 SO_ATTACH_BPF "3.19": Refused("an eBPF program cannot be read back"), "the dump fails";
-    Socket 51 SO_ATTACH_REUSEPORT_CBPF "4.5": Lost("the kernel does not show it"), "no";
-    Socket 52 SO_ATTACH_REUSEPORT_EBPF "4.5": Lost("the kernel does not show it"), "no";
+    Socket 51 SO_ATTACH_REUSEPORT_CBPF "4.5": Lost("the kernel shows it to nobody; SO_DETACH_REUSEPORT_BPF would tell, and takes it away"), "no";
+    Socket 52 SO_ATTACH_REUSEPORT_EBPF "4.5": Lost("the kernel shows it to nobody; SO_DETACH_REUSEPORT_BPF would tell, and takes it away"), "no";
     Socket 27 SO_DETACH_FILTER "2.2": NoState("an order"), "";
     Socket 68 SO_DETACH_REUSEPORT_BPF "5.3": NoState("an order"), "";
     Socket 53 SO_CNX_ADVICE "4.6": NoState("an order"), "";

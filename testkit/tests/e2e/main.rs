@@ -4,6 +4,7 @@
 //! `SOCCR_TEST_REQUIRE=1`. Each test makes its own network namespaces.
 
 mod accept_queue;
+mod away;
 mod callers;
 mod container;
 mod content;

@@ -7,18 +7,23 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use nix::errno::Errno;
+use nix::sys::socket::{MsgFlags, recv};
 use nix::sys::stat::fstat;
 use nix::unistd::fchown;
 use soccr::kernel::options::{Care, Known, On, TABLE};
 use soccr::kernel::sockopt;
+use soccr_testkit::capture::Capture;
+use soccr_testkit::skip::lacks;
 use soccr_testkit::sockets::{TaskSocket, state, tcp_sockets};
-use soccr_testkit::{Client, Place, Server, Stage};
+use soccr_testkit::task::wait_until;
+use soccr_testkit::{Client, Pattern, Place, Server, Stage};
 
 use crate::promises::faulty;
-use crate::world::{PLUGIN, SERVER_V4, STOCK, stage};
+use crate::world::{PATIENCE, PLUGIN, SERVER_V4, STOCK, stage};
 
 /// What a socket was, and is to be again.
 #[derive(Debug, PartialEq)]
@@ -216,27 +221,116 @@ fn stock_loses_some() -> Result<()> {
     Ok(())
 }
 
-/// Buffers that the kernel has tuned are as large as they were, and are tuned further.
+/// SO_SNDBUF, SO_RCVBUF, SO_BUF_LOCK and TCP_WINDOW_CLAMP of the server's connection.
+fn buffers(server: &Server) -> Result<[i32; 4]> {
+    const SO_BUF_LOCK: i32 = 72;
+    let (_, connection) = sockets(server)?;
+    let one = |name| connection.option(libc::SOL_SOCKET, name);
+    let clamp = connection.option(libc::SOL_TCP, libc::TCP_WINDOW_CLAMP)?;
+    // setsockopt() doubles what it is given, so that an odd byte is lost.
+    Ok([one(libc::SO_SNDBUF)? / 2, one(libc::SO_RCVBUF)? / 2, one(SO_BUF_LOCK)?, clamp])
+}
+
+/// Buffers that the kernel has tuned are as large as they were, and are tuned further; those that the program has fixed stay.
 #[test]
 fn buffers_come_back() -> Result<()> {
+    for fixed in [false, true] {
+        let Some(mut stage) = stage(Place::Host, &[PLUGIN])? else { return Ok(()) };
+        let (server, mut client) = served(&stage, SERVER_V4, "10.9.0.1")?;
+        let (_, connection) = sockets(&server)?;
+        for name in [libc::SO_SNDBUF, libc::SO_RCVBUF] {
+            let size = 50_000_i32.to_ne_bytes();
+            ensure!(!fixed || sockopt::set_bytes(connection.as_fd(), libc::SOL_SOCKET, name, &size).is_ok());
+        }
+        drop(connection);
+        let fresh = buffers(&server)?;
+        let mut busy = || (0..50).try_for_each(|_| client.ping(128 << 10));
+        busy()?;
+        let tuned = buffers(&server)?;
+        ensure!((tuned[..2] == fresh[..2]) == fixed, "buffers {fresh:?}, and after use {tuned:?}");
+        let server = stage.freeze_and_thaw(server, PLUGIN, PLUGIN)?;
+        let now = buffers(&server)?;
+        ensure!(now == tuned, "buffers {tuned:?}, and now {now:?}");
+        busy()?;
+        let later = buffers(&server)?;
+        ensure!(!fixed || later[..3] == tuned[..3], "fixed buffers {tuned:?}, and later {later:?}");
+    }
+    Ok(())
+}
+
+/// A full receive queue takes more than its buffer while it is built, and leaves the buffer as it was.
+#[test]
+fn a_full_buffer_comes_back() -> Result<()> {
     let Some(mut stage) = stage(Place::Host, &[PLUGIN])? else { return Ok(()) };
-    let (server, mut client) = served(&stage, SERVER_V4, "10.9.0.1")?;
-    let buffers = |server: &Server| -> Result<[i32; 3]> {
-        let (_, connection) = sockets(server)?;
-        let one = |name| connection.option(libc::SOL_SOCKET, name);
-        const SO_BUF_LOCK: i32 = 72;
-        // setsockopt() doubles what it is given, so that an odd byte is lost.
-        Ok([one(libc::SO_SNDBUF)? / 2, one(libc::SO_RCVBUF)? / 2, one(SO_BUF_LOCK)?])
-    };
-    let fresh = buffers(&server)?;
-    let mut busy = || (0..50).try_for_each(|_| client.ping(128 << 10));
-    busy()?;
-    let tuned = buffers(&server)?;
-    ensure!(tuned[..2] != fresh[..2], "nothing was tuned");
+    let server = stage.serve(SERVER_V4, &["--mode", "echo", "--hold"])?;
+    let mut client = stage.connect(server.address)?;
+    let sent = usize::try_from(client.fill()?)?;
+    let before = buffers(&server)?;
     let server = stage.freeze_and_thaw(server, PLUGIN, PLUGIN)?;
     let now = buffers(&server)?;
-    ensure!(now == tuned, "buffers {tuned:?}, and now {now:?}");
-    busy()
+    ensure!(now == before, "buffers {before:?}, and now {now:?}");
+    server.release()?;
+    client.receive_echo(sent)
+}
+
+/// Where a program peeks next (SO_PEEK_OFF) is the same byte of the same queue.
+#[test]
+fn a_peek_offset_comes_back_with_its_queue() -> Result<()> {
+    let Some(mut stage) = stage(Place::Host, &[PLUGIN])? else { return Ok(()) };
+    let server = stage.serve(SERVER_V4, &["--mode", "echo", "--hold"])?;
+    let mut client = stage.connect(server.address)?;
+    client.send(10_000)?;
+    let queued = || Ok(sockets(&server).is_ok_and(|(_, it)| it.unread().is_ok_and(|bytes| bytes == 10_000)));
+    wait_until("all is queued", PATIENCE, queued)?;
+    let (_, connection) = sockets(&server)?;
+    if sockopt::set_peek_offset(connection.as_fd(), 4321).is_err() {
+        return lacks("TCP has no SO_PEEK_OFF before Linux 6.9");
+    }
+    let next = |socket: &TaskSocket| -> Result<[u8; 64]> {
+        let mut bytes = [0; 64];
+        let got = recv(socket.as_raw_fd(), &mut bytes, MsgFlags::MSG_PEEK)?;
+        ensure!(got == 64, "{got} bytes");
+        Ok(bytes)
+    };
+    let first = next(&connection)?;
+    let expected = Pattern::to_server(client.port()).bytes(4321, 128);
+    ensure!(first[..] == expected[..64], "peeked elsewhere");
+    drop(connection);
+    let server = stage.freeze_and_thaw(server, PLUGIN, PLUGIN)?;
+    let (_, connection) = sockets(&server)?;
+    ensure!(next(&connection)?[..] == expected[64..], "it peeks elsewhere now");
+    server.release()?;
+    client.receive_echo(10_000)
+}
+
+/// A restored connection that is silent is probed after its TCP_KEEPIDLE; without SO_KEEPALIVE nobody hears a thing.
+#[test]
+fn keepalive_goes_on() -> Result<()> {
+    const IDLE: Duration = Duration::from_secs(1);
+    for on in [1_i32, 0] {
+        let Some(mut stage) = stage(Place::Host, &[PLUGIN])? else { return Ok(()) };
+        let (server, mut client) = served(&stage, SERVER_V4, "10.9.0.1")?;
+        let (_, connection) = sockets(&server)?;
+        for (level, name, value) in [
+            (libc::SOL_TCP, libc::TCP_KEEPIDLE, 1),
+            (libc::SOL_TCP, libc::TCP_KEEPINTVL, 1),
+            (libc::SOL_SOCKET, libc::SO_KEEPALIVE, on),
+        ] {
+            sockopt::set_bytes(connection.as_fd(), level, name, &value.to_ne_bytes())?;
+        }
+        drop(connection);
+        let server = stage.freeze_and_thaw(server, PLUGIN, PLUGIN)?;
+        // What wakes the flow is over when a ping has come back and is acknowledged.
+        client.ping(1000)?;
+        let (_, connection) = sockets(&server)?;
+        wait_until("all is acknowledged", PATIENCE, || Ok(connection.unacked()? == 0))?;
+        let capture = Capture::start(&stage.peer)?;
+        let probed = wait_until("a probe", 2 * IDLE, || Ok(capture.segments() >= 2));
+        ensure!(probed.is_ok() == (on == 1), "keepalive is {on}, and {} segments came", capture.segments());
+        ensure!(capture.stop()?.resets.is_empty(), "the connection was reset");
+        client.ping(1000)?;
+    }
+    Ok(())
 }
 
 /// A program's eBPF filter cannot be read back: the dump is refused, on a connection and on a listener, and names it.

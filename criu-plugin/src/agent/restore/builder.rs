@@ -15,7 +15,6 @@ use soccr::kernel::options::{self, When};
 use soccr::kernel::tcp::Direction;
 use soccr::kernel::{SysError, addr, sockopt, tcp};
 use soccr::repair::Paused;
-use soccr::restore::RoomForQueues;
 
 use super::plan::Plan;
 use super::preloaded::Preloaded;
@@ -179,14 +178,10 @@ impl Builder<'_> {
         paused.set_reuse_addr(connection.reuseaddr);
         let built = Built::new(paused, tuple, connection.reuseport.or(Some(false)));
         let socket = built.paused().socket();
-        let room = RoomForQueues::make(socket, &image.tcp).map_err(failed)?;
         built
             .paused()
             .restore(&tuple, &image.tcp, &queues.recv, &queues.send, self.forge)
             .map_err(|source| AgentError::Restore { file: TcpStreamImage::name(connection.ino), source })?;
-        if let Some(room) = room {
-            room.give_back().map_err(failed)?;
-        }
         write(socket, When::Late)?;
         if connection.shutdown_read && !image.tcp.state.fin_received() {
             tcp::shutdown(socket, Direction::Receive).map_err(failed)?;

@@ -187,6 +187,19 @@ impl Locks {
         there.map(|listener| listener.listener).collect()
     }
 
+    /// A restore has failed, maybe for want of an address to listen at, which CRIU does not name.
+    pub fn name_missing_addresses(&self) {
+        let inside = self.root_ns.as_ref().map(|ns| (ns, Place::Inside));
+        for (ns, place) in inside.into_iter().chain([(&self.criu_ns, Place::BesideCriu)]) {
+            for local in listeners::without_address(ns, &self.listeners_at(place)) {
+                log::error!(
+                    "{ns}: CRIU cannot listen at {local}, which is no address of this namespace: give it the address, or set \
+                     net.ipv4.ip_nonlocal_bind there for the restore (CRIU sets IP_FREEBIND after bind())"
+                );
+            }
+        }
+    }
+
     /// The namespace whose newcomers are let in.
     pub fn home(&self) -> &NetNs {
         let beside = self.listeners_at(Place::BesideCriu);

@@ -151,6 +151,10 @@ impl<'a> Progress<'a> {
                 let (progress, result) = match (fault::point("restore.end"), progress) {
                     (Err(error), progress) => (progress, Err(error.into())),
                     (Ok(()), Self::Building(building)) if ret == 0 => end(building),
+                    (Ok(()), Self::Building(building)) => {
+                        building.locks.name_missing_addresses();
+                        (Self::Building(building), Ok(()))
+                    }
                     (Ok(()), other) => (other, Ok(())),
                 };
                 progress.give_up();
