@@ -4,6 +4,9 @@
 //! It holds nothing else: no socket, no folder, no namespace that could go. The restore's agent takes what was held
 //! through a socket beside the record, and the keeper ends. It also ends when the lock is gone, whoever removed it, and
 //! when it has waited for as long as `SOCCR_HOLD` says.
+//!
+//! It looks for the lock every second. nf_tables could tell (`NFNLGRP_NFTABLES`); but while anybody listens there, the
+//! kernel writes a message for each element of a set, and all locks in the namespace take ten times as long.
 
 use std::fs;
 use std::io::{self, Read, Write};
@@ -15,12 +18,14 @@ use std::time::{Duration, Instant};
 use super::image::side;
 use crate::kernel::netns::NetNs;
 use crate::lock::held::{HeldPackets, Holder};
-use crate::lock::{self, LockName, Watch};
+use crate::lock::{self, LockName};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::prctl;
 
 /// Neither end waits longer for the other.
 const PATIENCE: Duration = Duration::from_secs(5);
+/// How often the lock is looked for.
+const LOOK: Duration = Duration::from_secs(1);
 
 /// Holds packets until somebody takes them.
 #[derive(Debug)]
@@ -29,7 +34,6 @@ pub struct Keeper {
     ns: NetNs,
     /// While one of them is there.
     locks: Vec<LockName>,
-    watch: Watch,
     door: Door,
 }
 
@@ -50,34 +54,33 @@ impl Keeper {
     /// Keeps what `holder` holds, of the locks with these names in `ns` only; gives it away at `door`.
     ///
     /// # Errors
-    /// The socket cannot be made there, or the namespace not be watched.
+    /// The socket cannot be made there.
     pub fn new(mut holder: Holder, ns: &NetNs, locks: Vec<LockName>, door: PathBuf) -> io::Result<Self> {
         holder.keep_only(ns);
-        let watch = Watch::open(ns).map_err(io::Error::other)?;
         let _ = fs::remove_file(&door);
         let door = Door { socket: UnixListener::bind(&door)?, path: door };
         door.socket.set_nonblocking(true)?;
-        Ok(Self { holder, ns: ns.clone(), locks, watch, door })
+        Ok(Self { holder, ns: ns.clone(), locks, door })
     }
 
     /// Holds them to the end. The process gets a name of its own.
     pub fn serve(mut self) {
         let _ = prctl::set_name(c"soccr-keeper");
-        let end = Instant::now() + self.holder.patience;
-        let mut changed = true;
-        while !changed || self.is_locked() {
-            let Some(left) = end.checked_duration_since(Instant::now()) else { return };
-            let mut fds = vec![
-                PollFd::new(self.door.socket.as_fd(), PollFlags::POLLIN),
-                PollFd::new(self.watch.as_fd(), PollFlags::POLLIN),
-            ];
+        let (end, mut looked) = (Instant::now() + self.holder.patience, None::<Instant>);
+        loop {
+            if looked.is_none_or(|looked| looked.elapsed() >= LOOK) {
+                looked = Some(Instant::now());
+                if looked > Some(end) || !self.is_locked() {
+                    return;
+                }
+            }
+            let mut fds = vec![PollFd::new(self.door.socket.as_fd(), PollFlags::POLLIN)];
             fds.extend(self.holder.fds().map(|log| PollFd::new(log, PollFlags::POLLIN)));
-            let _ = poll(&mut fds, PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX));
+            let _ = poll(&mut fds, PollTimeout::try_from(LOOK).unwrap_or(PollTimeout::MAX));
             if let Ok((to, _)) = self.door.socket.accept() {
                 return give(to, self.holder);
             }
             self.holder.read();
-            changed = self.watch.changed();
         }
     }
 
