@@ -5,8 +5,8 @@
 //! through a socket beside the record, and the keeper ends. It also ends when the lock is gone, whoever removed it, and
 //! when it has waited for as long as `SOCCR_HOLD` says.
 //!
-//! It looks for the lock every second. nf_tables could tell (`NFNLGRP_NFTABLES`); but while anybody listens there, the
-//! kernel writes a message for each element of a set, and all locks in the namespace take ten times as long.
+//! It looks for the lock every second. nf_tables could tell (`NFNLGRP_NFTABLES`); but while anybody listens there, in whatever
+//! namespace, the kernel writes a message for each element of a set, and every lock on the host takes ten times as long.
 
 use std::fs;
 use std::io::{self, Read, Write};

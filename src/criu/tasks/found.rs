@@ -4,7 +4,6 @@ use std::fmt;
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 
-use super::owner::Owner;
 use crate::four_tuple::FourTuple;
 use crate::kernel::SysError;
 use crate::kernel::netns::{NetNs, NetNsError};
@@ -17,8 +16,6 @@ pub struct FoundConnection {
     pub socket: OwnedFd,
     /// Its inode, which names its image.
     pub inode: u32,
-    /// Who owns it, by our numbers.
-    pub owner: Owner,
     /// The kernel's number for it (`SO_COOKIE`), which no other socket gets until the next boot.
     pub cookie: u64,
     /// Both ends.
@@ -36,8 +33,6 @@ pub struct Unconnected {
     pub socket: OwnedFd,
     /// Its inode, by which CRIU's images know it.
     pub inode: u32,
-    /// Who owns it, by our numbers.
-    pub owner: Owner,
     /// As [`FoundConnection::cookie`].
     pub cookie: u64,
     /// Its own end.
