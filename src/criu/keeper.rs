@@ -9,6 +9,9 @@
 //! record. When the dump's lock is gone, or a packet comes from one of the sockets, the keeper looks whether a
 //! process on this host has one of the connections again, and removes all that is left. A packet alone, which anybody
 //! can forge, removes nothing.
+//!
+//! It looks for the lock every second. nf_tables could tell (`NFNLGRP_NFTABLES`); but while anybody listens there, in whatever
+//! namespace, the kernel writes a message for each element of a set, and every lock on the host takes ten times as long.
 
 use std::fs;
 use std::io::{self, Read, Write};
@@ -21,14 +24,14 @@ use super::image::side;
 use super::record::{self, RecordId, Store};
 use crate::kernel::netns::NetNs;
 use crate::lock::held::{HeldPackets, Holder};
-use crate::lock::{self, LockName, Watch};
+use crate::lock::{self, LockName};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::prctl;
 
 /// Neither end waits longer for the other.
 const PATIENCE: Duration = Duration::from_secs(5);
-/// Between two looks at all namespaces, which are not for free.
-const LOOK_EVERY: Duration = Duration::from_millis(500);
+/// How often the lock is looked for, and who has the connections.
+const LOOK: Duration = Duration::from_secs(1);
 
 /// Holds packets until somebody takes them.
 #[derive(Debug)]
@@ -37,7 +40,6 @@ pub struct Keeper {
     ns: NetNs,
     /// While one of them is there.
     locks: Vec<LockName>,
-    watch: Watch,
     door: Door,
     /// The record of the dump.
     id: RecordId,
@@ -61,7 +63,7 @@ impl Keeper {
     /// away at `door`.
     ///
     /// # Errors
-    /// The socket cannot be made there, or the namespace not be watched.
+    /// The socket cannot be made there.
     pub fn new(
         mut holder: Holder,
         ns: &NetNs,
@@ -70,42 +72,33 @@ impl Keeper {
         id: &RecordId,
     ) -> io::Result<Self> {
         holder.keep_only(ns);
-        let watch = Watch::open(ns).map_err(io::Error::other)?;
         let _ = fs::remove_file(&door);
         let door = Door { socket: UnixListener::bind(&door)?, path: door };
         door.socket.set_nonblocking(true)?;
-        Ok(Self { holder, ns: ns.clone(), locks, watch, door, id: id.clone() })
+        Ok(Self { holder, ns: ns.clone(), locks, door, id: id.clone() })
     }
 
     /// Holds them to the end. The process gets a name of its own.
     pub fn serve(mut self) {
         let _ = prctl::set_name(c"soccr-keeper");
         let end = Instant::now() + self.holder.patience;
-        let (mut heard, mut next_look) = (false, Instant::now());
-        let mut changed = true;
+        let (mut heard, mut looked) = (false, None::<Instant>);
         loop {
-            let now = Instant::now();
-            let is_locked = !changed || self.is_locked();
-            if !is_locked || (heard && now >= next_look) {
-                if self.end_restored() || !is_locked {
+            if looked.is_none_or(|looked| looked.elapsed() >= LOOK) {
+                let is_locked = self.is_locked();
+                if (!is_locked || heard) && self.end_restored() || !is_locked || Instant::now() >= end {
                     return;
                 }
-                (heard, next_look) = (false, now + LOOK_EVERY);
+                (heard, looked) = (false, Some(Instant::now()));
             }
-            let until = if heard { end.min(next_look) } else { end };
-            let Some(left) = until.checked_duration_since(now).filter(|_| now < end) else { return };
-            let mut fds = vec![
-                PollFd::new(self.door.socket.as_fd(), PollFlags::POLLIN),
-                PollFd::new(self.watch.as_fd(), PollFlags::POLLIN),
-            ];
+            let mut fds = vec![PollFd::new(self.door.socket.as_fd(), PollFlags::POLLIN)];
             fds.extend(self.holder.fds().map(|log| PollFd::new(log, PollFlags::POLLIN)));
-            let _ = poll(&mut fds, PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX));
+            let _ = poll(&mut fds, PollTimeout::try_from(LOOK).unwrap_or(PollTimeout::MAX));
             if let Ok((to, _)) = self.door.socket.accept() {
                 return give(to, self.holder);
             }
             self.holder.read();
             heard |= self.holder.heard_socket();
-            changed = self.watch.changed();
         }
     }
 

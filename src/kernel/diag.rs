@@ -1,7 +1,7 @@
 //! The socket monitor (`sock_diag(7)`): what only it tells of sockets; finds and destroys those that no process has any
 //! more.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv6Addr, SocketAddr, SocketAddrV6};
 
 use nix::errno::Errno;
 
@@ -100,6 +100,10 @@ pub enum Kind {
 pub struct Seen {
     /// The kernel's number for it (`SO_COOKIE`).
     pub cookie: u64,
+    /// Its inode; 0 when no process has it.
+    pub inode: u32,
+    /// Both ends, as getsockname() and getpeername() show them, but for a flow label.
+    pub tuple: FourTuple,
     /// Whether it has keys for TCP-MD5 signatures (RFC 2385).
     pub md5: bool,
     /// Whether keys would be shown: only to who has CAP_NET_ADMIN.
@@ -161,17 +165,31 @@ pub fn listeners() -> SysResult<Vec<Listener>> {
 
 fn listener(message: &[u8]) -> Option<Listener> {
     const SKV6ONLY: u16 = 11;
-    let port = u16::from_be_bytes(message.get(4..6)?.try_into().ok()?);
-    let ip = match i32::from(*message.first()?) {
-        libc::AF_INET => IpAddr::from(<[u8; 4]>::try_from(message.get(8..12)?).ok()?),
-        _ => IpAddr::from(<[u8; 16]>::try_from(message.get(8..24)?).ok()?),
-    };
-    let word = |at: usize| Some(u32::from_ne_bytes(message.get(at..at + 4)?.try_into().ok()?));
     let v6only = Attributes::new(message.get(REPLY..)?)
         .flatten()
         .any(|(kind, value)| kind == SKV6ONLY && value.bytes() != [0]);
-    let local = SocketAddr::new(ip, port);
-    Some(Listener { local, v6only, device: word(40)?, inode: word(REPLY - 4)? })
+    let local = end(message, 4, 8)?;
+    Some(Listener { local, v6only, device: word(message, DEVICE)?, inode: word(message, INODE)? })
+}
+
+/// Where a `struct inet_diag_msg` has the interface that the socket is bound to, and its inode.
+const DEVICE: usize = 40;
+const INODE: usize = REPLY - 4;
+
+fn word(message: &[u8], at: usize) -> Option<u32> {
+    Some(u32::from_ne_bytes(message.get(at..at + 4)?.try_into().ok()?))
+}
+
+/// One end of a socket: its port and its address are at these places.
+fn end(message: &[u8], port: usize, ip: usize) -> Option<SocketAddr> {
+    let port = u16::from_be_bytes(message.get(port..port + 2)?.try_into().ok()?);
+    if i32::from(*message.first()?) == libc::AF_INET {
+        let ip = <[u8; 4]>::try_from(message.get(ip..ip + 4)?).ok()?;
+        return Some(SocketAddr::new(ip.into(), port));
+    }
+    let ip = Ipv6Addr::from(<[u8; 16]>::try_from(message.get(ip..ip + 16)?).ok()?);
+    let scope = if ip.is_unicast_link_local() { word(message, DEVICE)? } else { 0 };
+    Some(SocketAddrV6::new(ip, port, 0, scope).into())
 }
 
 /// Shows `each` the messages about all TCP sockets of a filter; `None` from it says that one makes no sense.
@@ -227,9 +245,11 @@ fn seen(message: &[u8]) -> Option<Seen> {
     const ULP_INFO: u16 = 19;
     // Shown to the same callers as keys are, whether or not there is one.
     const MARK: u16 = 15;
-    let half = |at: usize| Some(u32::from_ne_bytes(message.get(4 + at..8 + at)?.try_into().ok()?));
-    let cookie = u64::from(half(COOKIE.start)?) | u64::from(half(COOKIE.start + 4)?) << 32;
-    let mut seen = Seen { cookie, md5: false, shows_keys: false, upper_layer: false };
+    let half = |at: usize| word(message, 4 + at).map(u64::from);
+    let cookie = half(COOKIE.start)? | half(COOKIE.start + 4)? << 32;
+    let tuple = FourTuple { local: end(message, 4, 8)?, remote: end(message, 6, 24)? };
+    let (inode, md5, shows_keys, upper_layer) = (word(message, INODE)?, false, false, false);
+    let mut seen = Seen { cookie, inode, tuple, md5, shows_keys, upper_layer };
     for attribute in Attributes::new(message.get(REPLY..)?) {
         let (kind, value) = attribute.ok()?;
         seen.md5 |= kind == MD5SIG && !value.bytes().is_empty();

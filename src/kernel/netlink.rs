@@ -3,7 +3,7 @@
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use nix::errno::Errno;
-use nix::sys::socket::{MsgFlags, NetlinkAddr, bind, send};
+use nix::sys::socket::{MsgFlags, send};
 
 use super::sockopt::{self, Buffer};
 use super::{SysError, SysResult};
@@ -79,17 +79,6 @@ impl NetlinkSocket {
     /// Gives the kernel room for so many bytes of messages that come unasked, more than it has, as far as it allows.
     pub fn set_receive_room(&self, bytes: i32) {
         let _ = sockopt::set_buffer_size(self.fd.as_fd(), Buffer::Receive, bytes);
-    }
-
-    /// Has the kernel tell of what happens to one of its subsystems (`NFNLGRP_*`, `RTNLGRP_*`, up to 32). Only a socket
-    /// with an address is told: one without has port 0, by which the kernel knows itself.
-    ///
-    /// # Errors
-    /// EPERM: it tells only who has CAP_NET_ADMIN.
-    pub fn subscribe(&self, group: u32) -> SysResult<()> {
-        let address = NetlinkAddr::new(0, 1 << (group - 1));
-        bind(self.fd.as_raw_fd(), &address)
-            .map_err(|errno| SysError { call: "subscribe to netlink messages", errno })
     }
 
     /// Receives the next datagram of the kernel's answer, `None` when there is no more. Never

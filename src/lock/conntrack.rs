@@ -269,7 +269,8 @@ enum Answer<'a> {
 const ESTABLISHED_TIMEOUT: u32 = 432_000;
 
 /// For what the first packet has conntrack take for an established connection; where nothing passes conntrack, for nothing.
-const UNTIL_FIRST_PACKET: u32 = 60;
+/// Connections may be unlocked some time later than they are made known.
+const UNTIL_FIRST_PACKET: u32 = 600;
 
 /// What the connection's socket sends.
 fn sent(connection: &FourTuple) -> Direction {

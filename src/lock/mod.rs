@@ -29,7 +29,6 @@ mod nft;
 mod options;
 mod packet_log;
 pub mod passage;
-mod watch;
 pub(crate) mod xtables;
 
 use std::net::SocketAddr;
@@ -48,7 +47,6 @@ pub use options::{
     BadOption, HOLD_NEW_VARIABLE, HOLD_VARIABLE, LEASE_VARIABLE, LockOptions, METHOD_VARIABLE, Method,
 };
 pub use passage::Passage;
-pub use watch::Watch;
 pub use xtables::XtablesError;
 
 /// Where connections are accepted.

@@ -10,7 +10,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use nix::errno::Errno;
 
 use super::nft::wire::{Header, Messages, Writer};
-use super::nft::{MARK, NftError, answer, netlink_flag};
+use super::nft::{MARK, NftError, answer, close_aside, netlink_flag};
 use crate::kernel::netlink::NetlinkSocket;
 use crate::kernel::netns::NetNs;
 use crate::kernel::{SysError, SysResult};
@@ -110,6 +110,7 @@ impl PacketLog {
     pub fn finish(mut self, each: impl FnMut(&[u8])) {
         let _ = self.configure(0, |w| w.put(COMMAND, &[UNBIND]));
         self.read(each);
+        close_aside(self.socket);
     }
 }
 

@@ -9,7 +9,6 @@ mod stock;
 #[path = "../support/mod.rs"]
 #[allow(dead_code)] // this test program uses its part
 mod support;
-mod watch;
 
 use std::io::Write;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};

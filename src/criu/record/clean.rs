@@ -271,8 +271,9 @@ fn broken(record: &Record, reusing: &Reusing, report: &mut Report) -> Vec<OwnedF
             let fd = socket.as_fd();
             if sockopt::is_tcp(fd) && (tcp::in_repair(fd).unwrap_or(false) || forgot(fd)) {
                 found.push(socket);
+                return Ok(None);
             }
-            Ok(())
+            Ok(Some(socket))
         });
         if let Err(error) = walked
             && id.lives()

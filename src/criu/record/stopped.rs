@@ -40,7 +40,7 @@ fn end_in_tasks(record: &Record, saved: &HashSet<u64>) -> Vec<String> {
             if is_saved && tcp::in_repair(fd).unwrap_or(false) {
                 problems.extend(repair::end(fd).err().map(|error| chain(&error)));
             }
-            Ok(())
+            Ok(Some(socket))
         });
         if let Err(error) = walked
             && id.lives()

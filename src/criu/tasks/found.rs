@@ -5,7 +5,6 @@ use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
 
-use super::owner::Owner;
 use crate::four_tuple::FourTuple;
 use crate::kernel::SysError;
 use crate::kernel::netns::{NetNs, NetNsError};
@@ -18,8 +17,6 @@ pub struct FoundConnection {
     pub socket: OwnedFd,
     /// Its inode, which names its image.
     pub inode: u32,
-    /// Who owns it, by our numbers.
-    pub owner: Owner,
     /// The kernel's number for it (`SO_COOKIE`), which no other socket gets until the next boot.
     pub cookie: u64,
     /// Both ends.
@@ -37,8 +34,6 @@ pub struct Unconnected {
     pub socket: Rc<OwnedFd>,
     /// Its inode, by which CRIU's images know it.
     pub inode: u32,
-    /// Who owns it, by our numbers.
-    pub owner: Owner,
     /// As [`FoundConnection::cookie`].
     pub cookie: u64,
     /// Its own end.

@@ -66,7 +66,7 @@ fn refuse_connections(ns: &NetNs, connections: &[&FoundConnection]) -> Result<()
         let mut refused = None;
         monitor(ns, ends.into_iter(), diag::Kind::Connected, |seen| {
             if let Some(connection) = left.remove(&seen.cookie) {
-                let why = if seen.md5 { Some(MD5) } else { seen.upper_layer.then_some(UPPER_LAYER) };
+                let why = self::refused(seen.md5, seen.upper_layer);
                 refused = refused.or(why.map(|why| (connection, why)));
             }
         })?;
@@ -88,6 +88,11 @@ fn refuse_connections(ns: &NetNs, connections: &[&FoundConnection]) -> Result<()
         }
     }
     left.values().next().map_or(Ok(()), |connection| Err(refuse_one(connection, HIDDEN)))
+}
+
+/// Why a connection of which the monitor tells this cannot be carried.
+pub(super) fn refused(md5: bool, upper_layer: bool) -> Option<&'static str> {
+    if md5 { Some(MD5) } else { upper_layer.then_some(UPPER_LAYER) }
 }
 
 fn refuse_one(connection: &FoundConnection, why: &'static str) -> FindError {

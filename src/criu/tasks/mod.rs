@@ -4,6 +4,7 @@ mod found;
 mod identity;
 pub mod in_flight;
 mod keys;
+mod monitored;
 mod owner;
 mod sockets;
 mod stop;

@@ -2,6 +2,11 @@
 
 use std::fs;
 use std::io;
+use std::os::fd::BorrowedFd;
+
+use nix::sys::stat::fstat;
+
+use crate::kernel::{SysError, SysResult};
 
 /// A user and a group.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -10,6 +15,17 @@ pub struct Owner {
     pub uid: u32,
     /// The group.
     pub gid: u32,
+}
+
+impl Owner {
+    /// That of a socket, by our numbers.
+    ///
+    /// # Errors
+    /// EBADF.
+    pub fn of_socket(socket: BorrowedFd<'_>) -> SysResult<Self> {
+        let stat = fstat(socket).map_err(|errno| SysError { call: "stat a socket", errno })?;
+        Ok(Self { uid: stat.st_uid, gid: stat.st_gid })
+    }
 }
 
 /// A task's user namespace: which numbers of ours its own are.

@@ -5,12 +5,13 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use nix::errno::Errno;
 
+use crate::kernel::diag::Seen;
 use crate::kernel::netns::{NetNs, NetNsError};
 use crate::kernel::{SysError, addr, ao, options, sockopt};
 use crate::repair::four_tuple;
 
 use super::found::{FindError, Found, FoundConnection, Place, Unconnected};
-use super::owner::Owner;
+use super::monitored::{Monitored, Table};
 use super::{Task, in_flight, keys};
 
 /// Visits each socket once, however many descriptors lead to it: those in tasks' tables and, inside unix sockets,
@@ -21,18 +22,25 @@ pub struct Walker {
     unix: HashSet<u64>,
 }
 
+/// Takes a duplicate of a socket, or gives it back: only a unix socket that was given back is looked into.
+type Visit<'a> = &'a mut dyn FnMut(OwnedFd, Place) -> Result<Option<OwnedFd>, FindError>;
+
 impl Walker {
-    /// Calls `visit` with a duplicate of every socket of `task` that was not seen before and is no unix socket.
+    /// Calls `visit` with a duplicate of every socket of `task` that was not seen before, and of those in flight in its unix
+    /// sockets.
     ///
     /// # Errors
     /// [`FindError`], or that of `visit`; what is left is not visited then.
     pub fn walk(
         &mut self,
         task: &Task,
-        mut visit: impl FnMut(OwnedFd, Place) -> Result<(), FindError>,
+        mut visit: impl FnMut(OwnedFd, Place) -> Result<Option<OwnedFd>, FindError>,
     ) -> Result<(), FindError> {
-        let sockets = task.sockets().map_err(|error| FindError::Proc(task.pid, error))?;
-        for (fd, inode) in sockets {
+        self.walk_table(task, table(task)?, &mut visit)
+    }
+
+    fn walk_table(&mut self, task: &Task, table: Table, visit: Visit<'_>) -> Result<(), FindError> {
+        for (fd, inode) in table {
             if !self.inodes.insert(inode) {
                 continue;
             }
@@ -41,32 +49,32 @@ impl Walker {
                 Err(SysError { errno: Errno::EBADF, .. }) => continue, // closed meanwhile: the task runs
                 other => other.map_err(|error| FindError::Sys(place, error))?,
             };
-            if in_flight::is_unix(socket.as_fd()) {
-                self.queued_in(&socket, Place::InFlight(task.pid, fd), &mut visit)?;
-            } else {
-                visit(socket, place)?;
+            if let Some(socket) = visit(socket, place)?
+                && in_flight::is_unix(socket.as_fd())
+            {
+                self.queued_in(&socket, Place::InFlight(task.pid, fd), visit)?;
             }
         }
         Ok(())
     }
 
-    fn queued_in(
-        &mut self,
-        unix: &OwnedFd,
-        place: Place,
-        visit: &mut dyn FnMut(OwnedFd, Place) -> Result<(), FindError>,
-    ) -> Result<(), FindError> {
+    fn queued_in(&mut self, unix: &OwnedFd, place: Place, visit: Visit<'_>) -> Result<(), FindError> {
         let sys = |error| FindError::Sys(place, error);
         let messages = in_flight::peek(unix.as_fd()).map_err(sys)?;
         for socket in messages.into_iter().flat_map(|message| message.files) {
-            if !in_flight::is_unix(socket.as_fd()) {
-                visit(socket, place)?;
-            } else if self.unix.insert(sockopt::cookie(socket.as_fd()).map_err(sys)?) {
+            if let Some(socket) = visit(socket, place)?
+                && in_flight::is_unix(socket.as_fd())
+                && self.unix.insert(sockopt::cookie(socket.as_fd()).map_err(sys)?)
+            {
                 self.queued_in(&socket, place, visit)?;
             }
         }
         Ok(())
     }
+}
+
+fn table(task: &Task) -> Result<Table, FindError> {
+    task.sockets().map_err(|error| FindError::Proc(task.pid, error))
 }
 
 /// Finds each connection once, however many descriptors lead to it, and refuses those that cannot be carried.
@@ -79,10 +87,15 @@ pub struct Finder {
     no_ao: bool,
 }
 
-/// What a TCP socket is to the finder.
+/// What a descriptor is to the finder.
 enum Kind {
     Connection(FoundConnection),
+    /// One of which the monitor has told already what has to be known.
+    Monitored(FoundConnection),
     Unconnected(Unconnected),
+    /// A TCP socket that was found before.
+    Known,
+    Other(OwnedFd),
 }
 
 impl Finder {
@@ -99,20 +112,25 @@ impl Finder {
     /// # Errors
     /// [`FindError`].
     pub fn of_tasks(&mut self, tasks: &[Task]) -> Result<Found, FindError> {
-        let mut found = Found::default();
+        let tables: Vec<Table> = tasks.iter().map(table).collect::<Result<_, _>>()?;
+        let mut monitored = Monitored::of(tasks, &tables);
+        let (mut found, mut asked) = (Found::default(), Vec::new());
         let mut walker = std::mem::take(&mut self.walker);
-        for task in tasks {
-            walker.walk(task, |socket, place| {
-                match self.examine(socket, place)? {
-                    Some(Kind::Connection(connection)) => found.connections.push(connection),
-                    Some(Kind::Unconnected(socket)) => found.unconnected.push(socket),
-                    None => {}
+        for (task, table) in tasks.iter().zip(tables) {
+            walker.walk_table(task, table, &mut |socket, place| {
+                match self.examine(socket, place, &mut monitored)? {
+                    Kind::Monitored(connection) => found.connections.push(connection),
+                    Kind::Connection(connection) => asked.push(connection),
+                    Kind::Unconnected(socket) => found.unconnected.push(socket),
+                    Kind::Known => {}
+                    Kind::Other(socket) => return Ok(Some(socket)),
                 }
-                Ok(())
+                Ok(None)
             })?;
         }
         self.walker = walker;
-        keys::refuse(&found.connections, &found.unconnected)?;
+        keys::refuse(&asked, &found.unconnected)?;
+        found.connections.append(&mut asked);
         Ok(found)
     }
 
@@ -132,29 +150,42 @@ impl Finder {
         socket: OwnedFd,
         place: Place,
     ) -> Result<Option<FoundConnection>, FindError> {
-        let Some(Kind::Connection(found)) = self.examine(socket, place)? else { return Ok(None) };
+        let Kind::Connection(found) = self.examine(socket, place, &mut Monitored::default())? else {
+            return Ok(None);
+        };
         keys::refuse(std::slice::from_ref(&found), &[])?;
         Ok(Some(found))
     }
 
-    fn examine(&mut self, socket: OwnedFd, place: Place) -> Result<Option<Kind>, FindError> {
+    fn examine(
+        &mut self,
+        socket: OwnedFd,
+        place: Place,
+        monitored: &mut Monitored,
+    ) -> Result<Kind, FindError> {
         let sys = |error| FindError::Sys(place, error);
-        if !sockopt::is_tcp(socket.as_fd()) {
-            return Ok(None);
-        }
         let cookie = sockopt::cookie(socket.as_fd()).map_err(sys)?;
-        if !self.seen.insert(cookie) {
-            return Ok(None);
+        let told = monitored.take(cookie);
+        if told.is_none() && !sockopt::is_tcp(socket.as_fd()) {
+            return Ok(Kind::Other(socket));
         }
-        let tuple = four_tuple(socket.as_fd()).ok().filter(|tuple| tuple.remote.port() != 0);
+        if !self.seen.insert(cookie) {
+            return Ok(Kind::Known);
+        }
         let refused = if !self.no_ao && self.has_ao_keys(&socket, place)? {
             Some(keys::AO)
         } else {
             options::refused(socket.as_fd()).map_err(sys)?
         };
+        if let Some((Seen { inode, tuple, md5, upper_layer, .. }, ns)) = told {
+            return match refused.or(keys::refused(md5, upper_layer)) {
+                Some(why) => Err(FindError::Refused { tuple, place, why }),
+                None => Ok(Kind::Monitored(FoundConnection { socket, inode, cookie, tuple, ns, place })),
+            };
+        }
+        let tuple = four_tuple(socket.as_fd()).ok().filter(|tuple| tuple.remote.port() != 0);
         let stat =
             nix::sys::stat::fstat(&socket).map_err(|errno| sys(SysError { call: "stat a socket", errno }))?;
-        let owner = Owner { uid: stat.st_uid, gid: stat.st_gid };
         let (inode, why) = match u32::try_from(stat.st_ino) {
             Ok(inode) => (inode, refused),
             Err(_) => (0, Some("its inode number does not fit CRIU's images")),
@@ -164,22 +195,19 @@ impl Finder {
             let local = addr::local(socket.as_fd()).map_err(sys)?;
             return match why {
                 Some(why) => Err(FindError::RefusedUnconnected { local, place, why }),
-                None => Ok(Some(Kind::Unconnected(Unconnected {
+                None => Ok(Kind::Unconnected(Unconnected {
                     socket: socket.into(),
                     inode,
-                    owner,
                     cookie,
                     local,
                     ns,
                     place,
-                }))),
+                })),
             };
         };
         match why {
             Some(why) => Err(FindError::Refused { tuple, place, why }),
-            None => {
-                Ok(Some(Kind::Connection(FoundConnection { socket, inode, owner, cookie, tuple, ns, place })))
-            }
+            None => Ok(Kind::Connection(FoundConnection { socket, inode, cookie, tuple, ns, place })),
         }
     }
 

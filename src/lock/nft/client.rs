@@ -95,16 +95,20 @@ pub struct Client {
     slow_to_close: Cell<bool>,
 }
 
-/// Closing the socket waits until the kernel has freed what was deleted, 10 to 15 ms for an RCU grace
-/// period, while connections that are unlocked already wait for us: so that is left to a thread.
 impl Drop for Client {
     fn drop(&mut self) {
-        let socket = self.socket.take();
-        if self.slow_to_close.get() {
-            // Without a thread it is closed here.
-            let _ = thread::Builder::new().name("soccr-nft-close".into()).spawn(move || drop(socket));
+        if let Some(socket) = self.socket.take().filter(|_| self.slow_to_close.get()) {
+            close_aside(socket);
         }
     }
+}
+
+/// After a deletion, to close any socket of netfilter in that namespace waits until the kernel has freed what was deleted, 10
+/// to 15 ms for an RCU grace period, while connections that are unlocked already wait for us: so that is left to a
+/// thread.
+pub(in crate::lock) fn close_aside(socket: NetlinkSocket) {
+    // Without a thread it is closed here.
+    let _ = thread::Builder::new().name("soccr-nft-close".into()).spawn(move || drop(socket));
 }
 
 impl Client {

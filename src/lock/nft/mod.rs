@@ -22,7 +22,7 @@ use table::{Keys, Policy};
 
 use wire::{Attributes, Malformed};
 
-pub(super) use client::{Client, Transaction, netlink_flag};
+pub(super) use client::{Client, Transaction, close_aside, netlink_flag};
 pub use error::NftError;
 pub use expr::MARK;
 pub(super) use table::{AT_SOCKET, ON_PATH};

@@ -80,8 +80,8 @@ impl Beside<'_> {
         let Found { connections, unconnected } = Finder::default().of_tasks(&opened)?;
         self.extras.add_unconnected(unconnected);
         let mut held = Vec::with_capacity(connections.len());
-        for FoundConnection { socket, inode, owner, tuple, ns, .. } in connections {
-            self.extras.add_connection(inode, owner, ns, held.len());
+        for FoundConnection { socket, inode, tuple, ns, .. } in connections {
+            self.extras.add_connection(inode, ns, held.len());
             held.push((socket, tuple));
         }
         self.extras.read_all(&held);

@@ -29,7 +29,6 @@ pub struct Extras {
 #[derive(Debug)]
 struct Unread {
     inode: u32,
-    owner: Owner,
     ns: NetNs,
     socket: Socket,
 }
@@ -51,18 +50,14 @@ impl Extras {
     }
 
     /// One more connection, at this place among those that the dump holds.
-    pub fn add_connection(&mut self, inode: u32, owner: Owner, ns: NetNs, place: usize) {
-        self.unread.push(Unread { inode, owner, ns, socket: Socket::Connection(place) });
+    pub fn add_connection(&mut self, inode: u32, ns: NetNs, place: usize) {
+        self.unread.push(Unread { inode, ns, socket: Socket::Connection(place) });
     }
 
     /// Sockets without a peer.
     pub fn add_unconnected(&mut self, sockets: Vec<Unconnected>) {
-        let unread = |Unconnected { socket, inode, owner, ns, .. }| Unread {
-            inode,
-            owner,
-            ns,
-            socket: Socket::Unconnected(socket),
-        };
+        let unread =
+            |Unconnected { socket, inode, ns, .. }| Unread { inode, ns, socket: Socket::Unconnected(socket) };
         self.unread.extend(sockets.into_iter().map(unread));
     }
 
@@ -100,7 +95,7 @@ impl Extras {
     }
 
     fn extra(&mut self, unread: Unread, held: &Connections) -> Result<SocketExtra, NetNsError> {
-        let Unread { inode, owner, ns, socket } = unread;
+        let Unread { inode, ns, socket } = unread;
         let (socket, connected): (BorrowedFd<'_>, bool) = match &socket {
             Socket::Connection(place) => (held[*place].0.as_fd(), true),
             Socket::Unconnected(socket) => (socket.as_fd(), false),
@@ -113,7 +108,8 @@ impl Extras {
             self.failed.push((inode, chain(&error)));
             Vec::new()
         });
-        let owner = self.owners.as_ref().and_then(|owners| owners.inside(owner)).unwrap_or_default();
+        let inside = |owner| self.owners.as_ref()?.inside(owner);
+        let owner = Owner::of_socket(socket).ok().and_then(inside).unwrap_or_default();
         Ok(SocketExtra { owner, options })
     }
 }

@@ -282,7 +282,7 @@ impl<'a> Saving<'a> {
     fn save(&mut self, found: Vec<FoundConnection>) -> Result<(), AgentError> {
         let Self { criu, images, extras, held, .. } = self;
         writer::writing(images, |writer| {
-            for FoundConnection { socket, inode, owner, tuple, place, ns, .. } in found {
+            for FoundConnection { socket, inode, tuple, place, ns, .. } in found {
                 // The kernel lets the tasks run as soon as criu is dead: their sockets are theirs then.
                 if criu.gone() {
                     return Err(AgentError::Protocol("criu is gone"));
@@ -290,7 +290,7 @@ impl<'a> Saving<'a> {
                 let mut queues = Queues::default();
                 let tcp = read(&socket, place, &mut queues)?;
                 fault::point("dump.resumed")?;
-                extras.add_connection(inode, owner, ns, held.sockets.len());
+                extras.add_connection(inode, ns, held.sockets.len());
                 held.sockets.push((socket, tuple));
                 log::trace!(
                     "{tuple} ({place}): {}, {} bytes to read, {} to send",
@@ -389,8 +389,8 @@ impl Saved {
         if let Some(root) = held.tasks.first() {
             extras.set_owners(OwnerMap::of(root.pid).map_err(|error| FindError::Proc(root.pid, error))?);
         }
-        for FoundConnection { socket, inode, owner, tuple, ns, .. } in connections {
-            extras.add_connection(inode, owner, ns.clone(), held.sockets.len());
+        for FoundConnection { socket, inode, tuple, ns, .. } in connections {
+            extras.add_connection(inode, ns.clone(), held.sockets.len());
             held.adopt_lock(&ns, tuple, &lock_name, &options);
             held.sockets.push((socket, tuple));
         }

@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use soccr::chain;
-use soccr::connection::{FourTuple, Queues, State};
+use soccr::connection::{ControlBlock, FourTuple, Queues, State};
 use soccr::criu::image::index::InetConnection;
 use soccr::criu::image::side::SocketExtra;
 use soccr::criu::image::tcp_stream::TcpStreamImage;
@@ -14,7 +14,7 @@ use soccr::kernel::netns::NetNs;
 use soccr::kernel::options::{self, When};
 use soccr::kernel::tcp::Direction;
 use soccr::kernel::{SysError, addr, sockopt, tcp};
-use soccr::repair::Paused;
+use soccr::repair::{Paused, Probe};
 
 use super::plan::Plan;
 use super::preloaded::Preloaded;
@@ -41,11 +41,13 @@ pub struct Built {
     paused: Option<Paused<OwnedFd>>,
     pub tuple: FourTuple,
     pub reuse_port: Option<bool>,
+    /// Whether its peer is to hear of it.
+    pub probe: Probe,
 }
 
 impl Built {
-    pub fn new(paused: Paused<OwnedFd>, tuple: FourTuple, reuse_port: Option<bool>) -> Self {
-        Self { paused: Some(paused), tuple, reuse_port }
+    pub fn new(paused: Paused<OwnedFd>, tuple: FourTuple, reuse_port: Option<bool>, probe: Probe) -> Self {
+        Self { paused: Some(paused), tuple, reuse_port, probe }
     }
 
     pub fn into_paused(mut self) -> Paused<OwnedFd> {
@@ -176,7 +178,8 @@ impl Builder<'_> {
         write(socket.as_fd(), When::Early)?;
         let mut paused = Paused::pause_only(socket)?;
         paused.set_reuse_addr(connection.reuseaddr);
-        let built = Built::new(paused, tuple, connection.reuseport.or(Some(false)));
+        let reuse_port = connection.reuseport.or(Some(false));
+        let built = Built::new(paused, tuple, reuse_port, probe_for(&image.tcp));
         let socket = built.paused().socket();
         built
             .paused()
@@ -196,6 +199,14 @@ impl Builder<'_> {
         fault::point("restore.built")?;
         Ok(Some(built))
     }
+}
+
+/// A window probe, and the peer's answer to it, moves what waits for a window. Nothing does where both queues are empty and
+/// the peer may send a whole segment; in other states than ESTABLISHED the kernel sends none.
+fn probe_for(tcp: &ControlBlock) -> Probe {
+    let open = tcp.window.is_some_and(|window| window.rcv_wnd >= tcp.negotiated.mss_clamp);
+    let idle = tcp.recv_len == 0 && tcp.send_len == 0 && open;
+    if idle || tcp.state != State::Established { Probe::None } else { Probe::Send }
 }
 
 /// Makes a socket somebody's.

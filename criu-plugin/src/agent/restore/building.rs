@@ -15,7 +15,7 @@ use soccr::forge::Forge;
 use soccr::kernel::netns::NetNs;
 use soccr::kernel::process::RemoteFd;
 use soccr::kernel::{SysError, sockopt, tcp};
-use soccr::repair::{Paused, four_tuple};
+use soccr::repair::{Paused, Probe, four_tuple};
 
 use super::builder::{Builder, Built, Made, Wanted, must_live};
 use super::locks::Locks;
@@ -244,7 +244,7 @@ impl<'a> Building<'a> {
             if let Some(reuse_addr) = self.missing.external.remove(&tuple) {
                 let mut paused = Paused::pause(socket)?;
                 paused.set_reuse_addr(reuse_addr);
-                self.built.push(Built::new(paused, tuple, None));
+                self.built.push(Built::new(paused, tuple, None, Probe::Send));
             }
         }
         Ok(())

@@ -39,6 +39,8 @@ pub struct Locks {
     /// What the locks keep from the sockets.
     pub holder: Holder,
     listeners: Vec<TreeListener>,
+    /// What conntrack is still to know as established before it is unlocked.
+    unknown: Vec<(NetNs, Vec<FourTuple>)>,
 }
 
 /// The lock of one namespace.
@@ -86,7 +88,8 @@ impl Locks {
         let mut path = Path::new(&criu_ns, &plan.path_owner()?);
         path.add_translations(recorder.record().translations.iter().chain(&plan.translations).copied());
         let (held, holder, listeners) = (HashMap::new(), Holder::from_env()?, plan.listeners.clone());
-        Ok(Self { criu_ns, root_ns: None, options, name, left, recorder, held, path, holder, listeners })
+        let (root_ns, unknown) = (None, Vec::new());
+        Ok(Self { criu_ns, root_ns, options, name, left, recorder, held, path, holder, listeners, unknown })
     }
 
     /// How many connections are locked.
@@ -174,7 +177,27 @@ impl Locks {
         if self.left.interrupted {
             destroy_orphans(&ns, &tuples);
         }
+        self.unknown.push((ns, tuples));
         Ok(())
+    }
+
+    /// Whether conntrack is still to be told of locked connections.
+    pub fn is_behind(&self) -> bool {
+        !self.unknown.is_empty()
+    }
+
+    /// Tells it of some of them.
+    pub fn establish_some(&mut self) {
+        const SOME: usize = 256;
+        let Some((ns, mut tuples)) = self.unknown.pop() else { return };
+        let some = tuples.split_off(tuples.len().saturating_sub(SOME));
+        match conntrack::establish(&ns, &some) {
+            Ok(()) if tuples.is_empty() => {}
+            Ok(()) => self.unknown.push((ns, tuples)),
+            Err(error) => {
+                log::warn!("{ns}: a stateful firewall may drop the connections' packets: {}", chain(&error))
+            }
+        }
     }
 
     /// In a namespace of the tree's own all those that are not beside criu: nobody else listens there.
@@ -219,12 +242,12 @@ impl Locks {
 
     /// Removes all that keeps the connections still, the dump's included.
     pub fn unlock(&mut self) -> Result<(), LockError> {
+        while self.is_behind() {
+            self.establish_some();
+        }
         self.unlock_path()?;
         for (ns, Locked { lock, tuples }) in self.held.drain() {
             let tuples: Vec<FourTuple> = tuples.into_iter().collect();
-            if let Err(error) = conntrack::establish(&ns, &tuples) {
-                log::warn!("{ns}: a stateful firewall may drop the connections' packets: {}", chain(&error));
-            }
             // Our lock (which stock CRIU removes in its own namespace only), maybe made by another method, or the rules of
             // a stock dump, which CRIU leaves alone with --tcp-close.
             for name in &self.left.tables {

@@ -10,7 +10,7 @@
 //! 3. [`Building`]: each connection is built when the hook of its task comes, in its socket's namespace, which is locked
 //!    before that at the latest; it stays in repair mode.
 //! 4. [`waking`]: after the last task all leave repair mode, silently; then they are unlocked, from where there is no way
-//!    back; and then a probe from each wakes its flow.
+//!    back; and then a probe from each that has something to wait for wakes its flow.
 //!
 //! When anything fails the sockets are closed in repair mode, silently, and the lock is what it was before, under the
 //! name that the images know: the restore can be tried again, by us or by stock CRIU.
@@ -166,12 +166,14 @@ impl<'a> Progress<'a> {
     }
 
     fn can_work_ahead(&self) -> bool {
-        matches!(self, Self::Building(building) if building.preloaded.wants_more())
+        matches!(self, Self::Building(it) if it.preloaded.wants_more() || it.locks.is_behind())
     }
 
     fn work_ahead(&mut self) {
-        if let Self::Building(Building { preloaded, plan, .. }) = self {
-            preloaded.read_some(&plan.images);
+        match self {
+            Self::Building(Building { locks, .. }) if locks.is_behind() => locks.establish_some(),
+            Self::Building(Building { preloaded, plan, .. }) => preloaded.read_some(&plan.images),
+            _ => {}
         }
     }
 

@@ -31,9 +31,10 @@ struct Whole {
     socket: OwnedFd,
     tuple: FourTuple,
     reuse_addr: bool,
+    probe: Probe,
 }
 
-/// All tasks are complete: leaves repair mode, then unlocks, then wakes the peers. Gives the tasks back.
+/// All tasks are complete: leaves repair mode, then unlocks, then wakes who waits. Gives the tasks back.
 #[allow(clippy::result_large_err)] // once in a restore
 pub fn wake(mut building: Building<'_>) -> Result<Vec<Task>, Failed<'_>> {
     if let Err(error) = complete(&mut building) {
@@ -94,7 +95,7 @@ fn may_wake(building: &mut Building<'_>) -> Result<(), AgentError> {
 }
 
 fn probe(whole: &[Whole]) {
-    let sockets: Vec<&Whole> = whole.iter().collect();
+    let sockets: Vec<&Whole> = whole.iter().filter(|whole| whole.probe == Probe::Send).collect();
     let (_, _) = parallel::for_each(
         sockets,
         || (),
@@ -109,21 +110,22 @@ fn probe(whole: &[Whole]) {
 }
 
 fn leave_repair(built: Built) -> Result<Whole, AgentError> {
-    let (tuple, reuse_port, paused) = (built.tuple, built.reuse_port, built.into_paused());
+    let Built { tuple, reuse_port, probe, .. } = built;
+    let paused = built.into_paused();
     let failed = |source| AgentError::Socket { tuple, pid: 0, source };
     if let Some(on) = reuse_port {
         sockopt::set_reuse_port(paused.socket(), on).map_err(failed)?;
     }
     let reuse_addr = paused.reuse_addr();
     let socket = paused.resume(Probe::None)?;
-    Ok(Whole { socket, tuple, reuse_addr })
+    Ok(Whole { socket, tuple, reuse_addr, probe })
 }
 
 /// Only in repair mode a socket is closed without a word, and gives its addresses back at once.
 fn enter_repair(whole: Whole) -> Option<Built> {
-    let Whole { socket, tuple, .. } = whole;
+    let Whole { socket, tuple, probe, .. } = whole;
     let told =
         |error: &PauseError| ::log::error!("{tuple}: its peer hears that it is closed: {}", chain(error));
     let paused = Paused::pause_only(socket).inspect_err(told).ok()?;
-    Some(Built::new(paused, tuple, None))
+    Some(Built::new(paused, tuple, None, probe))
 }
