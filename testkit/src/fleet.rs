@@ -180,6 +180,17 @@ impl Fleet<Client> {
         self.members().len()
     }
 
+    /// Waits until all that the living have sent by now is echoed; how long that took.
+    pub fn catch_up(&self, limit: Duration) -> Result<Duration> {
+        let started = Instant::now();
+        let sent: Vec<u64> = self.members().iter().map(|member| member.client.sent()).collect();
+        let has_all = |(member, sent): (&Member<Client>, &u64)| {
+            member.error.is_some() || member.client.received() >= *sent
+        };
+        wait_until("all is echoed", limit, || Ok(self.members().iter().zip(&sent).all(has_all)))?;
+        Ok(started.elapsed())
+    }
+
     /// Lets every echo come in, exchanges some more bytes with all, and says who got them, each within `limit`.
     pub fn stop(self, limit: Duration) -> Seen {
         self.end(limit);

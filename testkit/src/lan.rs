@@ -3,7 +3,7 @@
 use std::fs;
 use std::net::{IpAddr, Ipv6Addr};
 use std::os::fd::AsRawFd;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use nix::errno::Errno;
@@ -73,22 +73,51 @@ impl Lan {
 
     /// Moves a server and its addresses to the other host. `arrived` is called when they are there and no process is.
     pub fn migrate(&mut self, server: Task, way: Way, arrived: impl FnOnce() -> Result<()>) -> Result<Task> {
-        let (from, to) = (self.here().images()?, self.there().images()?);
-        self.here().dump(way.side, server.pid(), &from).dump_and_wait(server)?;
-        copy(&from, &to)?;
-        if way.hold {
-            self.there().soccr(&["hold", &to.to_string_lossy()])?;
+        let copies = self.freeze(server, way.side)?;
+        self.carry(&copies, way.hold)?;
+        arrived()?;
+        let server = self.thaw(&copies, way.side)?;
+        if matches!(way.side, Side::Plugin(_)) {
+            self.release(&copies)?;
+        }
+        Ok(server)
+    }
+
+    /// The first step: dumps the server.
+    pub fn freeze(&self, server: Task, side: Side) -> Result<Copies> {
+        let copies = Copies { from: self.here().images()?, to: self.there().images()? };
+        self.here().dump(side, server.pid(), &copies.from).dump_and_wait(server)?;
+        Ok(copies)
+    }
+
+    /// The second: images and addresses go to the other host, where a lock is before them with `hold`.
+    pub fn carry(&self, copies: &Copies, hold: bool) -> Result<()> {
+        copy(&copies.from, &copies.to)?;
+        if hold {
+            self.there().soccr(&["hold", &copies.to.to_string_lossy()])?;
         }
         give_up_addresses(self.here().host())?;
-        take_addresses(self.there().host())?;
-        arrived()?;
-        let (server, _) = self.there().restore(way.side, &to)?.restore()?;
-        if matches!(way.side, Side::Plugin(_)) {
-            self.here().soccr(&["release", &from.to_string_lossy()])?;
-        }
+        take_addresses(self.there().host())
+    }
+
+    /// The third: restores the server there, which is here from then on.
+    pub fn thaw(&mut self, copies: &Copies, side: Side) -> Result<Task> {
+        let (server, _) = self.there().restore(side, &copies.to)?.restore()?;
         self.here = 1 - self.here;
         Ok(server)
     }
+
+    /// The last: what the plugin has kept on the host that the server came from goes.
+    pub fn release(&self, copies: &Copies) -> Result<()> {
+        self.there().soccr(&["release", &copies.from.to_string_lossy()]).map(drop)
+    }
+}
+
+/// The images of one move, on either host.
+#[derive(Debug)]
+pub struct Copies {
+    from: PathBuf,
+    to: PathBuf,
 }
 
 /// Puts a namespace on the bridge by a wire whose outer end is called `name`.

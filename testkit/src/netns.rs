@@ -7,7 +7,7 @@ use std::os::unix::process::CommandExt;
 use std::process::{self, Command, Stdio};
 use std::thread;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use nix::sched::{CloneFlags, setns, unshare};
 
 /// A network namespace, held by a descriptor.
@@ -30,6 +30,15 @@ impl NetNs {
                 .expect("the thread that makes a namespace does not panic")
         })?;
         made.ip("link set lo up")?;
+        Ok(made)
+    }
+
+    /// A new one where only marked packets pass: for connections whose other end does not exist.
+    pub fn locked() -> Result<Self> {
+        const RULES: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../libsoccr/tests/lock.nft");
+        let made = Self::new()?;
+        let status = made.command("nft").args(["-f", RULES]).status().context("cannot run nft")?;
+        ensure!(status.success(), "nft -f {RULES}: {status}");
         Ok(made)
     }
 

@@ -102,13 +102,9 @@ fn to_and_fro(scene: Scene, is_clean: impl Fn(&Lan) -> Result<()>) -> Result<()>
 /// What clients have sent while the server moved is echoed before any of their timers could have brought it: the next
 /// retransmission of one that has made two is 0.8 s away.
 fn catches_up(busy: &Fleet<Client>) -> Result<()> {
-    let back = Instant::now();
-    let sent: Vec<u64> = busy.members().iter().map(|member| member.client.sent()).collect();
-    let received = || busy.members().iter().map(|member| member.client.received()).collect::<Vec<_>>();
-    let all = || received().iter().zip(&sent).all(|(received, sent)| received >= sent);
-    wait_until("all is echoed", PATIENCE, || Ok(all()))?;
-    println!("all is echoed after {:?}", back.elapsed());
-    ensure!(back.elapsed() <= SLACK, "all is echoed after {:?}", back.elapsed());
+    let took = busy.catch_up(PATIENCE)?;
+    println!("all is echoed after {took:?}");
+    ensure!(took <= SLACK, "all is echoed after {took:?}");
     Ok(())
 }
 

@@ -1,11 +1,12 @@
 //! What peers send while their server is away is held, and the server has it as soon as it is back.
 
+use std::fs;
 use std::time::{Duration, Instant};
-use std::{fs, thread};
 
 use anyhow::{Result, anyhow, ensure};
 use nix::sys::signal::{Signal, kill};
-use soccr_testkit::{Client, Fleet, Place, Server, task};
+use soccr_testkit::peers::{ABSENCES, Noticed, Peers};
+use soccr_testkit::{Client, Fleet, Place, Server};
 
 use crate::world::{BUSY, PATIENCE, PLUGIN, SERVER_V4, stage};
 
@@ -14,95 +15,59 @@ const CLIENTS: usize = 50;
 /// A client's first retransmission may come after 0.2 s. On an idle machine all is echoed after half of that.
 const SLACK: Duration = Duration::from_millis(300);
 
-/// A restore takes so long here at most.
-const RESTORE: Duration = Duration::from_millis(500);
-
-/// Freezes a server for so long. From the end of the restore until it has echoed all that its clients have sent meanwhile.
-fn catching_up(place: Place, away: Duration, hold: &str) -> Result<Option<Duration>> {
-    let Some(stage) = stage(place, &[PLUGIN])? else { return Ok(None) };
+/// Freezes a server for so long, with this variable in the environment of dump and restore. `None` where that cannot be.
+fn absence(away: Duration, (name, value): (&'static str, &str)) -> Result<Option<Noticed>> {
+    let Some(stage) = stage(Place::Host, &[PLUGIN])? else { return Ok(None) };
     let server = stage.serve(SERVER_V4, &["--mode", "echo"])?;
-    let clients = stage.connect_all(&[server.address], CLIENTS, Client::connect)?;
-    let busy = Fleet::echoes(clients, BUSY)?;
-    let images = stage.images()?;
-    let (frozen, address) = (Instant::now(), server.address);
-    stage.dump(PLUGIN, server.pid(), &images).env("SOCCR_HOLD", hold).dump_and_wait(server.task)?;
-    // The time that the server is away is what is tested.
-    thread::sleep(away.saturating_sub(frozen.elapsed()));
-    let restored = stage.restore(PLUGIN, &images)?.env("SOCCR_HOLD", hold).restore()?;
-    let server = Server::restored(address, restored.0, stage.dir());
-    let back = Instant::now();
-    let sent: Vec<u64> = busy.members().iter().map(|member| member.client.sent()).collect();
-    let caught_up =
-        || busy.members().iter().zip(&sent).all(|(member, sent)| member.client.received() >= *sent);
-    task::wait_until("all is echoed", PATIENCE, || Ok(caught_up()))?;
-    let took = back.elapsed();
-    busy.stop(PATIENCE).whole()?;
-    stage.wait_until_clean(Some(&server))?;
-    Ok(Some(took))
+    let (images, address) = (stage.images()?, server.address);
+    let mut peers = Peers::start(&stage.peer, address, CLIENTS, BUSY)?;
+    peers.leave();
+    stage.dump(PLUGIN, server.pid(), &images).env(name, value).dump_and_wait(server.task)?;
+    peers.call()?;
+    peers.wait(away);
+    let (task, _) = stage.restore(PLUGIN, &images)?.env(name, value).restore()?;
+    let noticed = peers.finish()?;
+    ensure!(noticed.lost.is_empty(), "lost: {:?}", noticed.lost);
+    stage.wait_until_clean(Some(&Server::restored(address, task, stage.dir())))?;
+    Ok(Some(noticed))
 }
 
-/// Without holding it is up to luck: a peer's next try comes at once, or after as long as the server was away.
+/// Without holding it is up to luck: a peer's next try comes at once, or after as long as the server was away. Who connects
+/// meanwhile waits for no longer than the server is away, and is not refused.
 #[test]
-fn peers_catch_up_at_once() -> Result<()> {
+fn peers_catch_up_at_once_and_nobody_is_refused() -> Result<()> {
     let (mut all_held, mut all_dropped) = (Duration::ZERO, Duration::ZERO);
-    for away in [300, 1000, 2000, 3000].map(Duration::from_millis) {
-        let Some(held) = catching_up(Place::Host, away, "")? else { return Ok(()) };
-        let Some(dropped) = catching_up(Place::Host, away, "off")? else { return Ok(()) };
+    for away in ABSENCES {
+        let Some(noticed) = absence(away, ("SOCCR_HOLD", ""))? else { return Ok(()) };
+        let Some(Noticed { caught_up: dropped, .. }) = absence(away, ("SOCCR_HOLD", "off"))? else {
+            return Ok(());
+        };
+        let held = noticed.caught_up;
         println!("away for {away:?}: all is echoed after {held:?}, without holding after {dropped:?}");
         ensure!(held <= SLACK, "away for {away:?}: all is echoed after {held:?}");
         all_held += held;
         all_dropped += dropped;
+        nobody_is_refused(&noticed)?;
     }
     ensure!(2 * all_held < all_dropped, "holding makes no difference: {all_held:?}, without {all_dropped:?}");
     Ok(())
 }
 
-/// Clients that connect one after the other while a server is away for so long, and after its restore: how long each call
-/// took, and how many were refused.
-fn connecting(away: Duration, hold: &str) -> Result<Option<(Vec<Duration>, usize)>> {
-    const EVERY: Duration = Duration::from_millis(20);
-    let Some(stage) = stage(Place::Host, &[PLUGIN])? else { return Ok(None) };
-    let server = stage.serve(SERVER_V4, &["--mode", "echo"])?;
-    let (images, address, gone) = (stage.images()?, server.address, Instant::now());
-    stage.dump(PLUGIN, server.pid(), &images).env("SOCCR_HOLD_NEW", hold).dump_and_wait(server.task)?;
-    let call = || stage.peer.run(|| (Instant::now(), Client::connect(address), Instant::now()));
-    let (restored, calls) = thread::scope(|scope| -> Result<_> {
-        let mut calls = Vec::new();
-        while gone.elapsed() < away {
-            calls.push(scope.spawn(call));
-            thread::sleep(EVERY);
-        }
-        let restored = stage.restore(PLUGIN, &images)?.env("SOCCR_HOLD_NEW", hold).restore()?;
-        let calls = calls.into_iter().map(|call| call.join().expect("it does not panic"));
-        Ok((restored.0, calls.collect::<Vec<_>>()))
-    })?;
-    let server = Server::restored(address, restored, stage.dir());
-    let (mut took, mut refused) = (Vec::new(), 0);
-    for (start, client, end) in calls {
-        match client {
-            Ok(mut client) => {
-                client.ping(1000)?;
-                took.push(end - start);
-            }
-            Err(_) => refused += 1,
-        }
-    }
-    stage.wait_until_clean(Some(&server))?;
-    Ok(Some((took, refused)))
+fn nobody_is_refused(noticed: &Noticed) -> Result<()> {
+    let (absence, made) = (noticed.absence, noticed.calls.len());
+    let longest = noticed.longest_call().unwrap_or_default();
+    println!("away for {absence:?}: {made} connected, the longest call took {longest:?}");
+    ensure!(made > 0, "nobody called");
+    ensure!(noticed.refused() == 0, "{} of {made} were refused: {:?}", noticed.refused(), noticed.calls);
+    ensure!(longest <= absence + SLACK, "away for {absence:?}: a call took {longest:?}");
+    Ok(())
 }
 
-/// None is refused, and none waits longer than the server is away, its restore included, and 0.3 s. Without us all are refused.
+/// Without us all are.
 #[test]
-fn who_connects_meanwhile_waits() -> Result<()> {
-    for away in [300, 1000, 2000, 3000].map(Duration::from_millis) {
-        let Some((took, refused)) = connecting(away, "")? else { return Ok(()) };
-        let longest = took.iter().max().copied().unwrap_or_default();
-        println!("away for {away:?}: {} connected, the longest call took {longest:?}", took.len());
-        ensure!(refused == 0, "away for {away:?}: {refused} were refused, {} not", took.len());
-        ensure!(longest <= away + SLACK + RESTORE, "away for {away:?}: a call took {longest:?}");
-    }
-    let Some((took, refused)) = connecting(Duration::from_millis(300), "off")? else { return Ok(()) };
-    ensure!(refused > 0, "nobody was refused: {took:?}");
+fn unheld_callers_are_refused() -> Result<()> {
+    let Some(noticed) = absence(ABSENCES[0], ("SOCCR_HOLD_NEW", "off"))? else { return Ok(()) };
+    ensure!(noticed.refused() > 0, "nobody was refused: {:?}", noticed.calls);
     Ok(())
 }
 

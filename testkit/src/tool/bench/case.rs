@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use soccr_testkit::{Lock, Place};
+use soccr_testkit::{Lock, Place, Side};
 
 /// Who carries the connections.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,8 +40,8 @@ pub struct Case {
 
 /// A case, who is measured in it in turns, and how often.
 #[derive(Clone, Debug)]
-pub struct Series {
-    pub case: Case,
+pub struct Series<C> {
+    pub case: C,
     pub parties: Vec<Party>,
     /// Times the number of rounds that is asked for: some take a minute.
     pub rounds: Rounds,
@@ -68,8 +68,8 @@ const fn empty(connections: usize) -> Case {
 /// Processes of the largest case.
 pub const PARTS: usize = 4;
 
-/// Everything. The agent holds every socket of a dump: it may have so many descriptors.
-pub fn all(descriptors: usize) -> Vec<Series> {
+/// Everything, with so many connections in the largest case.
+pub fn all(most: usize) -> Vec<Series<Case>> {
     let mut all = Vec::new();
     for connections in [1, 100, 1000, 10_000] {
         all.push(compared(empty(connections)));
@@ -84,7 +84,6 @@ pub fn all(descriptors: usize) -> Vec<Series> {
         }
     }
     all.push(compared(Case { queued: GIB / 1024, ..empty(1024) }));
-    let most = descriptors.saturating_sub(1000).min(60_000);
     all.push(compared(Case { processes: PARTS, ..empty(most) }));
     all.push(Series {
         case: empty(100),
@@ -97,7 +96,7 @@ pub fn all(descriptors: usize) -> Vec<Series> {
 }
 
 /// What tells that all of it works: a minute.
-pub fn smoke() -> Vec<Series> {
+pub fn smoke() -> Vec<Series<Case>> {
     let cases = [
         empty(100),
         empty(1000),
@@ -111,11 +110,18 @@ pub fn smoke() -> Vec<Series> {
     all
 }
 
-fn compared(case: Case) -> Series {
+fn compared(case: Case) -> Series<Case> {
     Series { case, parties: vec![Party::Floor, SKIP, Party::Ours], rounds: Rounds::AsAsked }
 }
 
 impl Party {
+    pub fn side(self) -> Side {
+        match self {
+            Self::Stock(lock) => Side::Stock(lock),
+            Self::Floor | Self::Ours => Side::Plugin(Lock::Nftables),
+        }
+    }
+
     /// Whether the connections are alive after a restore.
     pub fn carries(self) -> bool {
         self != Self::Floor
@@ -151,7 +157,7 @@ impl fmt::Display for Case {
     }
 }
 
-struct Bytes(usize);
+pub struct Bytes(pub usize);
 
 impl fmt::Display for Bytes {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -4,13 +4,13 @@ use anyhow::{Result, anyhow};
 use plotters::prelude::*;
 use soccr_testkit::{Lock, Place};
 
-use super::case::{Party, Storage};
-use super::report::Row;
+use super::case::{Case, Party, Storage};
+use super::row::Row;
 
 const SIZE: (u32, u32) = (1100, 480);
 
 /// Frozen and restore time of every party, images in memory, queues empty.
-pub fn of(rows: &[Row]) -> Result<String> {
+pub fn of(rows: &[Row<Case>]) -> Result<String> {
     let mut svg = String::new();
     draw(rows, &mut svg).map_err(|error| anyhow!("cannot draw: {error}"))?;
     Ok(svg)
@@ -18,7 +18,7 @@ pub fn of(rows: &[Row]) -> Result<String> {
 
 type Drawn<T> = Result<T, Box<dyn std::error::Error>>;
 
-fn draw(rows: &[Row], svg: &mut String) -> Drawn<()> {
+fn draw(rows: &[Row<Case>], svg: &mut String) -> Drawn<()> {
     let area = SVGBackend::with_string(svg, SIZE).into_drawing_area();
     area.fill(&WHITE)?;
     let (left, right) = area.split_horizontally(SIZE.0 / 2);
@@ -30,7 +30,7 @@ fn draw(rows: &[Row], svg: &mut String) -> Drawn<()> {
 
 type Area<'a> = DrawingArea<SVGBackend<'a>, plotters::coord::Shift>;
 
-fn panel(area: &Area<'_>, title: &str, rows: &[Row], of: fn(&Row) -> Option<f64>) -> Drawn<()> {
+fn panel(area: &Area<'_>, title: &str, rows: &[Row<Case>], of: fn(&Row<Case>) -> Option<f64>) -> Drawn<()> {
     let parties = [Lock::Iptables, Lock::Nftables, Lock::Skip].map(Party::Stock);
     let lines =
         parties.into_iter().chain([Party::Ours, Party::Floor]).map(|party| (party, line(rows, party, of)));
@@ -56,8 +56,8 @@ fn panel(area: &Area<'_>, title: &str, rows: &[Row], of: fn(&Row) -> Option<f64>
     Ok(())
 }
 
-fn line(rows: &[Row], party: Party, of: fn(&Row) -> Option<f64>) -> Vec<(f64, f64)> {
-    let plain = |row: &&Row| {
+fn line(rows: &[Row<Case>], party: Party, of: fn(&Row<Case>) -> Option<f64>) -> Vec<(f64, f64)> {
+    let plain = |row: &&Row<Case>| {
         let case = row.case;
         row.party == party
             && case.queued == 0

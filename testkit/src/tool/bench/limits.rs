@@ -2,8 +2,10 @@
 
 use soccr_testkit::{Lock, Place};
 
+use super::absence::Route;
 use super::case::{Case, GIB, PARTS, Party, SKIP, Storage};
-use super::report::{Report, Row};
+use super::report::Report;
+use super::row::Row;
 
 /// One number and what it may be at most.
 pub struct Limit {
@@ -28,7 +30,9 @@ pub fn of(report: &Report) -> Vec<Limit> {
         limits.over_floor();
         limits.in_all();
         limits.of_queues();
+        limits.of_peers([0.1, 0.3], 0.3);
     }
+    limits.of_calls();
     limits.limits
 }
 
@@ -44,16 +48,17 @@ impl<'a> Limits<'a> {
         }
     }
 
-    fn row(&self, party: Party, case: impl Fn(&Case) -> bool) -> Option<&'a Row> {
+    fn row(&self, party: Party, case: impl Fn(&Case) -> bool) -> Option<&'a Row<Case>> {
         self.report.rows.iter().find(|row| row.party == party && case(&row.case))
     }
 
     fn ratio(&mut self, against: Party, case: impl Fn(&Case) -> bool, frozen: f64, restore: f64) {
         let Some((ours, other)) = self.row(Party::Ours, &case).zip(self.row(against, &case)) else { return };
         let name = format!("ours / {against}, {}", ours.case);
-        for (what, of, most) in
-            [("frozen", Row::frozen as fn(&Row) -> Option<f64>, frozen), ("restore", Row::restore, restore)]
-        {
+        for (what, of, most) in [
+            ("frozen", Row::frozen as fn(&Row<Case>) -> Option<f64>, frozen),
+            ("restore", Row::restore, restore),
+        ] {
             let ratio = of(ours).zip(of(other)).map(|(ours, other)| ours / other);
             self.add(format!("{what}, {name}"), ratio, most);
         }
@@ -75,14 +80,14 @@ impl<'a> Limits<'a> {
     }
 
     /// Microseconds that each connection costs beyond what CRIU's own work takes.
-    fn cost(&self, case: impl Fn(&Case) -> bool, of: fn(&Row) -> Option<f64>) -> Option<f64> {
+    fn cost(&self, case: impl Fn(&Case) -> bool, of: fn(&Row<Case>) -> Option<f64>) -> Option<f64> {
         let (ours, floor) = (self.row(Party::Ours, &case)?, self.row(Party::Floor, &case)?);
         Some((of(ours)? - of(floor)?) * 1e6 / ours.connections())
     }
 
     fn over_floor(&mut self) {
         let measures =
-            [("dump", Row::frozen as fn(&Row) -> Option<f64>, 12.0), ("restore", Row::restore, 10.0)];
+            [("dump", Row::frozen as fn(&Row<Case>) -> Option<f64>, 12.0), ("restore", Row::restore, 10.0)];
         for (what, of, most) in measures {
             let (large, small) = (self.cost(plain(10_000), of), self.cost(plain(1000), of));
             self.add(format!("µs a connection over the floor, {what}, 10000"), large, most);
@@ -117,18 +122,36 @@ impl<'a> Limits<'a> {
             return;
         };
         self.add("MiB of memory of an agent, 1 GiB queued", ours.agent_peak(), 64.0);
-        let times = |of: fn(&Row) -> Option<f64>| Some((of(ours)? - of(floor)?) / ours.raw_copy()?);
+        let times = |of: fn(&Row<Case>) -> Option<f64>| Some((of(ours)? - of(floor)?) / ours.raw_copy()?);
         self.add("times a plain copy, dump of 1 GiB", times(Row::frozen), 2.0);
         self.add("times a plain copy, restore of 1 GiB", times(Row::restore), 2.0);
+    }
+
+    /// Of all absences: seconds until all is echoed, for who stays and who moves; seconds that a call lasts beyond the absence.
+    fn of_peers(&mut self, [stays, moves]: [f64; 2], overtime: f64) {
+        for row in self.report.absences.iter().filter(|row| row.party == Party::Ours) {
+            let name = row.case;
+            let most = if row.case.route == Route::Stay { stays } else { moves };
+            self.add(format!("s until all is echoed, {name}"), row.caught_up(), most);
+            self.add(format!("calls that failed, {name}"), row.refused(), 0.0);
+            self.add(format!("s that a call lasted beyond the absence, {name}"), row.overtime(), overtime);
+        }
+    }
+
+    fn of_calls(&mut self) {
+        for pair in &self.report.pairs {
+            self.add(format!("{} / {}", pair.what, pair.other), Some(pair.rounded()), pair.most);
+        }
     }
 
     /// That nothing has gone wrong by an order of magnitude.
     fn on_busy_machine(&mut self) {
         self.ratio(SKIP, plain(1000), 3.0, 4.0);
+        self.of_peers([2.0, 2.0], 2.0);
         self.ratio(Party::Stock(Lock::Nftables), plain(100), 1.5, 10.0);
         let moved = self.row(Party::Ours, plain(1000)).and_then(|row| row.moved());
         self.add("s until 1000 connections have moved bytes", moved, 2.0);
-        let memory = self.report.rows.iter().filter_map(Row::agent_peak).reduce(f64::max);
+        let memory = self.report.rows.iter().filter_map(Row::<Case>::agent_peak).reduce(f64::max);
         self.add("MiB of memory of an agent", memory, 64.0);
     }
 }

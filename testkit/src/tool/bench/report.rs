@@ -12,9 +12,12 @@ use serde_json::{Value, json};
 use soccr_testkit::Criu;
 use soccr_testkit::task::Usage;
 
-use super::case::{Case, Party};
+use super::absence::Absence;
+use super::case::Case;
 use super::chart;
 use super::limits::{self, Limit};
+use super::pair::Pair;
+use super::row::{Measured, Row};
 use super::trial::Times;
 
 pub struct Report {
@@ -22,53 +25,16 @@ pub struct Report {
     kernel: String,
     rounds: u16,
     pub smoke: bool,
-    pub rows: Vec<Row>,
+    pub rows: Vec<Row<Case>>,
+    pub absences: Vec<Row<Absence>>,
+    pub pairs: Vec<Pair>,
+    /// What could not be measured beside these.
+    pub failures: Vec<String>,
 }
 
-/// All trials of one party in one case.
-pub struct Row {
-    pub case: Case,
-    pub party: Party,
-    times: Vec<Times>,
-    failure: Option<String>,
-}
+type Column = (&'static str, Option<f64>, usize);
 
-impl Row {
-    pub fn new(case: Case, party: Party) -> Self {
-        Self { case, party, times: Vec::new(), failure: None }
-    }
-
-    pub fn name(&self) -> String {
-        format!("{}, {}", self.case, self.party)
-    }
-
-    /// Takes a trial's outcome down, a failure too, and tells it.
-    pub fn add(&mut self, outcome: Result<Times>) -> String {
-        match outcome {
-            Ok(times) => {
-                let [frozen, restore] = [times.frozen, times.restore].map(|it| it.as_secs_f64());
-                self.times.push(times);
-                format!("{}: frozen {frozen:.3} s, restore {restore:.3} s", self.name())
-            }
-            Err(error) => {
-                let text = format!("{error:#}");
-                let line = format!("{}: FAILED: {text}", self.name());
-                self.failure = Some(text);
-                line
-            }
-        }
-    }
-
-    /// Of the trials; nothing where one has failed, and where one does not tell.
-    fn median(&self, of: impl Fn(&Times) -> Option<f64>) -> Option<f64> {
-        if self.failure.is_some() {
-            return None;
-        }
-        let mut all = self.times.iter().map(of).collect::<Option<Vec<_>>>()?;
-        all.sort_by(f64::total_cmp);
-        all.get(all.len() / 2).copied()
-    }
-
+impl Row<Case> {
     pub fn connections(&self) -> f64 {
         u32::try_from(self.case.connections).map_or(f64::INFINITY, f64::from)
     }
@@ -110,19 +76,32 @@ impl Row {
     }
 
     fn profile(&self) -> BTreeMap<&str, f64> {
-        let names = self.times.iter().flat_map(|times| times.profile.keys());
+        let names = self.trials.iter().flat_map(|times| times.profile.keys());
         let median = |name: &String| self.median(|times| times.profile.get(name).copied());
         names.filter_map(|name| Some((name.as_str(), median(name)?))).collect()
     }
 
-    /// Every column but the first two, with the digits that are worth showing.
-    fn columns(&self) -> [(&'static str, Option<f64>, usize); 9] {
-        [
+    /// Milliseconds by the clock that the plugin worked on a dump, or a restore.
+    fn hooks(&self, work: &str) -> Option<f64> {
+        self.median(|times| {
+            let phases =
+                times.profile.iter().filter(|(name, _)| name.starts_with(work) && !name.ends_with(" cpu"));
+            phases.map(|(_, time)| *time).reduce(|sum, time| sum + time)
+        })
+    }
+
+    /// Every column but the first, with the digits that are worth showing.
+    fn columns(&self) -> Vec<Column> {
+        let median = |of: fn(&Times) -> Option<f64>| self.median(of);
+        vec![
             ("frozen s", self.frozen(), 3),
-            ("dump s", self.median(|times| Some(times.dump.as_secs_f64())), 3),
+            ("dump s", median(|times| Some(times.dump.as_secs_f64())), 3),
             ("restore s", self.restore(), 3),
             ("moved after s", self.moved(), 3),
-            ("criu MiB", self.median(|times| Some(peak(&times.criu))), 0),
+            ("silent s", median(|times| times.silence.map(|it| it.as_secs_f64())), 3),
+            ("plugin, dump, ms", self.hooks("dump "), 1),
+            ("plugin, restore, ms", self.hooks("restore "), 1),
+            ("criu MiB", median(|times| Some(peak(&times.criu))), 0),
             ("agent MiB", self.agent_peak(), 0),
             ("dump CPU s", self.dump_cpu(), 3),
             ("agent, dump, µs", self.agent_cpu(0), 1),
@@ -131,17 +110,15 @@ impl Row {
     }
 
     fn json(&self) -> Value {
-        let medians: serde_json::Map<_, _> =
-            self.columns().into_iter().map(|(name, value, _)| (name.to_owned(), json!(value))).collect();
         let each = |of: fn(&Times) -> Duration| -> Vec<f64> {
-            self.times.iter().map(|times| of(times).as_secs_f64()).collect()
+            self.trials.iter().map(|times| of(times).as_secs_f64()).collect()
         };
         json!({
             "case": self.case.to_string(),
             "connections": self.case.connections,
             "queued": self.case.queued,
             "party": self.party.to_string(),
-            "medians": medians,
+            "medians": medians(&self.columns()),
             "frozen_s": each(|times| times.frozen),
             "dump_s": each(|times| times.dump),
             "restore_s": each(|times| times.restore),
@@ -149,6 +126,37 @@ impl Row {
             "failure": self.failure,
         })
     }
+}
+
+impl Row<Absence> {
+    fn columns(&self) -> Vec<Column> {
+        vec![
+            ("caught up after s", self.caught_up(), 3),
+            ("longest silence s", self.silence(), 3),
+            ("lost", self.lost(), 0),
+            ("calls", self.calls(), 0),
+            ("refused", self.refused(), 0),
+            ("longest call, s beyond the absence", self.overtime(), 3),
+        ]
+    }
+
+    fn json(&self) -> Value {
+        json!({
+            "case": self.case.to_string(),
+            "party": self.party.to_string(),
+            "medians": medians(&self.columns()),
+            "caught_up_s": self.trials.iter().map(|it| it.caught_up.as_secs_f64()).collect::<Vec<_>>(),
+            "failure": self.failure,
+        })
+    }
+}
+
+fn medians(columns: &[Column]) -> Value {
+    columns
+        .iter()
+        .map(|(name, value, _)| ((*name).to_owned(), json!(value)))
+        .collect::<serde_json::Map<_, _>>()
+        .into()
 }
 
 impl Report {
@@ -159,20 +167,10 @@ impl Report {
             rounds,
             smoke,
             rows: Vec::new(),
+            absences: Vec::new(),
+            pairs: Vec::new(),
+            failures: Vec::new(),
         })
-    }
-
-    /// Who was measured in the same case before is one of them.
-    pub fn add(&mut self, rows: Vec<Row>) {
-        for row in rows {
-            match self.rows.iter_mut().find(|known| (known.case, known.party) == (row.case, row.party)) {
-                Some(known) => {
-                    known.times.extend(row.times);
-                    known.failure = known.failure.take().or(row.failure);
-                }
-                None => self.rows.push(row),
-            }
-        }
     }
 
     /// Writes report.json, report.md and report.svg.
@@ -188,20 +186,21 @@ impl Report {
 
     pub fn markdown(&self) -> String {
         let mut text = format!(
-            "CRIU: {}; kernel {}; medians of {} alternating rounds. `dump CPU` is processor time of criu and agent; the agents' is for each connection.\n",
+            "CRIU: {}; kernel {}; medians of {} alternating rounds. `silent` is from the call of criu dump until every connection had \
+             moved a byte; `plugin` is what its hooks took (told at -v4); `dump CPU` is processor time of criu and agent; the agents' is \
+             for each connection.\n",
             self.criu, self.kernel, self.rounds
         );
-        let mut case = None;
-        for row in &self.rows {
-            if case != Some(row.case) {
-                case = Some(row.case);
-                let names = row.columns().map(|(name, ..)| name).join(" | ");
-                let _ = writeln!(text, "\n| {} | {names} |\n|{}", row.case, "---|".repeat(10));
-            }
-            let show = |(_, value, digits): (_, Option<f64>, usize)| {
-                value.map_or_else(|| "–".to_owned(), |value| format!("{value:.digits$}"))
-            };
-            let _ = writeln!(text, "| {} | {} |", row.party, row.columns().map(show).join(" | "));
+        table(&mut text, &self.rows, Row::<Case>::columns);
+        if !self.absences.is_empty() {
+            text.push_str("\n50 busy connections, and a connect() every 20 ms while no server is there; `lost`, `refused` and the longest call of all rounds.\n");
+            table(&mut text, &self.absences, Row::<Absence>::columns);
+        }
+        if !self.pairs.is_empty() {
+            text.push_str("\n| a call | the other | its µs | ours µs | ratio |\n|---|---|---|---|---|\n");
+        }
+        for Pair { what, other, other_us, ours_us, ratio, .. } in &self.pairs {
+            let _ = writeln!(text, "| {what} | {other} | {other_us:.2} | {ours_us:.2} | {ratio:.2} |");
         }
         self.profiles(&mut text);
         self.verdicts(&mut text);
@@ -227,11 +226,17 @@ impl Report {
                 let _ = writeln!(text, "- {what}: {value:.4} ({verdict} {most:.4})");
             }
         }
-        for row in &self.rows {
-            if let Some(line) = row.failure.as_ref().and_then(|failure| failure.lines().next()) {
-                let _ = writeln!(text, "- {}: FAILED: {line}", row.name());
-            }
+        for failure in self.failures() {
+            let _ = writeln!(text, "- {}", failure.lines().next().unwrap_or_default());
         }
+    }
+
+    /// Each begins with what failed.
+    fn failures(&self) -> Vec<String> {
+        let mut failures = self.failures.clone();
+        failures.extend(self.rows.iter().filter_map(Row::failed));
+        failures.extend(self.absences.iter().filter_map(Row::failed));
+        failures
     }
 
     fn limits(&self) -> Vec<Limit> {
@@ -240,7 +245,7 @@ impl Report {
 
     /// Whether no trial failed, and no limit was exceeded.
     pub fn is_good(&self) -> bool {
-        self.rows.iter().all(|row| row.failure.is_none()) && self.limits().iter().all(Limit::holds)
+        self.failures().is_empty() && self.limits().iter().all(Limit::holds)
     }
 
     fn json(&self) -> Value {
@@ -250,9 +255,34 @@ impl Report {
             "criu": self.criu,
             "kernel": self.kernel,
             "rounds": self.rounds,
-            "rows": self.rows.iter().map(Row::json).collect::<Vec<_>>(),
+            "rows": self.rows.iter().map(Row::<Case>::json).collect::<Vec<_>>(),
+            "absences": self.absences.iter().map(Row::<Absence>::json).collect::<Vec<_>>(),
+            "calls": self.pairs.iter().map(Pair::json).collect::<Vec<_>>(),
+            "failures": self.failures(),
             "limits": self.limits().iter().filter(|it| it.most.is_finite()).map(limit).collect::<Vec<_>>(),
         })
+    }
+}
+
+/// A table for each case.
+fn table<C: Measured>(text: &mut String, rows: &[Row<C>], columns: impl Fn(&Row<C>) -> Vec<Column>) {
+    let mut case = None;
+    for row in rows {
+        let columns = columns(row);
+        if case != Some(row.case) {
+            case = Some(row.case);
+            let names = columns.iter().map(|(name, ..)| *name).collect::<Vec<_>>().join(" | ");
+            let _ = writeln!(text, "\n| {} | {names} |\n|{}", row.case, "---|".repeat(columns.len() + 1));
+        }
+        let show = |(_, value, digits): &Column| {
+            value.map_or_else(|| "–".to_owned(), |value| format!("{value:.digits$}"))
+        };
+        let _ = writeln!(
+            text,
+            "| {} | {} |",
+            row.party,
+            columns.iter().map(show).collect::<Vec<_>>().join(" | ")
+        );
     }
 }
 
@@ -272,9 +302,9 @@ mod tests {
     use soccr_testkit::Place;
 
     use super::*;
-    use crate::bench::case::{SKIP, Storage};
+    use crate::bench::case::{Party, SKIP, Storage};
 
-    fn row(party: Party, frozen: &[u64]) -> Row {
+    fn row(party: Party, frozen: &[u64]) -> Row<Case> {
         let times = |&ms| Times {
             frozen: Duration::from_millis(ms),
             restore: Duration::from_millis(2 * ms),
@@ -282,12 +312,22 @@ mod tests {
         };
         let (place, storage) = (Place::Host, Storage::Tmpfs);
         let case = Case { connections: 1000, queued: 0, processes: 1, place, storage, verbose: false };
-        Row { times: frozen.iter().map(times).collect(), ..Row::new(case, party) }
+        Row { trials: frozen.iter().map(times).collect(), ..Row::new(case, party) }
     }
 
-    fn report(ours: Row) -> Report {
+    fn report(ours: Row<Case>) -> Report {
         let rows = vec![row(Party::Floor, &[20]), row(SKIP, &[50, 30, 40]), ours];
-        Report { criu: "4.2.1".into(), kernel: "6.18".into(), rounds: 3, smoke: false, rows }
+        let (absences, pairs, failures) = (Vec::new(), Vec::new(), Vec::new());
+        Report {
+            criu: "4.2.1".into(),
+            kernel: "6.18".into(),
+            rounds: 3,
+            smoke: false,
+            rows,
+            absences,
+            pairs,
+            failures,
+        }
     }
 
     #[test]

@@ -15,14 +15,15 @@ use nix::unistd::Pid;
 use soccr_testkit::criu::{Call, Done, frozen_time};
 use soccr_testkit::stage::{KEEPER, V4};
 use soccr_testkit::task::{self, Usage, name_and_state, wait_until};
-use soccr_testkit::{Criu, Lock, Place, Side, Stage, leftovers, sockets};
+use soccr_testkit::{Criu, Place, Stage, leftovers, sockets};
 use tempfile::TempDir;
 
 use super::case::{Case, GIB, Party, Storage};
 use super::crowd::Crowd;
+use super::row::Measured;
 
 /// Where images are quick to write, and memory limits them.
-const TMPFS: &str = "/dev/shm";
+pub const TMPFS: &str = "/dev/shm";
 /// For one call of criu; stock's iptables take a minute for 1000 connections.
 const LIMIT: Duration = Duration::from_secs(300);
 
@@ -37,6 +38,8 @@ pub struct Times {
     pub restore: Duration,
     /// From then on until every connection had moved bytes in both directions; where the queues were empty.
     pub moved: Option<Duration>,
+    /// From the call of `criu dump` until then: a peer that spoke meanwhile waited for so long at most.
+    pub silence: Option<Duration>,
     /// What criu used, to dump and to restore; not what the restored tasks did themselves.
     pub criu: [Usage; 2],
     /// What the agents used.
@@ -47,9 +50,17 @@ pub struct Times {
     pub raw_copy: Option<Duration>,
 }
 
-/// Runs one, in a folder below `disk` where that is asked for.
-pub fn run(criu: &Criu, case: Case, party: Party, disk: &Path) -> Result<Times> {
-    Trial::prepare(criu, case, party, disk)?.run()
+impl Measured for Case {
+    type Trial = Times;
+
+    fn run(self, criu: &Criu, party: Party, disk: &Path) -> Result<Times> {
+        Trial::prepare(criu, self, party, disk)?.run()
+    }
+
+    fn tell(times: &Times) -> String {
+        let [frozen, restore] = [times.frozen, times.restore].map(|it| it.as_secs_f64());
+        format!("frozen {frozen:.3} s, restore {restore:.3} s")
+    }
 }
 
 struct Trial {
@@ -98,11 +109,13 @@ impl Trial {
         }
 
         let images = self.stage.images()?;
-        let dump =
-            self.call(self.stage.dump(self.side(), server.pid(), &images)).dump_and_wait(server.task)?;
+        let gone = Instant::now();
+        let dump = self
+            .call(self.stage.dump(self.party.side(), server.pid(), &images))
+            .dump_and_wait(server.task)?;
         times.frozen = frozen_time(&images)?;
         let dumpers = self.agents()?;
-        let (task, restore) = self.call(self.stage.restore(self.side(), &images)?).restore()?;
+        let (task, restore) = self.call(self.stage.restore(self.party.side(), &images)?).restore()?;
         if self.party.carries() {
             if queued > 0 {
                 task.signal(Signal::SIGUSR1)?;
@@ -111,6 +124,7 @@ impl Trial {
                 let restored = Instant::now();
                 crowd.echo().context("after the restore")?;
                 times.moved = Some(restored.elapsed());
+                times.silence = Some(gone.elapsed());
             }
             task.tree().into_iter().try_for_each(leftovers::no_repair)?;
         }
@@ -135,13 +149,6 @@ impl Trial {
             args.extend(["--hold".into(), "--rcvbuf".into(), room.to_string()]);
         }
         args
-    }
-
-    fn side(&self) -> Side {
-        match self.party {
-            Party::Stock(lock) => Side::Stock(lock),
-            Party::Floor | Party::Ours => Side::Plugin(Lock::Nftables),
-        }
     }
 
     fn call<'a>(&self, call: Call<'a>) -> Call<'a> {
