@@ -41,9 +41,18 @@ impl<F: AsFd> Paused<F> {
     /// A [`SaveError`] that names the connection. The socket stays in repair mode and nothing is taken from it; a
     /// program's SO_PEEK_OFF is as before once the guard ends in any way but [`Paused::release`].
     pub fn save(&self, queues: &mut Queues) -> Result<ControlBlock, SaveError> {
+        refuse_what_is_not_carried(self.socket())?;
+        self.save_carriable(queues)
+    }
+
+    /// As [`Paused::save`], for a caller who knows that there is neither a protocol on top in the kernel nor a key of TCP-AO.
+    ///
+    /// # Errors
+    /// As [`Paused::save`].
+    pub fn save_carriable(&self, queues: &mut Queues) -> Result<ControlBlock, SaveError> {
         queues.recv.clear();
         queues.send.clear();
-        let tcp = self.save_with(|queue| match queue.which() {
+        let tcp = save(self.socket(), self.peeked(), |queue| match queue.which() {
             Queue::Send => queue.copy_to_vec(&mut queues.send),
             Queue::Receive | Queue::None => queue.copy_to_vec(&mut queues.recv),
         })?;
@@ -66,6 +75,7 @@ impl<F: AsFd> Paused<F> {
         &self,
         copy: impl FnMut(&SavedQueue<'_>) -> Result<(), QueueError>,
     ) -> Result<ControlBlock, SaveError> {
+        refuse_what_is_not_carried(self.socket())?;
         save(self.socket(), self.peeked(), copy)
     }
 }
@@ -253,7 +263,6 @@ fn save(
     mut copy: impl FnMut(&SavedQueue<'_>) -> Result<(), QueueError>,
 ) -> Result<ControlBlock, SaveError> {
     const TRIES: usize = 3;
-    refuse_what_is_not_carried(fd)?;
     for _ in 1..TRIES {
         match save_once(fd, peeked, &mut copy) {
             Err(error) if error.is_of_moving() => {}

@@ -75,8 +75,8 @@ pub struct LockInfo {
     pub method: Method,
     /// Its name. Of an iptables lock only the id is known; the prefix is a guess.
     pub name: LockName,
-    /// Set elements, or rules that drop: two for a connection, or one for each direction of those
-    /// that have both ends in the namespace.
+    /// Set elements, one for a connection (stock CRIU's: two); or iptables' rules that drop: two for a connection, or one
+    /// for each direction of those that have both ends in the namespace.
     pub entries: usize,
 }
 

@@ -53,7 +53,7 @@ fn neither_data_nor_a_reset_passes() {
             let (mut locked, mut free) = (container.connect(to), container.connect(to));
             let tuple = tuple_of(&locked.server);
             let lock = NetworkLock::lock_on_path(&here(), &on_path(), &[tuple], &NFTABLES).unwrap().unwrap();
-            assert_eq!(listed(&here()), [("soccr-path-one".to_owned(), 2)]);
+            assert_eq!(listed(&here()), [("soccr-path-one".to_owned(), 1)]);
             assert_eq!(listed(&container.ns), []);
             locked.client.write_all(b"to the server").unwrap();
             locked.server.write_all(b"to the client").unwrap();

@@ -21,7 +21,6 @@ mod stopped;
 mod store;
 
 use std::net::SocketAddr;
-use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
 use std::str::FromStr;
 
@@ -32,7 +31,6 @@ use crate::criu::image::index::InetConnection;
 use crate::criu::tasks::{FoundConnection, Place, ProcessId};
 use crate::kernel::netns::NetNs;
 use crate::kernel::process::RemoteFd;
-use crate::kernel::sockopt;
 use crate::lock::conntrack::Translation;
 use crate::lock::{LockName, Method};
 
@@ -248,7 +246,7 @@ impl From<&FoundConnection> for ConnectionRecord {
             cookie: found.cookie,
             pid: owner.map(|(pid, _)| pid),
             fd: owner.map(|(_, RemoteFd(fd))| fd),
-            reuse_addr: sockopt::reuse_addr(found.socket.as_fd()) == Ok(1),
+            reuse_addr: found.reuse_addr,
         }
     }
 }

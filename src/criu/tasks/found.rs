@@ -21,6 +21,8 @@ pub struct FoundConnection {
     pub cookie: u64,
     /// Both ends.
     pub tuple: FourTuple,
+    /// SO_REUSEADDR, which the kernel forgets when repair mode ends.
+    pub reuse_addr: bool,
     /// The socket's own network namespace.
     pub ns: NetNs,
     /// Where it was found.

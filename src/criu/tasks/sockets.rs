@@ -177,10 +177,20 @@ impl Finder {
         } else {
             options::refused(socket.as_fd()).map_err(sys)?
         };
+        let reuse_addr = sockopt::reuse_addr(socket.as_fd()) == Ok(1);
+        let connection = |socket, inode, tuple, ns| FoundConnection {
+            socket,
+            inode,
+            cookie,
+            tuple,
+            reuse_addr,
+            ns,
+            place,
+        };
         if let Some((Seen { inode, tuple, md5, upper_layer, .. }, ns)) = told {
             return match refused.or(keys::refused(md5, upper_layer)) {
                 Some(why) => Err(FindError::Refused { tuple, place, why }),
-                None => Ok(Kind::Monitored(FoundConnection { socket, inode, cookie, tuple, ns, place })),
+                None => Ok(Kind::Monitored(connection(socket, inode, tuple, ns))),
             };
         }
         let tuple = four_tuple(socket.as_fd()).ok().filter(|tuple| tuple.remote.port() != 0);
@@ -207,7 +217,7 @@ impl Finder {
         };
         match why {
             Some(why) => Err(FindError::Refused { tuple, place, why }),
-            None => Ok(Kind::Connection(FoundConnection { socket, inode, cookie, tuple, ns, place })),
+            None => Ok(Kind::Connection(connection(socket, inode, tuple, ns))),
         }
     }
 

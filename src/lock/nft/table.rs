@@ -8,11 +8,15 @@
 //!         type filter hook output priority raw; policy accept;
 //!         meta mark 0x0000c114 accept
 //!         ip saddr . tcp sport . ip daddr . tcp dport @conns4 drop
-//!         ip6 saddr . tcp sport . ip6 daddr . tcp dport @conns6 drop
+//!         ip daddr . tcp dport . ip saddr . tcp sport @conns4 drop
+//!         …the same for ip6 and conns6…
 //!     }
 //!     chain input { type filter hook input priority 300; policy accept; …the same rules… }
 //! }
 //! ```
+//!
+//! A connection is one element, its own end first, which packets of both directions find: an element takes more time than
+//! all the rest of a lock.
 //!
 //! Which packets are locked ([`Keys`], the sets) is kept apart from what happens to them and where
 //! ([`Policy`], the chains), so that another policy needs no other sets. Where somebody holds the packets that come in, those rules
@@ -84,8 +88,8 @@ pub const ON_PATH: Policy = Policy {
 const V4_KEY: usize = 16;
 const V6_KEY: usize = 40;
 
-/// A set of connections, and how to find a packet's own key: source address, source port,
-/// destination address, destination port, each padded to four bytes.
+/// A set of connections, and how to find a packet's key: the address and the port of our end, then of the peer's, each
+/// padded to four bytes.
 struct Selector {
     set: &'static str,
     id: u32,
@@ -189,7 +193,7 @@ pub const SETS: [&str; 2] = [V4.set, V6.set];
 const ELEMENTS_PER_MESSAGE: usize = 1024;
 const _: () = assert!(ELEMENTS_PER_MESSAGE * (V6_KEY + 3 * 4) + 4 <= u16::MAX as usize);
 
-/// The set elements of some connections: both directions of each, each only once.
+/// The set elements of some connections, each only once.
 #[derive(Debug, Default)]
 pub struct Keys {
     v4: Vec<[u8; V4_KEY]>,
@@ -202,12 +206,10 @@ impl Keys {
         let mut keys = Self::default();
         for tuple in tuples {
             let wire = tuple.on_wire();
-            let both = keys.push(wire.local, wire.remote) && keys.push(wire.remote, wire.local);
-            if !both {
+            if !keys.push(wire.local, wire.remote) {
                 return Err(LockError::MixedFamilies(*tuple));
             }
         }
-        // Both ends of a connection within one namespace have the same two elements.
         keys.v4.sort_unstable();
         keys.v4.dedup();
         keys.v6.sort_unstable();
@@ -215,14 +217,14 @@ impl Keys {
         Ok(keys)
     }
 
-    /// Whether source and destination are of one family.
-    fn push(&mut self, source: SocketAddr, destination: SocketAddr) -> bool {
-        match (source, destination) {
-            (SocketAddr::V4(s), SocketAddr::V4(d)) => {
-                self.v4.push(key(s.ip().octets(), s.port(), d.ip().octets(), d.port()));
+    /// Whether both ends are of one family.
+    fn push(&mut self, local: SocketAddr, remote: SocketAddr) -> bool {
+        match (local, remote) {
+            (SocketAddr::V4(l), SocketAddr::V4(r)) => {
+                self.v4.push(key(l.ip().octets(), l.port(), r.ip().octets(), r.port()));
             }
-            (SocketAddr::V6(s), SocketAddr::V6(d)) => {
-                self.v6.push(key(s.ip().octets(), s.port(), d.ip().octets(), d.port()));
+            (SocketAddr::V6(l), SocketAddr::V6(r)) => {
+                self.v6.push(key(l.ip().octets(), l.port(), r.ip().octets(), r.port()));
             }
             _ => return false,
         }
@@ -231,15 +233,15 @@ impl Keys {
 }
 
 fn key<const A: usize, const K: usize>(
-    source: [u8; A],
-    sport: u16,
-    destination: [u8; A],
-    dport: u16,
+    local: [u8; A],
+    local_port: u16,
+    remote: [u8; A],
+    remote_port: u16,
 ) -> [u8; K] {
     const { assert!(K == 2 * (A + 4)) };
     let mut key = [0; K];
-    let (from, to) = key.split_at_mut(A + 4);
-    for (half, address, port) in [(from, source, sport), (to, destination, dport)] {
+    let (ours, peers) = key.split_at_mut(A + 4);
+    for (half, address, port) in [(ours, local, local_port), (peers, remote, remote_port)] {
         half[..A].copy_from_slice(&address);
         half[A..A + 2].copy_from_slice(&port.to_be_bytes());
     }
@@ -405,13 +407,20 @@ fn create_rules(transaction: &mut Transaction, table: &str, chain: &str, verdict
         e.marked();
         e.verdict(Verdict::Accept);
     });
-    for selector in [&V4, &V6] {
+    for (selector, from) in [(&V4, From::Us), (&V4, From::Peer), (&V6, From::Us), (&V6, From::Peer)] {
         rule(transaction, table, chain, |e| {
-            selector.matches(e);
+            selector.matches(e, from);
             log.into_iter().for_each(|group| e.log(group));
             e.verdict(verdict);
         });
     }
+}
+
+/// Who has sent a packet: which of its ends is ours, the first of a key.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum From {
+    Us,
+    Peer,
 }
 
 fn rule(transaction: &mut Transaction, table: &str, chain: &str, write: impl FnOnce(&mut Expressions<'_>)) {
@@ -439,18 +448,22 @@ impl Selector {
     }
 
     /// Goes on only for the set's TCP packets. `nft` prints these expressions as
-    /// `ip saddr . tcp sport . ip daddr . tcp dport @conns4`, as it does stock CRIU's.
-    fn matches(&self, e: &mut Expressions<'_>) {
+    /// `ip saddr . tcp sport . ip daddr . tcp dport @conns4`, as it does stock CRIU's, or the other way round.
+    fn matches(&self, e: &mut Expressions<'_>, from: From) {
         self.is_tcp(e);
         // A key lies in consecutive registers of four bytes each. The first is named NFT_REG_1, a
         // name for sixteen bytes, because `nft` reads the rule back only when it is.
         let first = number(libc::NFT_REG32_00);
         let half = self.address_len / 4 + 1;
+        let (mut ours, mut peers) = ((self.source, 0), (self.destination, 2));
+        if from == From::Peer {
+            std::mem::swap(&mut ours, &mut peers);
+        }
         let fields = [
-            (0, Base::Network, self.source, self.address_len),
-            (half - 1, Base::Transport, 0, 2),
-            (half, Base::Network, self.destination, self.address_len),
-            (2 * half - 1, Base::Transport, 2, 2),
+            (0, Base::Network, ours.0, self.address_len),
+            (half - 1, Base::Transport, ours.1, 2),
+            (half, Base::Network, peers.0, self.address_len),
+            (2 * half - 1, Base::Transport, peers.1, 2),
         ];
         for (at, base, offset, len) in fields {
             e.load(register(first + at), base, offset, len);
@@ -478,12 +491,12 @@ mod tests {
     fn keys_are_padded_to_registers() {
         let keys = Keys::of(&[tuple("1.2.3.4:5", "6.7.8.9:10")]).unwrap();
         assert_eq!(keys.v4[0], [1, 2, 3, 4, 0, 5, 0, 0, 6, 7, 8, 9, 0, 10, 0, 0]);
-        assert_eq!(keys.v4[1], [6, 7, 8, 9, 0, 10, 0, 0, 1, 2, 3, 4, 0, 5, 0, 0]);
+        assert_eq!(keys.v4.len(), 1);
         assert!(keys.v6.is_empty());
     }
 
     #[test]
-    fn both_ends_and_mapped_addresses_add_nothing() {
+    fn mapped_addresses_add_nothing() {
         let keys = Keys::of(&[
             tuple("1.2.3.4:5", "6.7.8.9:10"),
             tuple("6.7.8.9:10", "1.2.3.4:5"),

@@ -282,13 +282,13 @@ impl<'a> Saving<'a> {
     fn save(&mut self, found: Vec<FoundConnection>) -> Result<(), AgentError> {
         let Self { criu, images, extras, held, .. } = self;
         writer::writing(images, |writer| {
-            for FoundConnection { socket, inode, tuple, place, ns, .. } in found {
+            for FoundConnection { socket, inode, tuple, reuse_addr, place, ns, .. } in found {
                 // The kernel lets the tasks run as soon as criu is dead: their sockets are theirs then.
                 if criu.gone() {
                     return Err(AgentError::Protocol("criu is gone"));
                 }
                 let mut queues = Queues::default();
-                let tcp = read(&socket, place, &mut queues)?;
+                let tcp = read(&socket, reuse_addr, place, &mut queues)?;
                 fault::point("dump.resumed")?;
                 extras.add_connection(inode, ns, held.sockets.len());
                 held.sockets.push((socket, tuple));
@@ -326,7 +326,7 @@ impl<'a> Saving<'a> {
         let mut options = Reader::new(&found.ns, Beside::Nobody)?;
         let options = options.read(found.socket.as_fd(), true).map_err(failed)?;
         let mut queues = Queues::default();
-        let tcp = read(&found.socket, found.place, &mut queues)?;
+        let tcp = read(&found.socket, found.reuse_addr, found.place, &mut queues)?;
         let image = ExternalImage {
             tuple: found.tuple,
             tcp,
@@ -412,10 +412,16 @@ fn ends(found: &[FoundConnection]) -> Vec<End<'_>> {
 }
 
 /// Reads the connection and leaves the socket as it was.
-fn read(socket: &OwnedFd, place: Place, queues: &mut Queues) -> Result<ControlBlock, AgentError> {
-    let paused = Paused::pause(socket.as_fd())?;
+fn read(
+    socket: &OwnedFd,
+    reuse_addr: bool,
+    place: Place,
+    queues: &mut Queues,
+) -> Result<ControlBlock, AgentError> {
+    let mut paused = Paused::pause_only(socket.as_fd())?;
+    paused.set_reuse_addr(reuse_addr);
     fault::point("dump.paused")?;
-    let tcp = paused.save(queues);
+    let tcp = paused.save_carriable(queues);
     fault::point("dump.read")?;
     paused.resume(Probe::None)?;
     tcp.map_err(|source| AgentError::Save { place, source })
