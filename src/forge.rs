@@ -1,22 +1,23 @@
-//! Forged segments: how a FIN gets into a receive queue.
+//! Forged segments: how a FIN gets into a receive queue, and ECN into a connection.
 //!
 //! Repair mode fills a receive queue with bytes, but the kernel has no call that puts the peer's FIN behind
-//! them, nor one that acknowledges ours. So the engine sends the socket the segment that its peer would have
-//! sent, through a raw socket and the host's own stack. The segment carries [`MARK`], which the network
+//! them, nor one that acknowledges ours, nor one that says that SYN segments have agreed on ECN. So the engine sends
+//! the socket the segment that its peer would have sent, through a raw socket and the host's own stack. The segment carries [`MARK`], which the network
 //! lock lets pass; other people's firewall rules may not, and then a passage is opened through them for the
 //! moment ([`crate::lock::passage`]).
 
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 
-use crate::connection::{FourTuple, State};
+use crate::connection::{FourTuple, Negotiated, OPT_SACK, State};
+use crate::kernel::ecn::AskForEcn;
 use crate::kernel::netns::{NetNs, NetNsError};
 use crate::kernel::{SysError, raw, sockopt, tcp};
-use crate::lock::{LockError, Passage};
+use crate::lock::{LockError, Method, Passage};
 
 pub use crate::lock::MARK;
 
@@ -25,7 +26,7 @@ pub use crate::lock::MARK;
 pub(crate) struct Segment {
     pub tuple: FourTuple,
     pub kind: Kind,
-    /// The peer's sequence: our rcv_nxt.
+    /// The peer's sequence.
     pub seq: u32,
     /// What the peer acknowledges.
     pub ack: u32,
@@ -39,6 +40,8 @@ pub(crate) enum Kind {
     Fin,
     Ack,
     Rst,
+    /// Answers a SYN that asks for ECN, and agrees to this.
+    SynAck(Negotiated),
 }
 
 /// A forged segment could not be brought to its socket.
@@ -59,7 +62,7 @@ pub enum ForgeError {
         "the forged {segment} did not reach the socket, which stays in state {state}: a firewall rule drops it"
     )]
     Lost {
-        /// "FIN" or "ACK".
+        /// "FIN", "ACK" or "SYN-ACK".
         segment: &'static str,
         /// The state's number.
         state: u8,
@@ -82,6 +85,20 @@ pub struct Forge(Mutex<Tools>);
 struct Tools {
     sockets: Vec<RawSocket>,
     passages: Vec<(NetNs, Passage)>,
+    ecn: Ecn,
+}
+
+/// What has SYN segments ask for ECN.
+#[derive(Debug, Default)]
+enum Ecn {
+    /// No connection had it yet.
+    #[default]
+    Unused,
+    Asked(AskForEcn),
+    /// Only the settings of the namespace, or the route.
+    AsConfigured,
+    /// No SYN segment is sent for it.
+    Never,
 }
 
 #[derive(Debug)]
@@ -100,6 +117,18 @@ impl Forge {
         Self::default()
     }
 
+    /// A forge for connections behind such a lock. Where there is none their peers would see the SYN segments that bring ECN
+    /// back, so they go on without it.
+    #[must_use]
+    pub fn behind(lock: Method) -> Self {
+        let ecn = if lock == Method::Skip { Ecn::Never } else { Ecn::Unused };
+        Self(Mutex::new(Tools { ecn, ..Tools::default() }))
+    }
+
+    fn tools(&self) -> MutexGuard<'_, Tools> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Sends the segment to `socket` until its state is `reaches`.
     pub(crate) fn deliver(
         &self,
@@ -107,13 +136,13 @@ impl Forge {
         segment: &Segment,
         reaches: State,
     ) -> Result<(), ForgeError> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).deliver(socket, segment, reaches)
+        self.tools().deliver(socket, segment, reaches)
     }
 
     /// Sends the segment to whatever socket has its addresses where `socket` is.
     pub(crate) fn send(&self, socket: BorrowedFd<'_>, segment: &Segment) -> Result<(), ForgeError> {
         let ns = NetNs::of_socket(socket)?;
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).send(&ns, socket, segment)
+        self.tools().send(&ns, socket, segment)
     }
 
     /// Sends a socket in `ns`, bound to `device`, segments that its peer has sent before, from the TCP header on. Whether
@@ -126,10 +155,25 @@ impl Forge {
         segments: Vec<Vec<u8>>,
     ) -> Result<(), ForgeError> {
         let wire = tuple.on_wire();
-        let mut tools = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut tools = self.tools();
         let raw_socket = tools.raw_socket(ns, device, wire.local.is_ipv6())?;
         let mut packets = segments.into_iter().map(|segment| packet(&wire, segment));
         Ok(packets.try_for_each(|packet| raw::send(raw_socket, &packet, wire.local))?)
+    }
+
+    /// Whether connections may be opened by SYN segments.
+    pub(crate) fn brings_ecn(&self) -> bool {
+        !matches!(self.tools().ecn, Ecn::Never)
+    }
+
+    /// A connect() that sends a SYN, which asks for ECN. Where that is not allowed it does so if the namespace is
+    /// configured to.
+    pub(crate) fn connect_with_ecn(
+        &self,
+        socket: BorrowedFd<'_>,
+        remote: SocketAddr,
+    ) -> Result<(), SysError> {
+        self.tools().ecn.connect(socket, remote)
     }
 
     /// Closes the passages, if any, and reports what goes wrong with it.
@@ -163,7 +207,7 @@ impl Tools {
             }
         }
         let state = tcp::info(socket)?.state;
-        Err(ForgeError::Lost { segment: if segment.kind == Kind::Fin { "FIN" } else { "ACK" }, state })
+        Err(ForgeError::Lost { segment: segment.kind.name(), state })
     }
 
     fn send_and_see(
@@ -199,6 +243,23 @@ impl Tools {
     }
 }
 
+impl Ecn {
+    fn connect(&mut self, socket: BorrowedFd<'_>, remote: SocketAddr) -> Result<(), SysError> {
+        if let Self::Unused = self {
+            *self = AskForEcn::attach().map_or_else(Self::not_allowed, Self::Asked);
+        }
+        match self {
+            Self::Asked(ask) => ask.during(socket, || tcp::connect(socket, remote)),
+            Self::Unused | Self::AsConfigured | Self::Never => tcp::connect(socket, remote),
+        }
+    }
+
+    fn not_allowed(error: SysError) -> Self {
+        log::info!("connections have ECN only where net.ipv4.tcp_ecn is 1: {error}");
+        Self::AsConfigured
+    }
+}
+
 fn open(ns: &NetNs, device: &[u8], ipv6: bool) -> Result<OwnedFd, ForgeError> {
     let socket = ns.run(|| raw::open(ipv6))??;
     sockopt::set_mark(socket.as_fd(), MARK)?;
@@ -231,21 +292,63 @@ const TTL: u8 = 255;
 
 impl Segment {
     fn tcp(&self) -> Vec<u8> {
-        const FIN: u8 = 0x01;
-        const RST: u8 = 0x04;
-        const ACK: u8 = 0x10;
         let mut header = vec![0; TCP_HEADER];
         header[4..8].copy_from_slice(&self.seq.to_be_bytes());
         header[8..12].copy_from_slice(&self.ack.to_be_bytes());
-        header[12] = 5 << 4; // header length in words
-        header[13] = match self.kind {
-            Kind::Fin => FIN | ACK,
-            Kind::Ack => ACK,
-            Kind::Rst => RST,
-        };
+        header[13] = self.kind.flags();
         header[14..16].copy_from_slice(&self.window.to_be_bytes());
+        if let Kind::SynAck(negotiated) = &self.kind {
+            header.extend(syn_options(negotiated));
+        }
+        #[allow(clippy::cast_possible_truncation)] // 40 bytes at most
+        let words = (header.len() / 4) as u8;
+        header[12] = words << 4;
         header
     }
+}
+
+impl Kind {
+    fn flags(self) -> u8 {
+        const FIN: u8 = 0x01;
+        const SYN: u8 = 0x02;
+        const RST: u8 = 0x04;
+        const ACK: u8 = 0x10;
+        const ECE: u8 = 0x40;
+        match self {
+            Self::Fin => FIN | ACK,
+            Self::Ack => ACK,
+            Self::Rst => RST,
+            Self::SynAck(_) => SYN | ACK | ECE,
+        }
+    }
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Fin => "FIN",
+            Self::Ack => "ACK",
+            Self::Rst => "RST",
+            Self::SynAck(_) => "SYN-ACK",
+        }
+    }
+}
+
+/// The options of a SYN segment (RFC 9293, 7323, 2018), in whole words. TSval is 0: the kernel takes that for a peer
+/// that has not told its clock yet, and believes the first that it tells.
+fn syn_options(negotiated: &Negotiated) -> Vec<u8> {
+    const NOP: u8 = 1;
+    let [high, low] = u16::try_from(negotiated.mss_clamp).unwrap_or(u16::MAX).to_be_bytes();
+    let mut options = vec![2, 4, high, low];
+    if negotiated.mask & OPT_SACK != 0 {
+        options.extend([NOP, NOP, 4, 2]);
+    }
+    if negotiated.timestamp.is_some() {
+        options.extend([NOP, NOP, 8, 10]);
+        options.extend([0; 8]);
+    }
+    if let Some(scale) = negotiated.wscale {
+        options.extend([NOP, 3, 3, scale.snd]);
+    }
+    options
 }
 
 /// The packet that brings `tcp`, a header and maybe data, from the peer: from the IP header on. The tuple must be as on the

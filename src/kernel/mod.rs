@@ -6,7 +6,9 @@
 
 pub mod addr;
 pub mod ao;
+pub mod bpf;
 pub mod diag;
+pub mod ecn;
 pub mod netlink;
 pub mod netns;
 pub mod options;

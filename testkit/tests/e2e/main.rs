@@ -7,6 +7,7 @@ mod callers;
 mod container;
 mod content;
 mod crossing;
+mod ecn;
 mod elsewhere;
 mod images;
 mod migrate;

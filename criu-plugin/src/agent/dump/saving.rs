@@ -12,6 +12,7 @@ use soccr::criu::record::{ConnectionRecord, LockRecord, NsId, Phase, Recorder, S
 use soccr::criu::tasks::{self, FindError, Finder, Found, FoundConnection, OwnerMap, Place, Task};
 use soccr::kernel::netns::NetNs;
 use soccr::kernel::options::{Beside, Reader};
+use soccr::kernel::tcp;
 use soccr::lock::{LockName, LockOptions, Method, NetworkLock};
 use soccr::repair::{Paused, Probe};
 
@@ -261,7 +262,7 @@ impl<'a> Saving<'a> {
             tcp,
             options,
             shut_rd: false,
-            usec_ts_known: false,
+            usec_ts_known: tcp::timestamp_tells_unit(found.socket.as_fd()).map_err(failed)?,
             lock_id: Some(self.lock_name.id().to_owned()),
         };
         image

@@ -15,7 +15,7 @@ use soccr::kernel::process::RemoteFd;
 use soccr::kernel::{sockopt, tcp};
 use soccr::repair::{Paused, four_tuple};
 
-use super::builder::{Builder, Built, Made, Wanted};
+use super::builder::{Begun, Builder, Built, Made, Wanted};
 use super::locks::Locks;
 use super::parallel;
 use super::plan::Plan;
@@ -75,7 +75,7 @@ impl<'a> Building<'a> {
             in_flight: std::mem::take(&mut plan.index.in_flight),
             external: plan.external.clone(),
         };
-        let (namespaces, forge) = (SocketNamespaces::default(), Forge::new());
+        let (namespaces, forge) = (SocketNamespaces::default(), Forge::behind(locks.method()));
         let preloaded = Preloaded::none_of(&plan.index);
         Self { criu, plan, preloaded, locks, tree, missing, namespaces, forge, built: Vec::new() }
     }
@@ -150,9 +150,21 @@ impl<'a> Building<'a> {
         let Self { criu, plan, preloaded, forge, .. } = self;
         let owners = OwnerMap::of(pid).map_err(|error| FindError::Proc(pid, error))?;
         let builder = Builder { plan, preloaded, forge, criu, pid, owners };
-        let (built, result) =
+        let (begun, result) =
             parallel::for_each(wanted, Queues::default, |queues, wanted| builder.build(wanted, queues));
-        self.built.extend(built.into_iter().flatten());
+        let mut opened = Vec::new();
+        for begun in begun.into_iter().flatten() {
+            match begun {
+                Begun::Built(built) => self.built.push(built),
+                Begun::Opened(ready, opening) => opened.push((ready, opening)),
+            }
+        }
+        result?;
+        // They were opened all together, and the time after which each is answered has passed for all of them.
+        let (built, result) = parallel::for_each(opened, Queues::default, |queues, (ready, opening)| {
+            builder.build_opened(*ready, opening, queues)
+        });
+        self.built.extend(built);
         result?;
         self.adopt_external(&task)?;
         profile.lap("build");

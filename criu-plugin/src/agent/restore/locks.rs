@@ -98,6 +98,11 @@ impl Locks {
         self.held.values().map(|locked| locked.tuples.len()).sum()
     }
 
+    /// What keeps packets away.
+    pub fn method(&self) -> Method {
+        self.options.method
+    }
+
     /// The namespace that criu runs in.
     pub fn criu_ns(&self) -> &NetNs {
         &self.criu_ns
