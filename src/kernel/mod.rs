@@ -5,6 +5,7 @@
 #![allow(unsafe_code)]
 
 pub mod addr;
+pub mod address;
 pub mod ao;
 pub mod bpf;
 pub mod diag;

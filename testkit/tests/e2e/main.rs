@@ -15,5 +15,6 @@ mod options;
 mod outcomes;
 mod pluginhost;
 mod promises;
+mod rules;
 mod silence;
 mod world;

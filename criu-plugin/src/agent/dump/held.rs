@@ -10,8 +10,9 @@ use soccr::criu::record::{self, NsId, Phase, Recorder, State, Store};
 use soccr::criu::stock;
 use soccr::criu::tasks::Task;
 use soccr::kernel::netns::NetNs;
+use soccr::kernel::{sockopt, tcp};
 use soccr::lock::held::Holder;
-use soccr::lock::{self, Listener, LockName, Method, NetworkLock};
+use soccr::lock::{self, Listener, LockName, MARK, Method, NetworkLock};
 use soccr::repair::Paused;
 
 use super::arrangement::{Arrangement, Namespaces};
@@ -32,6 +33,8 @@ pub struct Held {
     pub criu_ns: NetNs,
     /// The sockets whose connections are saved.
     pub sockets: Vec<(OwnedFd, FourTuple)>,
+    /// The sockets of connections that are not carried, and whose peers hear so.
+    pub reset: Vec<(OwnedFd, FourTuple)>,
     /// What keeps the connections still.
     pub locks: HashMap<NetNs, NetworkLock>,
     /// The same on the way to namespaces other than criu's.
@@ -47,11 +50,11 @@ pub struct Held {
 impl Held {
     /// Nothing is held yet.
     pub fn nothing(recorder: Recorder, criu: &Task, lock: &LockName) -> Result<Self, AgentError> {
-        let (tasks, namespaces, sockets) = (Vec::new(), Vec::new(), Vec::new());
+        let (tasks, namespaces, sockets, reset) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
         let criu_ns = NetNs::of_task(criu.pid.cast_unsigned())?;
         let path = Path::new(&criu_ns, lock);
         let (locks, holder, listeners) = (HashMap::new(), Holder::from_env()?, HashMap::new());
-        Ok(Self { tasks, namespaces, criu_ns, sockets, locks, path, holder, listeners, recorder })
+        Ok(Self { tasks, namespaces, criu_ns, sockets, reset, locks, path, holder, listeners, recorder })
     }
 
     /// Criu's network namespace, and the root's.
@@ -161,6 +164,7 @@ impl Held {
     /// The tasks are dead: the connections leave this host without a word, and the locks become what was arranged. Also
     /// gives who holds what their peers send until the restore, if anybody can.
     pub fn leave(mut self, arrangement: Arrangement) -> (Vec<Task>, Option<Keeper>) {
+        self.reset();
         self.close_silently();
         let staying = self.staying_beside_criu(&arrangement);
         self.path.keep();
@@ -203,6 +207,17 @@ impl Held {
         let door = self.recorder.held().filter(|_| !locks.is_empty() && holder.listens())?;
         let keeper = Keeper::new(holder, &self.criu_ns, locks, door);
         keeper.inspect_err(|error| log::warn!("nobody holds packets until the restore: {error}")).ok()
+    }
+
+    /// What would be a FIN, or nothing, at the end of a socket is a RST.
+    fn reset(&mut self) {
+        for (socket, tuple) in self.reset.drain(..) {
+            // Past CRIU's lock of a whole namespace, too.
+            let marked = sockopt::set_mark(socket.as_fd(), MARK);
+            if let Err(error) = marked.and_then(|()| tcp::disconnect(socket.as_fd())) {
+                log::error!("{tuple}: its peer does not hear that it is closed: {error}");
+            }
+        }
     }
 
     /// Ours are the last descriptors of the sockets: in repair mode a socket is closed without a word to the peer.

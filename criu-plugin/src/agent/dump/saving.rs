@@ -9,6 +9,7 @@ use soccr::criu::image::external::ExternalImage;
 use soccr::criu::image::inventory::{self, Inventory};
 use soccr::criu::image::side::{self, SideImage, Sockets, TreeListener};
 use soccr::criu::record::{ConnectionRecord, LockRecord, NsId, Phase, Recorder, Store};
+use soccr::criu::rules::{Action, Policy, Rules};
 use soccr::criu::tasks::{self, FindError, Finder, Found, FoundConnection, OwnerMap, Place, Task};
 use soccr::kernel::netns::NetNs;
 use soccr::kernel::options::{Beside, Reader};
@@ -32,6 +33,7 @@ pub struct Saving<'a> {
     images: ImageDir,
     lock_name: LockName,
     options: LockOptions,
+    policy: Policy,
     finder: Finder,
     extras: Extras,
     /// What is held until the outcome.
@@ -58,10 +60,11 @@ impl<'a> Saving<'a> {
         let lock_name = LockName::criu(&format!("soccr-{}", random_id()?))?;
         let recorder = Recorder::new(lock_name.id(), Phase::Saving, images.as_fd(), criu.pid)?;
         let options = LockOptions::from_env()?;
+        let policy = Rules::read()?.policy;
         let finder = Finder::default();
         let held = Held::nothing(recorder, criu, &lock_name)?;
         let extras = Extras::default();
-        Ok(Self { criu, images, lock_name, options, finder, extras, held })
+        Ok(Self { criu, images, lock_name, options, policy, finder, extras, held })
     }
 
     /// No further hook comes.
@@ -110,6 +113,7 @@ impl<'a> Saving<'a> {
         self.extras.add_unconnected(unconnected);
         self.extras.set_owners(OwnerMap::of(pid).map_err(|error| FindError::Proc(pid, error))?);
         fault::point("dump.found")?;
+        let found = self.sort_out(found)?;
         let elsewhere = found.iter().filter(|connection| connection.ns != self.held.criu_ns);
         self.held.path.add(elsewhere.map(|connection| connection.tuple));
         self.find_listeners(&found);
@@ -126,6 +130,24 @@ impl<'a> Saving<'a> {
         fault::point("dump.saved")?;
         log::info!("{count} TCP connections saved, locked by the table inet {}", self.lock_name);
         Ok(())
+    }
+
+    /// The connections that are to be carried.
+    fn sort_out(&mut self, mut found: Vec<FoundConnection>) -> Result<Vec<FoundConnection>, AgentError> {
+        let policy = &self.policy;
+        if let Some(FoundConnection { tuple, place, .. }) =
+            found.iter().find(|connection| policy.of(&connection.tuple).0 == Action::Refuse)
+        {
+            let rule = format!("{} ({place})", policy.of(tuple).1);
+            return Err(AgentError::Refused { tuple: *tuple, rule });
+        }
+        for connection in found.extract_if(.., |connection| policy.of(&connection.tuple).0 != Action::Keep) {
+            let (action, rule) = policy.of(&connection.tuple);
+            log::info!("{} ({}) ends with its task, says {rule}", connection.tuple, connection.place);
+            let ends = if action == Action::Reset { &mut self.held.reset } else { &mut self.held.sockets };
+            ends.push((connection.socket, connection.tuple));
+        }
+        Ok(found)
     }
 
     /// Of each namespace once.

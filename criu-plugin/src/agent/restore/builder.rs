@@ -3,6 +3,7 @@
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
+use nix::errno::Errno;
 use soccr::chain;
 use soccr::connection::{FourTuple, Queues, State};
 use soccr::criu::image::index::InetConnection;
@@ -241,7 +242,14 @@ impl<'a> Builder<'a> {
             None => paused.restore(&tuple, &image.tcp, recv, send, self.forge),
             Some(opened) => paused.restore_opened(opened, &tuple, &image.tcp, recv, send, self.forge),
         };
-        restored.map_err(|source| in_image(connection, source))?;
+        match restored {
+            // It has nothing to give or to take, and needs no address that is another's now, or nobody's.
+            Err(error) if image.tcp.state == State::Close && image.tcp.recv_len == 0 => {
+                log::info!("{tuple} stays closed, without its addresses: {}", chain(&error));
+                return shut_down(built).map_err(failed);
+            }
+            other => other.map_err(|source| in_image(connection, source))?,
+        }
         if let Some(room) = room {
             room.give_back().map_err(failed)?;
         }
@@ -266,6 +274,20 @@ impl<'a> Builder<'a> {
 
 fn in_image(connection: &InetConnection, source: RestoreError) -> AgentError {
     AgentError::Restore { file: TcpStreamImage::name(connection.ino), source }
+}
+
+/// As CRIU makes a closed one.
+fn shut_down(built: Built) -> Result<Built, SysError> {
+    let socket = built.paused().socket();
+    sockopt::clear_error(socket)?;
+    for direction in [Direction::Send, Direction::Receive] {
+        match tcp::shutdown(socket, direction) {
+            // Where nothing is connected it says so, and notes it all the same.
+            Ok(()) | Err(SysError { errno: Errno::ENOTCONN, .. }) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(built)
 }
 
 /// Makes a socket somebody's.

@@ -88,7 +88,10 @@ impl Locks {
         }
         let options = LockOptions::from_env()?;
         let mut path = Path::new(&criu_ns, &plan.path_owner()?);
-        path.add_translations(recorder.record().translations.iter().chain(&plan.translations).copied());
+        let recorded = recorder.record().translations.iter();
+        // Those of the old addresses concern nobody.
+        let recorded = recorded.filter(|_| plan.rules.remap.is_empty());
+        path.add_translations(recorded.chain(&plan.translations).copied());
         let (held, holder, listeners) = (HashMap::new(), Holder::from_env()?, plan.listeners.clone());
         Ok(Self { criu_ns, root_ns: None, options, name, left, recorder, held, path, holder, listeners })
     }
