@@ -69,12 +69,12 @@ pub fn unfit(tuple: &FourTuple, tcp: &ControlBlock) -> Option<&'static str> {
     }
 }
 
-/// The environment variable that chooses the [`Policy`].
+/// The environment variable that chooses the [`Fallback`].
 pub const POLICY_VARIABLE: &str = "SOCCR_ACCEPT_QUEUE";
 
 /// What becomes of connections that nobody has accepted, where they cannot be carried.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Policy {
+pub enum Fallback {
     /// They stay where they are, by which a dump fails.
     #[default]
     Refuse,
@@ -82,7 +82,7 @@ pub enum Policy {
     Reset,
 }
 
-impl Policy {
+impl Fallback {
     /// What `SOCCR_ACCEPT_QUEUE` chooses.
     ///
     /// # Errors

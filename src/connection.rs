@@ -97,6 +97,8 @@ pub const OPT_TIMESTAMPS: u32 = 1;
 pub const OPT_SACK: u32 = 2;
 /// `TCPI_OPT_WSCALE`: RFC 7323 window scaling is in use.
 pub const OPT_WSCALE: u32 = 4;
+/// `TCPI_OPT_ECN`: RFC 3168 explicit congestion notification is in use.
+pub const OPT_ECN: u32 = 8;
 
 /// Window scaling shifts (RFC 7323), 0 to 14 each.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
@@ -110,7 +112,7 @@ pub struct WindowScale {
 /// What the two ends agreed on in their SYN segments.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub struct Negotiated {
-    /// All `TCPI_OPT_*` bits as `TCP_INFO` shows them, also those that a restore cannot set (ECN).
+    /// All `TCPI_OPT_*` bits as `TCP_INFO` shows them, also those that a restore does not set.
     pub mask: u32,
     /// The largest segment, in bytes, that the peer accepts (`mss_clamp`).
     pub mss_clamp: u32,

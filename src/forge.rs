@@ -1,9 +1,9 @@
-//! Forged segments: how a FIN gets into a receive queue, and a connection into an accept queue.
+//! Forged segments: how a FIN gets into a receive queue, ECN into a connection, and a connection into an accept queue.
 //!
 //! Repair mode fills a receive queue with bytes, but the kernel has no call that puts the peer's FIN behind
-//! them, nor one that acknowledges ours. A connection that no program has accepted has no descriptor to call anything
-//! with. So the engine sends the socket the segment that its peer would have
-//! sent, through a raw socket and the host's own stack. The segment carries [`MARK`], which the network
+//! them, nor one that acknowledges ours, nor one that says that SYN segments have agreed on ECN. A connection that no
+//! program has accepted has no descriptor to call anything with. So the engine sends the socket the segment that its peer
+//! would have sent, through a raw socket and the host's own stack. The segment carries [`MARK`], which the network
 //! lock lets pass; other people's firewall rules may not, and then a passage is opened through them for the
 //! moment ([`crate::lock::passage`]).
 
@@ -14,10 +14,11 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 
-use crate::connection::{FourTuple, State};
+use crate::connection::{FourTuple, Negotiated, OPT_SACK, State};
+use crate::kernel::ecn::AskForEcn;
 use crate::kernel::netns::{NetNs, NetNsError};
 use crate::kernel::{SysError, raw, sockopt, tcp};
-use crate::lock::{LockError, Passage};
+use crate::lock::{LockError, Method, Passage};
 
 pub use crate::lock::MARK;
 
@@ -27,7 +28,7 @@ pub(crate) struct Segment<'a> {
     pub tuple: FourTuple,
     pub kind: Kind,
     pub data: &'a [u8],
-    /// The peer's sequence: our rcv_nxt.
+    /// The peer's sequence.
     pub seq: u32,
     /// What the peer acknowledges.
     pub ack: u32,
@@ -41,6 +42,8 @@ pub(crate) enum Kind {
     Fin,
     Ack,
     Rst,
+    /// Answers a SYN that asks for ECN, and agrees to this.
+    SynAck(Negotiated),
 }
 
 /// A forged segment could not be brought to its socket.
@@ -61,7 +64,7 @@ pub enum ForgeError {
         "the forged {segment} did not reach the socket, which stays in state {state}: a firewall rule drops it"
     )]
     Lost {
-        /// "FIN" or "ACK".
+        /// "FIN", "ACK" or "SYN-ACK".
         segment: &'static str,
         /// The state's number.
         state: u8,
@@ -84,6 +87,20 @@ pub struct Forge(Mutex<Tools>);
 struct Tools {
     sockets: Vec<RawSocket>,
     passages: Vec<(NetNs, Passage)>,
+    ecn: Ecn,
+}
+
+/// What has SYN segments ask for ECN.
+#[derive(Debug, Default)]
+enum Ecn {
+    /// No connection had it yet.
+    #[default]
+    Unused,
+    Asked(AskForEcn),
+    /// Only the settings of the namespace, or the route.
+    AsConfigured,
+    /// No SYN segment is sent for it.
+    Never,
 }
 
 /// Where a segment is sent.
@@ -127,6 +144,14 @@ impl Forge {
         Self::default()
     }
 
+    /// A forge for connections behind such a lock. Where there is none their peers would see the SYN segments that bring ECN
+    /// back, so they go on without it.
+    #[must_use]
+    pub fn behind(lock: Method) -> Self {
+        let ecn = if lock == Method::Skip { Ecn::Never } else { Ecn::Unused };
+        Self(Mutex::new(Tools { ecn, ..Tools::default() }))
+    }
+
     /// Sends the segment to `socket` until its state is `reaches`.
     pub(crate) fn deliver(
         &self,
@@ -139,7 +164,7 @@ impl Forge {
             return Ok(());
         }
         let state = tcp::info(socket)?.state;
-        Err(ForgeError::Lost { segment: if segment.kind == Kind::Fin { "FIN" } else { "ACK" }, state })
+        Err(ForgeError::Lost { segment: segment.kind.name(), state })
     }
 
     /// Sends the segment until it has `arrived`; `false`: it does not.
@@ -184,6 +209,21 @@ impl Forge {
 
     fn tools(&self) -> MutexGuard<'_, Tools> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether connections may be opened by SYN segments.
+    pub(crate) fn brings_ecn(&self) -> bool {
+        !matches!(self.tools().ecn, Ecn::Never)
+    }
+
+    /// A connect() that sends a SYN, which asks for ECN. Where that is not allowed it does so if the namespace is
+    /// configured to.
+    pub(crate) fn connect_with_ecn(
+        &self,
+        socket: BorrowedFd<'_>,
+        remote: SocketAddr,
+    ) -> Result<(), SysError> {
+        self.tools().ecn.connect(socket, remote)
     }
 
     /// Closes the passages, if any, and reports what goes wrong with it.
@@ -247,6 +287,23 @@ impl Tools {
     }
 }
 
+impl Ecn {
+    fn connect(&mut self, socket: BorrowedFd<'_>, remote: SocketAddr) -> Result<(), SysError> {
+        if let Self::Unused = self {
+            *self = AskForEcn::attach().map_or_else(Self::not_allowed, Self::Asked);
+        }
+        match self {
+            Self::Asked(ask) => ask.during(socket, || tcp::connect(socket, remote)),
+            Self::Unused | Self::AsConfigured | Self::Never => tcp::connect(socket, remote),
+        }
+    }
+
+    fn not_allowed(error: SysError) -> Self {
+        log::info!("connections have ECN only where net.ipv4.tcp_ecn is 1: {error}");
+        Self::AsConfigured
+    }
+}
+
 fn open(way: &Way, ipv6: bool) -> Result<OwnedFd, ForgeError> {
     let socket = way.ns.run(|| raw::open(ipv6))??;
     sockopt::set_mark(socket.as_fd(), MARK)?;
@@ -279,25 +336,68 @@ const TTL: u8 = 255;
 
 impl Segment<'_> {
     fn tcp(&self) -> Vec<u8> {
-        const FIN: u8 = 0x01;
-        const RST: u8 = 0x04;
         const PSH: u8 = 0x08;
-        const ACK: u8 = 0x10;
-        let mut header = Vec::with_capacity(TCP_HEADER + self.data.len());
+        let options = match &self.kind {
+            Kind::SynAck(negotiated) => syn_options(negotiated),
+            _ => Vec::new(),
+        };
+        let mut header = Vec::with_capacity(TCP_HEADER + options.len() + self.data.len());
         header.resize(TCP_HEADER, 0);
         header[4..8].copy_from_slice(&self.seq.to_be_bytes());
         header[8..12].copy_from_slice(&self.ack.to_be_bytes());
-        header[12] = 5 << 4; // header length in words
-        header[13] = match self.kind {
-            Kind::Fin => FIN | ACK,
-            Kind::Ack if self.data.is_empty() => ACK,
-            Kind::Ack => PSH | ACK,
-            Kind::Rst => RST,
-        };
+        #[allow(clippy::cast_possible_truncation)] // 60 bytes at most
+        let words = ((TCP_HEADER + options.len()) / 4) as u8;
+        header[12] = words << 4;
+        header[13] = self.kind.flags() | if self.data.is_empty() { 0 } else { PSH };
         header[14..16].copy_from_slice(&self.window.to_be_bytes());
+        header.extend(options);
         header.extend(self.data);
         header
     }
+}
+
+impl Kind {
+    fn flags(self) -> u8 {
+        const FIN: u8 = 0x01;
+        const SYN: u8 = 0x02;
+        const RST: u8 = 0x04;
+        const ACK: u8 = 0x10;
+        const ECE: u8 = 0x40;
+        match self {
+            Self::Fin => FIN | ACK,
+            Self::Ack => ACK,
+            Self::Rst => RST,
+            Self::SynAck(_) => SYN | ACK | ECE,
+        }
+    }
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Fin => "FIN",
+            Self::Ack => "ACK",
+            Self::Rst => "RST",
+            Self::SynAck(_) => "SYN-ACK",
+        }
+    }
+}
+
+/// The options of a SYN segment (RFC 9293, 7323, 2018), in whole words. TSval is 0: the kernel takes that for a peer
+/// that has not told its clock yet, and believes the first that it tells.
+fn syn_options(negotiated: &Negotiated) -> Vec<u8> {
+    const NOP: u8 = 1;
+    let [high, low] = u16::try_from(negotiated.mss_clamp).unwrap_or(u16::MAX).to_be_bytes();
+    let mut options = vec![2, 4, high, low];
+    if negotiated.mask & OPT_SACK != 0 {
+        options.extend([NOP, NOP, 4, 2]);
+    }
+    if negotiated.timestamp.is_some() {
+        options.extend([NOP, NOP, 8, 10]);
+        options.extend([0; 8]);
+    }
+    if let Some(scale) = negotiated.wscale {
+        options.extend([NOP, 3, 3, scale.snd]);
+    }
+    options
 }
 
 /// The packet that brings `tcp`, a header and maybe data, from the peer: from the IP header on. The tuple must be as on the

@@ -13,7 +13,7 @@ use crate::connection::{FourTuple, Queues};
 use crate::encoding::Head;
 use crate::kernel::netns::{NetNs, NetNsError};
 use crate::kernel::options::{self, Beside, Reader};
-use crate::kernel::{SysError, diag, sockopt};
+use crate::kernel::{SysError, diag, sockopt, tcp};
 use crate::lock::{LockName, LockOptions, Method, NetworkLock};
 use crate::repair::{self, Paused, Probe, four_tuple};
 
@@ -340,7 +340,8 @@ fn read<F: AsFd>(
     let mut queues = Queues::default();
     let saved = paused.save(&mut queues).map_err(|cause| Arc::new(cause) as Cause);
     let taken = saved.and_then(|tcp| {
-        let head = Head { tuple, tcp, options, shut_rd: false, usec_ts_known: false, lock_id: None };
+        let usec_ts_known = tcp::timestamp_tells_unit(paused.socket()).unwrap_or(false);
+        let head = Head { tuple, tcp, options, shut_rd: false, usec_ts_known, lock_id: None };
         let mut connection = Connection::new(head, queues);
         take(&mut connection).map(|()| connection)
     });

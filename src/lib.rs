@@ -47,7 +47,7 @@
 //!
 //! # What travels
 //!
-//! State (any but LISTEN, SYN_RECV and TIME_WAIT), both sequences, windows, MSS, window scaling, SACK, timestamps, both
+//! State (any but LISTEN, SYN_RECV and TIME_WAIT), both sequences, windows, MSS, window scaling, SACK, timestamps, ECN, both
 //! queues, FINs sent and received, and the socket options that a program may have set.
 //!
 //! # Limitations
@@ -55,8 +55,9 @@
 //! - The caller needs CAP_NET_ADMIN and CAP_NET_RAW in the user namespace of the sockets' network namespace; buffers
 //!   larger than net.core.wmem_max want CAP_NET_ADMIN in the first one.
 //! - Connections with unread urgent data, keys of TCP-AO or TCP-MD5, or a protocol on top of TCP in the kernel (TLS, SMC) are refused by name.
-//! - ECN, which only SYN segments can negotiate, congestion control's memory (window, round trip time) and
-//!   `SO_ATTACH_FILTER` do not travel.
+//! - ECN, on which only SYN segments agree, wants CAP_SYS_ADMIN in the first user namespace (a BPF program asks for it), or
+//!   net.ipv4.tcp_ecn=1: elsewhere a connection goes on without it.
+//! - Congestion control's memory (window, round trip time) does not travel.
 //! - Flags of the descriptor do not travel: the new socket is close-on-exec and in blocking mode.
 //! - A process that dies between `freeze` and `thaw` leaves the lock, with no socket behind it: `soccr status` shows it, `soccr clean`
 //!   removes it, and a lease ([`LockOptions`]) makes the kernel do so.

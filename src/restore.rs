@@ -5,7 +5,8 @@
 //!
 //! 1. bind() and both sequences, each as far back as its queue is long (and one more for a FIN): what is
 //!    appended to a queue moves its sequence forward again;
-//! 2. connect(); only a SYN_SENT socket does this outside repair mode, since its SYN has yet to be answered;
+//! 2. connect(). Outside repair mode, so that a SYN goes into the lock, only for two: SYN_SENT, since its SYN has yet to be
+//!    answered; and a connection with ECN, which nothing but SYN segments agrees on: a forged SYN-ACK answers (module `forge`);
 //! 3. what the SYN segments agreed on, then the clock of the timestamps;
 //! 4. the receive queue, the part of the send queue that was sent, and outside repair mode the part that was
 //!    not, which the kernel treats as written just now; the buffers have room for all of them until the end;
@@ -22,7 +23,8 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 
-use crate::connection::{ControlBlock, FourTuple, OPT_SACK, State, Window};
+use crate::chain;
+use crate::connection::{ControlBlock, FourTuple, OPT_ECN, OPT_SACK, State, Window};
 use crate::forge::{self, Forge, ForgeError, Kind, Segment};
 use crate::kernel::netns::NetNs;
 use crate::kernel::tcp::{Direction, Queue, Repair, RepairOption};
@@ -63,8 +65,8 @@ pub enum RestoreError {
         /// The last call.
         source: SysError,
     },
-    /// The peer's FIN or ACK could not be brought in.
-    #[error("cannot restore {tuple}: the peer's FIN or ACK cannot be forged")]
+    /// A segment of the peer could not be brought in.
+    #[error("cannot restore {tuple}: a segment of the peer cannot be forged")]
     Forge {
         /// The connection.
         tuple: FourTuple,
@@ -90,10 +92,81 @@ impl<F: AsFd> Paused<F> {
         send: &[u8],
         forge: &Forge,
     ) -> Result<(), RestoreError> {
+        self.finish(tuple, tcp, recv, send, forge, |restoring| {
+            restoring.sys(restoring.bind())?;
+            restoring.open()
+        })
+    }
+
+    /// Sends the SYN of a connection with ECN ahead of all else, so that its answer can come as late as the peer's does: that
+    /// is the first round trip time that the kernel measures. `None`, and nothing done, without ECN.
+    ///
+    /// # Errors
+    /// As [`Paused::restore`].
+    pub fn open(
+        &self,
+        tuple: &FourTuple,
+        tcp: &ControlBlock,
+        rtt: Duration,
+        forge: &Forge,
+    ) -> Result<Option<Opening>, RestoreError> {
+        let restoring = Restoring { fd: self.socket(), tuple, tcp, forge };
+        if !restoring.has_ecn() || tuple.impossible().is_some() {
+            return Ok(None);
+        }
+        restoring.sys(restoring.bind())?;
+        let sent = restoring.sys(restoring.send_syn());
+        Ok(Some(Opening(sent.map(|()| Instant::now() + rtt.min(LATEST_ANSWER)))))
+    }
+
+    /// Answers the SYN, when that is due.
+    #[must_use]
+    pub fn answer(&self, opening: Opening, tuple: &FourTuple, tcp: &ControlBlock, forge: &Forge) -> Opened {
+        Opened(opening.0.and_then(|due| {
+            std::thread::sleep(due.saturating_duration_since(Instant::now()));
+            Restoring { fd: self.socket(), tuple, tcp, forge }.answer()
+        }))
+    }
+
+    /// [`Paused::restore`] of a connection that is open.
+    ///
+    /// # Errors
+    /// As [`Paused::restore`].
+    pub fn restore_opened(
+        &self,
+        opened: Opened,
+        tuple: &FourTuple,
+        tcp: &ControlBlock,
+        recv: &[u8],
+        send: &[u8],
+        forge: &Forge,
+    ) -> Result<(), RestoreError> {
+        self.finish(tuple, tcp, recv, send, forge, |restoring| restoring.take(opened.0))
+    }
+
+    /// Takes the clock of the timestamps as it is described, unit and all: for a description of which it is known that its
+    /// bit 0 is no noise ([`tcp::timestamp_tells_unit`]).
+    ///
+    /// # Errors
+    /// EPERM outside repair mode.
+    pub fn trust_clock(&self, tcp: &ControlBlock) -> Result<(), SysError> {
+        tcp.negotiated.timestamp.map_or(Ok(()), |tsval| tcp::set_timestamp(self.socket(), tsval))
+    }
+
+    fn finish(
+        &self,
+        tuple: &FourTuple,
+        tcp: &ControlBlock,
+        recv: &[u8],
+        send: &[u8],
+        forge: &Forge,
+        open: impl FnOnce(&Restoring<'_>) -> Result<(), RestoreError>,
+    ) -> Result<(), RestoreError> {
         consistent(tuple, tcp, recv, send)
             .map_err(|what| RestoreError::Inconsistent { tuple: *tuple, what })?;
         let fd = self.socket();
-        let result = Restoring { fd, tuple, tcp, forge }.run(recv, send);
+        let restoring = Restoring { fd, tuple, tcp, forge };
+        let result = open(&restoring).and_then(|()| restoring.fill(recv, send));
         if result.is_err() {
             // What is half built would close with a FIN, and hold the addresses until that is answered. In repair mode
             // it goes without a word. The error to tell is the first one.
@@ -102,6 +175,17 @@ impl<F: AsFd> Paused<F> {
         result
     }
 }
+
+/// A connection whose SYN is in the lock: when its answer is due, or why it was not sent.
+#[derive(Debug)]
+pub struct Opening(Result<Instant, RestoreError>);
+
+/// A connection whose SYN was answered, or why it was not.
+#[derive(Debug)]
+pub struct Opened(Result<(), RestoreError>);
+
+/// A SYN is sent again after a second, and then its answer tells the kernel nothing.
+const LATEST_ANSWER: Duration = Duration::from_millis(900);
 
 fn consistent(tuple: &FourTuple, tcp: &ControlBlock, recv: &[u8], send: &[u8]) -> Result<(), &'static str> {
     if let Some(why) = tuple.impossible() {
@@ -139,9 +223,8 @@ struct Restoring<'a> {
 }
 
 impl Restoring<'_> {
-    fn run(&self, recv: &[u8], send: &[u8]) -> Result<(), RestoreError> {
-        self.sys(self.sequences())?;
-        self.sys(self.connect().map_err(|error| self.without_address(error)))?;
+    /// What is there to do when queues can be filled.
+    fn fill(&self, recv: &[u8], send: &[u8]) -> Result<(), RestoreError> {
         self.local_address()?;
         self.sys(self.options())?;
         // Before the bytes of the send queue are cut into segments.
@@ -159,16 +242,95 @@ impl Restoring<'_> {
         result.map_err(|source| RestoreError::Sys { tuple: *self.tuple, source })
     }
 
-    fn sequences(&self) -> Result<(), SysError> {
-        let tcp = self.tcp;
-        self.bind()?;
-        // The SYN that connect() will send takes a sequence number as a FIN does.
-        let syn_or_fin = u32::from(tcp.state.fin_sent() || tcp.state == State::SynSent);
+    fn forged(&self, result: Result<(), ForgeError>) -> Result<(), RestoreError> {
+        result.map_err(|source| RestoreError::Forge { tuple: *self.tuple, source })
+    }
+
+    /// Both sequences, and the state in which queues can be filled.
+    fn open(&self) -> Result<(), RestoreError> {
+        if self.tcp.state == State::SynSent {
+            self.sys(self.send_syn())?;
+            return self.sys(tcp::set_repair(self.fd, Repair::On));
+        }
+        if self.has_ecn() {
+            return self.take(self.sys(self.send_syn()).and_then(|()| self.answer()));
+        }
+        self.open_in_repair()
+    }
+
+    fn open_in_repair(&self) -> Result<(), RestoreError> {
+        let (sent, received) = self.first_sequences();
+        self.sys(self.set_sequences(sent, received))?;
+        self.sys(self.connect(|| tcp::connect(self.fd, self.tuple.remote)))
+    }
+
+    /// CLOSE has no use for it, and SYN_SENT has not agreed on it yet.
+    fn has_ecn(&self) -> bool {
+        self.tcp.negotiated.mask & OPT_ECN != 0
+            && !matches!(self.tcp.state, State::Close | State::SynSent)
+            && self.forge.brings_ecn()
+    }
+
+    /// Goes on with a connection that was to be opened with ECN.
+    fn take(&self, opened: Result<(), RestoreError>) -> Result<(), RestoreError> {
+        let Err(error) = opened else { return Ok(()) };
+        log::warn!("{} goes on without ECN: {}", self.tuple, chain(&error));
+        self.sys(self.disconnect())?;
+        self.open_in_repair()
+    }
+
+    /// The answer to a SYN that asks for ECN.
+    fn answer(&self) -> Result<(), RestoreError> {
+        let (sent, received) = self.first_sequences();
+        self.deliver(Kind::SynAck(self.tcp.negotiated), received.wrapping_sub(1), sent, State::Established)?;
+        self.sys(tcp::set_repair(self.fd, Repair::On))?;
+        self.sys(tcp::select_queue(self.fd, Queue::Receive))?;
+        if u32::from(self.sys(tcp::info(self.fd))?.options) & OPT_ECN == 0 {
+            log::warn!("{} goes on without ECN: its SYN did not ask for it", self.tuple);
+        }
+        Ok(())
+    }
+
+    /// A SYN, which takes a sequence number as a FIN does. It ends in the lock, outside repair mode where it is to be
+    /// answered.
+    fn send_syn(&self) -> Result<(), SysError> {
+        let (sent, received) = self.first_sequences();
+        self.set_sequences(sent.wrapping_sub(1), received)?;
+        tcp::set_repair(self.fd, Repair::OffNoProbe)?;
+        self.connect(|| {
+            sockopt::with_nonblocking(self.fd, || {
+                if self.has_ecn() {
+                    self.forge.connect_with_ecn(self.fd, self.tuple.remote)
+                } else {
+                    tcp::connect(self.fd, self.tuple.remote)
+                }
+            })
+        })
+    }
+
+    fn set_sequences(&self, sent: u32, received: u32) -> Result<(), SysError> {
         tcp::select_queue(self.fd, Queue::Send)?;
-        tcp::set_queue_seq(self.fd, tcp.write_seq.wrapping_sub(syn_or_fin).wrapping_sub(tcp.send_len))?;
-        let peer_fin = u32::from(tcp.state.fin_received());
+        tcp::set_queue_seq(self.fd, sent)?;
         tcp::select_queue(self.fd, Queue::Receive)?;
-        tcp::set_queue_seq(self.fd, tcp.rcv_nxt.wrapping_sub(peer_fin).wrapping_sub(tcp.recv_len))
+        tcp::set_queue_seq(self.fd, received)
+    }
+
+    /// Back to a bound socket in repair mode.
+    fn disconnect(&self) -> Result<(), SysError> {
+        tcp::set_repair(self.fd, Repair::On)?;
+        tcp::disconnect(self.fd)?;
+        // The kernel notes for the program that its connection is gone.
+        sockopt::clear_error(self.fd)
+    }
+
+    /// Of the first byte of each queue, sent and received. A FIN behind them takes one as well.
+    fn first_sequences(&self) -> (u32, u32) {
+        let tcp = self.tcp;
+        let first = |next: u32, fin, len| next.wrapping_sub(u32::from(fin)).wrapping_sub(len);
+        (
+            first(tcp.write_seq, tcp.state.fin_sent(), tcp.send_len),
+            first(tcp.rcv_nxt, tcp.state.fin_received(), tcp.recv_len),
+        )
     }
 
     /// bind() takes a broadcast address of a subnet for none at all, and connect() then chooses another.
@@ -208,19 +370,19 @@ impl Restoring<'_> {
 
     /// Where an agent died before it could close the old socket silently, its task's end has closed it with a FIN: it
     /// waits behind the lock, without an owner, for an answer to that, and holds the four-tuple.
-    fn connect(&self) -> Result<(), SysError> {
-        match self.try_connect() {
+    fn connect(&self, connect: impl Fn() -> Result<(), SysError>) -> Result<(), SysError> {
+        match connect() {
             Err(SysError { errno: Errno::EADDRNOTAVAIL, .. }) if destroy_orphan(self.fd, self.tuple)? => {
                 log::info!("{}: destroyed an orphan that held the addresses", self.tuple);
-                self.connect_after_orphan()
+                self.connect_after_orphan(connect)
             }
-            other => other,
+            other => other.map_err(|error| self.without_address(error)),
         }
     }
 
     /// Older kernels (Debian's 5.10) empty the send queue of an orphan that is to be destroyed, and leave it there: its
     /// peer's RST ends it on each of them.
-    fn connect_after_orphan(&self) -> Result<(), SysError> {
+    fn connect_after_orphan(&self, connect: impl Fn() -> Result<(), SysError>) -> Result<(), SysError> {
         const PATIENCE: Duration = Duration::from_millis(20);
         let rst = Segment {
             tuple: *self.tuple,
@@ -232,7 +394,7 @@ impl Restoring<'_> {
         };
         let mut deadline = None;
         loop {
-            match (self.try_connect(), deadline) {
+            match (connect(), deadline) {
                 (Err(SysError { errno: Errno::EADDRNOTAVAIL, .. }), None) => {
                     if let Err(error) = self.forge.send(self.fd, &rst) {
                         log::warn!("{}: cannot reset the orphan: {error}", self.tuple);
@@ -261,16 +423,6 @@ impl Restoring<'_> {
         }
     }
 
-    fn try_connect(&self) -> Result<(), SysError> {
-        if self.tcp.state != State::SynSent {
-            return tcp::connect(self.fd, self.tuple.remote);
-        }
-        tcp::set_repair(self.fd, Repair::OffNoProbe)?;
-        let result = sockopt::with_nonblocking(self.fd, || tcp::connect(self.fd, self.tuple.remote));
-        tcp::set_repair(self.fd, Repair::On)?;
-        result
-    }
-
     fn options(&self) -> Result<(), SysError> {
         if self.tcp.state != State::SynSent {
             let negotiated = &self.tcp.negotiated;
@@ -290,7 +442,8 @@ impl Restoring<'_> {
     }
 
     /// Bit 0 of the timestamp turns on microsecond ticks since Linux 6.7. In an image of an older kernel it is
-    /// noise, so it counts only where the route asks for such ticks, which connect() has looked up.
+    /// noise, so it counts only where the route asks for such ticks, which connect() has looked up, or who restores knows
+    /// better ([`Paused::trust_clock`]).
     fn timestamp(&self) -> Result<(), SysError> {
         let Some(mut tsval) = self.tcp.negotiated.timestamp else { return Ok(()) };
         if tsval & 1 != 0 && tcp::timestamp(self.fd)? & 1 == 0 {
@@ -300,7 +453,7 @@ impl Restoring<'_> {
     }
 
     fn receive_queue(&self, bytes: &[u8]) -> Result<(), RestoreError> {
-        // `sequences` has left this queue chosen.
+        // `open` has left this queue chosen.
         if bytes.is_empty() { Ok(()) } else { self.append("receive", bytes) }
     }
 
@@ -412,18 +565,24 @@ impl Restoring<'_> {
 
     fn deliver(&self, kind: Kind, seq: u32, ack: u32, reaches: State) -> Result<(), RestoreError> {
         let port = self.sys(addr::local(self.fd))?.port();
-        let scale = self.tcp.negotiated.wscale.map_or(0, |scale| scale.snd);
         let segment = Segment {
             tuple: forge::with_local_port(self.tuple, port),
             kind,
             data: &[],
             seq,
             ack,
-            window: forge::header_window(self.tcp.window.map_or(0, |window| window.snd_wnd), scale),
+            window: match kind {
+                // As repair mode leaves it: nothing is sent, nor cut to its size, until the windows are set.
+                Kind::SynAck(_) => 0,
+                Kind::Ack | Kind::Fin | Kind::Rst => self.header_window(),
+            },
         };
-        self.forge
-            .deliver(self.fd, &segment, reaches)
-            .map_err(|source| RestoreError::Forge { tuple: *self.tuple, source })
+        self.forged(self.forge.deliver(self.fd, &segment, reaches))
+    }
+
+    fn header_window(&self) -> u16 {
+        let scale = self.tcp.negotiated.wscale.map_or(0, |scale| scale.snd);
+        forge::header_window(self.tcp.window.map_or(0, |window| window.snd_wnd), scale)
     }
 }
 

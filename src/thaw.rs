@@ -15,7 +15,7 @@ use crate::freeze::{Cause, lock_name, wake};
 use crate::kernel::netns::NetNs;
 use crate::kernel::options::{self, When};
 use crate::kernel::sockopt;
-use crate::lock::{LockError, LockName, LockOptions, NetworkLock};
+use crate::lock::{LockError, LockName, LockOptions, Method, NetworkLock};
 use crate::repair::{Paused, Probe};
 use crate::restore::RestoreError;
 
@@ -79,7 +79,7 @@ pub fn thaw_each<'a>(
     load: &mut dyn FnMut(usize) -> Result<Cow<'a, Connection>, Cause>,
 ) -> Result<Vec<OwnedFd>, ThawError> {
     let locks = Locks::of(connections, lock)?;
-    let thawed = build_all(connections, load).and_then(|built| {
+    let thawed = build_all(connections, lock.method, load).and_then(|built| {
         let mut sockets = Sockets(Vec::with_capacity(built.len()));
         for (paused, tuple) in built {
             let reuse_addr = paused.reuse_addr();
@@ -184,9 +184,10 @@ impl Drop for Sockets {
 /// Builds all, each in repair mode; where one fails, the others are closed silently.
 fn build_all<'a>(
     connections: &[Connection],
+    method: Method,
     load: &mut dyn FnMut(usize) -> Result<Cow<'a, Connection>, Cause>,
 ) -> Result<Vec<(Paused<OwnedFd>, FourTuple)>, ThawError> {
-    let forge = Forge::new();
+    let forge = Forge::behind(method);
     let (mut built, mut failed) = (Vec::with_capacity(connections.len()), Vec::new());
     for (at, tuple) in connections.iter().map(Connection::four_tuple).enumerate() {
         let loaded = load(at).and_then(|loaded| match loaded.four_tuple() == tuple {
@@ -231,6 +232,9 @@ pub fn build(head: &Head, queues: &Queues, forge: &Forge) -> Result<Paused<Owned
     let paused = Paused::pause(socket).map_err(|error| sys(error.source))?;
     let restored = (|| {
         paused.restore(&head.tuple, &head.tcp, &queues.recv, &queues.send, forge)?;
+        if head.usec_ts_known {
+            paused.trust_clock(&head.tcp).map_err(sys)?;
+        }
         options::write(paused.socket(), &head.options, When::Late, lost).map_err(sys)
     })();
     match restored {

@@ -11,7 +11,9 @@ use std::time::{Duration, Instant};
 use nix::poll::{PollFd, PollFlags, poll};
 use nix::sys::socket::MsgFlags;
 use soccr::checkpoint::SaveError;
-use soccr::connection::{ControlBlock, FourTuple, Queues, State, Window};
+use soccr::connection::{
+    ControlBlock, FourTuple, OPT_ECN, OPT_SACK, OPT_TIMESTAMPS, OPT_WSCALE, Queues, State, Window,
+};
 use soccr::forge::Forge;
 use soccr::kernel::netns::NetNs;
 use soccr::kernel::{sockopt, tcp};
@@ -79,13 +81,16 @@ fn build_and(saved: &Saved, compare: Compare) -> TcpStream {
     TcpStream::from(socket)
 }
 
+const AGREED: u32 = OPT_TIMESTAMPS | OPT_SACK | OPT_WSCALE | OPT_ECN;
+
 /// What was built reads as what was saved, up to the clock.
 fn check_same<F: AsFd>(paused: &Paused<F>, saved: &Saved) {
     let mut queues = Queues::default();
     let mut again = paused.save(&mut queues).expect("save again");
     again.negotiated.timestamp = saved.tcp.negotiated.timestamp;
-    // ECN is agreed on in the SYN segments and has no place in the repair options.
-    again.negotiated.mask |= saved.tcp.negotiated.mask & !7;
+    // Whether a mark was seen is no agreement, and CLOSE needs none on ECN.
+    let agreed = if saved.tcp.state == State::Close { AGREED & !OPT_ECN } else { AGREED };
+    again.negotiated.mask |= saved.tcp.negotiated.mask & !agreed;
     if let (Some(before), Some(after)) = (&saved.tcp.window, &mut again.window) {
         forget_late_ack(before, after, &saved.tcp);
     }
@@ -121,10 +126,18 @@ fn moved(stream: TcpStream) -> TcpStream {
 
 const FAMILIES: [&str; 3] = ["127.0.0.1:0", "[::1]:0", "[::ffff:127.0.0.1]:0"];
 
+/// Each family, first without ECN, then with it.
+fn variants() -> impl Iterator<Item = &'static str> {
+    ["2", "1"].into_iter().flat_map(|ecn| {
+        std::fs::write("/proc/sys/net/ipv4/tcp_ecn", ecn).expect("net.ipv4.tcp_ecn");
+        FAMILIES
+    })
+}
+
 #[test]
 fn established_with_bytes_to_read() {
     in_own_network(|| {
-        for address in FAMILIES {
+        for address in variants() {
             let (ours, mut theirs) = connected(address);
             let unread = pattern(1, 100_000);
             theirs.write_all(&unread).expect("write");
@@ -141,7 +154,7 @@ fn established_with_bytes_to_read() {
 #[test]
 fn bytes_beyond_the_peers_window_are_sent_later() {
     in_own_network(|| {
-        for address in FAMILIES {
+        for address in variants() {
             let (mut ours, mut theirs) = connected(address);
             ours.set_nonblocking(true).expect("non-blocking");
             let mut written = Vec::new();
@@ -217,7 +230,7 @@ fn read_all(reader: &mut TcpStream, writer: &mut TcpStream) {
 #[test]
 fn the_segment_size_survives() {
     in_own_network(|| {
-        for address in FAMILIES {
+        for address in variants() {
             let (mut ours, mut theirs) = connected(address);
             for _ in 0..50 {
                 ours.write_all(&pattern(3, 10_000)).expect("write");
@@ -231,10 +244,143 @@ fn the_segment_size_survives() {
     });
 }
 
+/// Where ECN was agreed on, marks of a congested path are echoed: before and after alike.
+#[test]
+fn marked_segments_are_echoed() {
+    in_own_network(|| {
+        shell(
+            "nft 'add table inet path; add chain inet path out { type filter hook output priority 0; }; \
+             add rule inet path out ip ecn ect0 ip ecn set ce; add rule inet path out ip6 ecn ect0 ip6 ecn set ce'",
+        );
+        for address in variants() {
+            let (ours, mut theirs) = connected(address);
+            let saved = save_and_close(ours);
+            let with_ecn = saved.tcp.negotiated.mask & OPT_ECN != 0;
+            let mut ours = build(&saved);
+            for _ in 0..2 {
+                theirs.write_all(&pattern(5, 10_000)).expect("write");
+                expect_bytes(&mut ours, &pattern(5, 10_000));
+                ours.write_all(b"all there").expect("write");
+                expect_bytes(&mut theirs, b"all there");
+            }
+            assert_eq!(echoed(&theirs) > 0, with_ecn, "{address}");
+            assert_eq!(echoed(&ours) > 0, with_ecn, "{address}");
+        }
+    });
+}
+
+/// Segments that arrived with a mark, as the peer has echoed it (tcpi_delivered_ce, Linux 4.18).
+fn echoed(stream: &TcpStream) -> u32 {
+    info_word(stream, 196)
+}
+
+/// Segments that arrived before their turn (tcpi_rcv_ooopack, Linux 5.4).
+fn out_of_order(stream: &TcpStream) -> u32 {
+    info_word(stream, 224)
+}
+
+/// The word at this offset of `struct tcp_info`.
+fn info_word(stream: &TcpStream, at: usize) -> u32 {
+    let mut info = [0_u8; 228];
+    let mut len: libc::socklen_t = 228;
+    let (fd, into) = (stream.as_raw_fd(), info.as_mut_ptr().cast());
+    // SAFETY: the kernel writes at most `len` bytes, the size of `info`.
+    let ret = unsafe { libc::getsockopt(fd, libc::SOL_TCP, libc::TCP_INFO, into, &raw mut len) };
+    assert_eq!((ret, len), (0, 228), "TCP_INFO");
+    u32::from_ne_bytes(info[at..at + 4].try_into().expect("four bytes"))
+}
+
+/// What came before its turn is acknowledged selectively and not carried: the peer has it still, and sends it again.
+#[test]
+fn segments_out_of_order_are_sent_again() {
+    in_own_network(|| {
+        for address in variants() {
+            let (ours, mut theirs) = connected(address);
+            theirs.set_nodelay(true).expect("TCP_NODELAY");
+            let paused = Paused::pause(ours.as_fd()).expect("pause");
+            let next = paused.save(&mut Queues::default()).expect("save").rcv_nxt;
+            paused.resume(Probe::None).expect("resume");
+            shell(&format!(
+                "nft 'add table inet path; add chain inet path in {{ type filter hook input priority 0; }}; \
+                 add rule inet path in tcp sport {} tcp sequence {next} drop'",
+                theirs.local_addr().expect("address").port()
+            ));
+            theirs.write_all(&pattern(1, 1000)).expect("write");
+            theirs.write_all(&pattern(2, 1000)).expect("write");
+            let deadline = Instant::now() + Duration::from_secs(5);
+            while out_of_order(&ours) == 0 {
+                assert!(Instant::now() < deadline, "nothing came out of order");
+                std::thread::yield_now();
+            }
+            let saved = save_and_close(ours);
+            assert_eq!((saved.tcp.recv_len, saved.tcp.rcv_nxt), (0, next));
+            shell("nft delete table inet path");
+            let mut ours = build(&saved);
+            expect_bytes(&mut ours, &pattern(1, 1000));
+            expect_bytes(&mut ours, &pattern(2, 1000));
+        }
+    });
+}
+
+/// The kernel takes the time of the answer to a SYN: it comes as late as the peer's would, and its path is known at once.
+#[test]
+fn the_round_trip_time_is_as_it_was() {
+    const RTT: Duration = Duration::from_millis(50);
+    in_own_network(|| {
+        for address in variants() {
+            let (ours, mut theirs) = connected(address);
+            let saved = save_and_close(ours);
+            let socket = sockopt::tcp_socket(saved.domain == libc::AF_INET6).expect("socket");
+            let paused = Paused::pause(socket).expect("pause");
+            let (Saved { tuple, tcp, .. }, forge) = (&saved, Forge::new());
+            let opening = paused.open(tuple, tcp, RTT, &forge).expect("open");
+            assert_eq!(opening.is_some(), tcp.negotiated.mask & OPT_ECN != 0, "{address}");
+            match opening {
+                Some(opening) => {
+                    let opened = paused.answer(opening, tuple, tcp, &forge);
+                    paused.restore_opened(opened, tuple, tcp, b"", b"", &forge)
+                }
+                None => paused.restore(tuple, tcp, b"", b"", &forge),
+            }
+            .unwrap_or_else(|error| panic!("{}", soccr::chain(&error)));
+            let rtt = soccr::kernel::tcp::info(paused.socket()).expect("TCP_INFO").rtt;
+            let range = if tcp.negotiated.mask & OPT_ECN == 0 { 0..=0 } else { 50..=800 };
+            assert!(range.contains(&rtt.as_millis()), "{address}: {rtt:?}");
+            check_same(&paused, &saved);
+            saved.lock.take().expect("locked").unlock().expect("unlock");
+            let mut ours = TcpStream::from(paused.resume(Probe::Send).expect("resume"));
+            theirs.write_all(b"on").expect("write");
+            expect_bytes(&mut ours, b"on");
+        }
+    });
+}
+
+/// Each socket's clock has an offset of its own, as each host's has: what is told goes on from where it was all the same,
+/// and so the peer believes it (PAWS, RFC 7323).
+#[test]
+fn the_peer_sees_one_clock() {
+    in_own_network(|| {
+        for address in variants() {
+            let (mut ours, mut theirs) = connected(address);
+            ours.write_all(b"before").expect("write");
+            expect_bytes(&mut theirs, b"before");
+            let saved = save_and_close(ours);
+            let built = Instant::now();
+            let mut ours = build(&saved);
+            let told = saved.tcp.negotiated.timestamp.expect("timestamps are in use");
+            let tells = tcp::timestamp(ours.as_fd()).expect("TCP_TIMESTAMP");
+            let passed = u32::try_from(built.elapsed().as_millis()).expect("short");
+            assert!(tells.wrapping_sub(told) <= passed + 2, "{told}, {passed} ms later {tells}");
+            ours.write_all(b"after").expect("write");
+            expect_bytes(&mut theirs, b"after");
+        }
+    });
+}
+
 #[test]
 fn close_wait() {
     in_own_network(|| {
-        for address in FAMILIES {
+        for address in variants() {
             let (ours, mut theirs) = connected(address);
             theirs.write_all(b"last words").expect("write");
             theirs.shutdown(Shutdown::Write).expect("shutdown");
@@ -265,7 +411,7 @@ fn a_forged_fin_passes_other_peoples_firewalls() {
                 "iptables-legacy -F INPUT && ip6tables-legacy -F INPUT",
             ),
         ] {
-            for address in FAMILIES {
+            for address in variants() {
                 let (ours, mut theirs) = connected(address);
                 theirs.write_all(b"last words").expect("write");
                 theirs.shutdown(Shutdown::Write).expect("shutdown");
@@ -304,7 +450,7 @@ fn shell(command: &str) -> String {
 #[test]
 fn fin_wait2() {
     in_own_network(|| {
-        for address in FAMILIES {
+        for address in variants() {
             let (ours, mut theirs) = connected(address);
             ours.shutdown(Shutdown::Write).expect("shutdown");
             assert_eq!(theirs.read(&mut [0]).expect("the end"), 0);
@@ -322,7 +468,7 @@ fn fin_wait2() {
 #[test]
 fn closed_with_bytes_to_read() {
     in_own_network(|| {
-        for address in FAMILIES {
+        for address in variants() {
             let (ours, mut theirs) = connected(address);
             ours.shutdown(Shutdown::Write).expect("shutdown");
             theirs.write_all(b"unread").expect("write");
@@ -502,7 +648,7 @@ fn a_listener_is_refused() {
 #[test]
 fn an_orphan_that_holds_the_addresses_makes_room() {
     in_own_network(|| {
-        for address in FAMILIES {
+        for address in variants() {
             let (ours, mut theirs) = connected(address);
             let saved = {
                 let paused = Paused::pause(ours.as_fd()).expect("pause");

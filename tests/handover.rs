@@ -269,3 +269,31 @@ fn a_non_local_source_comes_back() {
         }
     });
 }
+
+/// A clock that ticks in microseconds goes on so, whatever the route says (Linux 6.7).
+#[test]
+fn a_clock_keeps_its_unit() {
+    in_own_network(|| {
+        for (address, unit) in FAMILIES.into_iter().flat_map(|address| [(address, 0), (address, 1)]) {
+            let (ours, mut theirs) = connected(address);
+            if !tcp::timestamp_tells_unit(ours.as_fd()).expect("TCP_INFO") {
+                return support::lacks("timestamps in microseconds");
+            }
+            tcp::set_repair(ours.as_fd(), tcp::Repair::On).expect("repair mode");
+            // Not before what the peer has heard already.
+            let now = tcp::timestamp(ours.as_fd()).expect("TCP_TIMESTAMP").wrapping_add(2) & !1;
+            tcp::set_timestamp(ours.as_fd(), now | unit).expect("TCP_TIMESTAMP");
+            tcp::set_repair(ours.as_fd(), tcp::Repair::OffNoProbe).expect("repair mode");
+            let frozen = frozen(soccr::freeze([ours]));
+            let bytes = bytes(&frozen);
+            drop(frozen.release());
+            let ours = &mut thawed(&bytes)[0];
+            // A bit that is always so, while the other 31 go on.
+            for _ in 0..100 {
+                assert_eq!(tcp::timestamp(ours.as_fd()).expect("TCP_TIMESTAMP") & 1, unit, "{address}");
+            }
+            ours.write_all(b"on").expect("write");
+            expect_bytes(&mut theirs, b"on");
+        }
+    });
+}

@@ -2,18 +2,20 @@
 //! every kind of damage. `tests/data/stock-4.2.1/README.md` tells what is in them.
 
 use std::collections::BTreeMap;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
 use protobuf::Message;
 use soccr::connection::{FourTuple, OPT_SACK, OPT_TIMESTAMPS, OPT_WSCALE, Queues, State};
 use soccr::criu::image::container::{COMMON, Magic, Reader};
-use soccr::criu::image::index::{Index, InetConnection};
+use soccr::criu::image::index::{Index, InetConnection, readdress};
 use soccr::criu::image::inventory::{Inventory, NetworkLock, release_to_stock};
 use soccr::criu::image::nftables::strip_table;
 use soccr::criu::image::proto::{core, fdinfo, inventory, pstree, sk_packet, tcp_stream};
 use soccr::criu::image::side::SideImage;
 use soccr::criu::image::tcp_stream::TcpStreamImage;
 use soccr::criu::image::{Fault, ImageDir, ImageError, ImageMessage};
+use soccr::criu::rules::{Remap, Rules};
 use soccr::lock::conntrack::{Direction, Translation};
 
 const SETS: [&str; 2] = ["inside", "outside"];
@@ -340,4 +342,34 @@ fn translations_of_other_connections_are_left_out() {
         ..SideImage::default()
     };
     assert_eq!(side.translations_of(&index), [ours]);
+}
+
+/// Other addresses are all that changes in `files.img`, and another time changes nothing; a damaged file stays as it was.
+#[test]
+fn other_addresses_are_all_that_changes() {
+    let folder = copy("outside");
+    let (dir, file) = (open(folder.path()), folder.path().join("files.img"));
+    let (before, index) = (std::fs::read(&file).unwrap(), Index::read(&dir).unwrap());
+    let old = index.carried().next().unwrap().tuple.on_wire().local;
+    let new: SocketAddr = if old.is_ipv4() { "192.0.2.77:7" } else { "[fd77::77]:7" }.parse().unwrap();
+    let (remap, back) = (rule(old, new), rule(new, old));
+
+    assert!(readdress(&dir, &remap).unwrap() > 0);
+    let changed = Index::read(&dir).unwrap();
+    for (one, other) in index.connections.values().zip(changed.connections.values()) {
+        assert_eq!(remap.four_tuple(one.tuple), other.tuple);
+    }
+    assert_ne!(index.connections, changed.connections);
+    assert_eq!(readdress(&dir, &remap).unwrap(), 0);
+    assert!(readdress(&dir, &back).unwrap() > 0);
+    assert_eq!(std::fs::read(&file).unwrap(), before);
+
+    let damaged = &before[..before.len() - 1];
+    std::fs::write(&file, damaged).unwrap();
+    assert!(readdress(&dir, &remap).is_err());
+    assert_eq!(std::fs::read(&file).unwrap(), damaged);
+}
+
+fn rule(old: SocketAddr, new: SocketAddr) -> Remap {
+    Rules::parse(&format!("remap local {old}={new}"), Path::new("rules")).unwrap().remap
 }

@@ -10,6 +10,7 @@ use std::path::PathBuf;
 use anyhow::{Context, Result, bail};
 use serde::Serialize;
 use soccr::criu::record::{self, ConnectionRecord, LockRecord, NsId, Phase, Record, Recorder, Store};
+use soccr::criu::rules::Remap;
 use soccr::kernel::netns::NetNs;
 use soccr::kernel::sockopt;
 use soccr::lock::{LockName, LockOptions};
@@ -174,7 +175,7 @@ fn take_over(
         }
     }
     let tuples = connections.iter().map(Connection::four_tuple);
-    let mut recorder = match Recorder::take_over_for(&id, own, tuples)? {
+    let mut recorder = match Recorder::take_over_for(&id, own, tuples, &Remap::default())? {
         Some(recorder) => recorder,
         None => {
             let mut recorder = Recorder::new(name.id(), Phase::Restoring, folder.as_fd(), own)?;

@@ -5,5 +5,6 @@ pub mod hold;
 pub mod image;
 pub mod keeper;
 pub mod record;
+pub mod rules;
 pub mod stock;
 pub mod tasks;

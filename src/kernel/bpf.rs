@@ -310,3 +310,49 @@ fn owned(call: &'static str, fd: libc::c_long) -> SysResult<OwnedFd> {
     // SAFETY: a descriptor the kernel just gave us; nobody else owns it.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
+
+impl Program {
+    /// Loads a program that hears of what becomes of sockets, and has a say in it (`BPF_PROG_TYPE_SOCK_OPS`).
+    ///
+    /// # Errors
+    /// As [`Program::of_packets`].
+    pub fn of_socket_events(instructions: &[Insn]) -> SysResult<Self> {
+        const CALL: &str = "load a BPF program of socket events";
+        const SOCK_OPS: u32 = 13;
+        #[repr(C)]
+        struct Attributes {
+            kind: u32,
+            count: u32,
+            instructions: u64,
+            license: u64,
+        }
+        let count =
+            u32::try_from(instructions.len()).map_err(|_| SysError { call: CALL, errno: Errno::E2BIG })?;
+        let attributes = Attributes {
+            kind: SOCK_OPS,
+            count,
+            instructions: address(instructions.as_ptr()),
+            license: address(c"Dual MIT/GPL".as_ptr()),
+        };
+        Ok(Self(owned(CALL, bpf(CALL, 5, &attributes)?)?))
+    }
+
+    /// Has it hear of the sockets of a control group, and of all below (Linux 5.7), as long as the answer is open.
+    ///
+    /// # Errors
+    /// EINVAL on an older kernel, EPERM without CAP_NET_ADMIN.
+    pub fn attach_to_group(&self, group: BorrowedFd<'_>) -> SysResult<OwnedFd> {
+        const CALL: &str = "attach a BPF program to a control group";
+        const CGROUP_SOCK_OPS: u32 = 3;
+        #[repr(C)]
+        struct Attributes {
+            program: u32,
+            group: u32,
+            place: u32,
+            flags: u32,
+        }
+        let [program, group] = [self.0.as_raw_fd(), group.as_raw_fd()].map(i32::cast_unsigned);
+        let attributes = Attributes { program, group, place: CGROUP_SOCK_OPS, flags: 0 };
+        owned(CALL, bpf(CALL, 28, &attributes)?)
+    }
+}

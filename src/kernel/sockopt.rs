@@ -132,6 +132,14 @@ pub fn set_reuse_addr(fd: BorrowedFd<'_>, on: bool) -> SysResult<()> {
     set(fd, libc::SOL_SOCKET, libc::SO_REUSEADDR, &i32::from(on), "set SO_REUSEADDR")
 }
 
+/// Clears the socket's pending error (SO_ERROR), which the next call would tell.
+///
+/// # Errors
+/// The kernel's answer.
+pub fn clear_error(fd: BorrowedFd<'_>) -> SysResult<()> {
+    get::<i32>(fd, libc::SOL_SOCKET, libc::SO_ERROR, "get SO_ERROR").map(drop)
+}
+
 /// The socket's family (`AF_INET`, …).
 ///
 /// # Errors

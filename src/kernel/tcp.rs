@@ -3,6 +3,7 @@
 use std::mem::{MaybeUninit, offset_of, size_of};
 use std::net::SocketAddr;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::time::Duration;
 
 use nix::errno::Errno;
 
@@ -204,6 +205,28 @@ pub fn timestamp(fd: BorrowedFd<'_>) -> SysResult<u32> {
     get(fd, libc::SOL_TCP, TCP_TIMESTAMP, "get TCP_TIMESTAMP")
 }
 
+/// Whether the clock of the timestamps ticks in microseconds, and bit 0 of [`timestamp`] is no noise.
+///
+/// # Errors
+/// The kernel's answer.
+pub fn ticks_in_microseconds(fd: BorrowedFd<'_>) -> SysResult<bool> {
+    Ok(timestamp(fd)? & 1 != 0 && timestamp_tells_unit(fd)?)
+}
+
+/// Whether bit 0 of [`timestamp`] tells the clock's unit, as it does since Linux 6.7: `tcpi_total_rto` came with that, too.
+///
+/// # Errors
+/// The kernel's answer.
+pub fn timestamp_tells_unit(fd: BorrowedFd<'_>) -> SysResult<bool> {
+    const WITH_TOTAL_RTO: libc::socklen_t = 248;
+    let mut info = [0_u8; 248];
+    let mut len = WITH_TOTAL_RTO;
+    let into = info.as_mut_ptr().cast();
+    // SAFETY: the kernel writes at most `len` bytes, the size of `info`.
+    let ret = unsafe { libc::getsockopt(fd.as_raw_fd(), libc::SOL_TCP, libc::TCP_INFO, into, &raw mut len) };
+    check("get TCP_INFO", ret).map(|_| len == WITH_TOTAL_RTO)
+}
+
 /// Sets what [`timestamp`] reads.
 ///
 /// # Errors
@@ -266,6 +289,8 @@ pub struct Info {
     pub unacked: u32,
     /// Bytes in the send queue that were never sent, a FIN among them; `None` before Linux 4.6.
     pub unsent: Option<u32>,
+    /// The smoothed round trip time; 0 before the first one is measured.
+    pub rtt: Duration,
 }
 
 /// The head of `struct tcp_info`, as far as `tcpi_notsent_bytes`.
@@ -294,7 +319,8 @@ const _: () = assert!(offset_of!(TcpInfo, notsent_bytes) == 144);
 pub fn info(fd: BorrowedFd<'_>) -> SysResult<Info> {
     const CALL: &str = "get TCP_INFO";
     const UNACKED: usize = 4; // tcpi_rto, tcpi_ato, tcpi_snd_mss and tcpi_rcv_mss come before it
-    const NEEDED: usize = offset_of!(TcpInfo, words) + (UNACKED + 1) * size_of::<u32>();
+    const RTT: usize = 15; // behind tcpi_rcv_ssthresh
+    const NEEDED: usize = offset_of!(TcpInfo, words) + (RTT + 1) * size_of::<u32>();
     const WITH_UNSENT: usize = offset_of!(TcpInfo, notsent_bytes) + size_of::<u32>();
     let mut value = MaybeUninit::<TcpInfo>::zeroed();
     #[allow(clippy::cast_possible_truncation)] // 148
@@ -326,6 +352,7 @@ pub fn info(fd: BorrowedFd<'_>) -> SysResult<Info> {
         rcv_wscale,
         unacked: value.words[UNACKED],
         unsent: (len >= WITH_UNSENT).then_some(value.notsent_bytes),
+        rtt: Duration::from_micros(value.words[RTT].into()),
     })
 }
 

@@ -297,6 +297,14 @@ impl HeldPackets {
         }
     }
 
+    /// The same for sockets that have other addresses now.
+    #[must_use]
+    pub fn readdressed(self, new: impl Fn(FourTuple) -> FourTuple) -> Self {
+        let segments = self.segments.into_iter().map(|(tuple, it)| (new(tuple), it)).collect();
+        let newcomers = self.newcomers.into_iter().map(|(tuple, syn)| (new(tuple), syn)).collect();
+        Self { segments, newcomers, ..self }
+    }
+
     /// Brings the listeners in `ns`, which nothing locks any more, who would connect to them.
     pub fn let_in(&mut self, ns: &NetNs) -> usize {
         let (forge, newcomers) = (Forge::new(), std::mem::take(&mut self.newcomers));

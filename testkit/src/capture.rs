@@ -1,5 +1,6 @@
-//! A packet capture that answers one question: was a connection reset?
+//! A packet capture that answers two questions: was a connection reset, and were marks of congestion echoed?
 
+use std::collections::BTreeSet;
 use std::fmt;
 use std::io::{Read, Write};
 use std::os::fd::{AsFd, FromRawFd, OwnedFd};
@@ -23,6 +24,8 @@ pub struct Seen {
     pub segments: usize,
     /// Those with the RST flag.
     pub resets: Vec<Reset>,
+    /// Ports that have echoed a mark of congestion (ECE, RFC 3168).
+    pub echoes: BTreeSet<u16>,
 }
 
 /// A segment with RST.
@@ -119,9 +122,16 @@ impl Seen {
     pub(crate) fn note(&mut self, packet: &[u8]) {
         let Some(tcp) = tcp_header(packet) else { return };
         self.segments += 1;
-        if tcp[13] & 0x04 != 0 {
-            let port = |at| u16::from_be_bytes([tcp[at], tcp[at + 1]]);
+        const SYN: u8 = 0x02;
+        const RST: u8 = 0x04;
+        const ECE: u8 = 0x40;
+        let port = |at| u16::from_be_bytes([tcp[at], tcp[at + 1]]);
+        if tcp[13] & RST != 0 {
             self.resets.push(Reset { from: port(0), to: port(2) });
+        }
+        // In a SYN segment the flag asks for ECN.
+        if tcp[13] & (ECE | SYN) == ECE {
+            self.echoes.insert(port(0));
         }
     }
 }
@@ -159,6 +169,17 @@ mod tests {
         }
         assert_eq!(seen.segments, 4);
         assert_eq!(seen.resets, [Reset { from: 0x1234, to: 80 }; 2]);
+    }
+
+    #[test]
+    fn an_echo_is_seen() {
+        let mut v4 = [0; 20];
+        (v4[0], v4[9]) = (0x45, 6);
+        let mut seen = Seen::default();
+        seen.note(&segment(&v4, 0x52)); // a SYN-ACK
+        assert!(seen.echoes.is_empty());
+        seen.note(&segment(&v4, 0x50));
+        assert_eq!(seen.echoes, [0x1234].into());
     }
 
     #[test]

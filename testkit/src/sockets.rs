@@ -5,10 +5,11 @@ use std::io;
 use std::mem::MaybeUninit;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use nix::errno::Errno;
-use nix::sys::socket::{SockaddrStorage, getpeername};
+use nix::sys::socket::{SockaddrStorage, getpeername, getsockname};
 use nix::unistd::Pid;
 
 use crate::task::pidfd_open;
@@ -125,6 +126,18 @@ impl TaskSocket {
         Ok(u32::from_ne_bytes(info[16..20].try_into()?))
     }
 
+    /// Whether both ends agreed on ECN (RFC 3168).
+    pub fn has_ecn(&self) -> Result<bool> {
+        const TCPI_OPT_ECN: u8 = 8;
+        Ok(self.info()?[5] & TCPI_OPT_ECN != 0)
+    }
+
+    /// The smoothed round trip time; 0 before the first one is measured.
+    pub fn rtt(&self) -> Result<Duration> {
+        let info = self.info()?;
+        Ok(Duration::from_micros(u32::from_ne_bytes(info[68..72].try_into()?).into()))
+    }
+
     /// Whether the socket is in repair mode, where nothing of it works for its program.
     pub fn in_repair(&self) -> Result<bool> {
         let on: i32 = get(&self.socket, libc::IPPROTO_TCP, libc::TCP_REPAIR).context("TCP_REPAIR")?;
@@ -158,11 +171,14 @@ impl TaskSocket {
         Ok(u32::from_ne_bytes(info[24..28].try_into()?))
     }
 
+    /// Its own address; `None` where there is none.
+    pub fn local(&self) -> Option<SocketAddr> {
+        address(&getsockname::<SockaddrStorage>(self.socket.as_raw_fd()).ok()?)
+    }
+
     /// The other end; `None` where there is none.
     pub fn peer(&self) -> Option<SocketAddr> {
-        let peer = getpeername::<SockaddrStorage>(self.socket.as_raw_fd()).ok()?;
-        let v4 = peer.as_sockaddr_in().map(|v4| SocketAddr::from(std::net::SocketAddrV4::from(*v4)));
-        v4.or_else(|| peer.as_sockaddr_in6().map(|v6| SocketAddr::from(std::net::SocketAddrV6::from(*v6))))
+        address(&getpeername::<SockaddrStorage>(self.socket.as_raw_fd()).ok()?)
     }
 
     /// A socket option that is an `int`.
@@ -170,9 +186,9 @@ impl TaskSocket {
         get(&self.socket, level, name).with_context(|| format!("socket option {level}:{name}"))
     }
 
-    /// `struct tcp_info`'s first 28 bytes: `tcpi_state` is the first, `tcpi_snd_mss` at 16, and `tcpi_unacked`, the
-    /// backlog of a listener, at 24.
-    fn info(&self) -> Result<[u8; 28]> {
+    /// `struct tcp_info` as far as `tcpi_rtt`: `tcpi_state` is its first byte, `tcpi_options` the sixth, `tcpi_snd_mss` begins at
+    /// the sixteenth, and `tcpi_unacked`, the backlog of a listener, at the 24th.
+    fn info(&self) -> Result<[u8; 72]> {
         get(&self.socket, libc::IPPROTO_TCP, libc::TCP_INFO).context("TCP_INFO")
     }
 }
@@ -187,6 +203,11 @@ impl AsRawFd for TaskSocket {
     fn as_raw_fd(&self) -> RawFd {
         self.socket.as_raw_fd()
     }
+}
+
+fn address(addr: &SockaddrStorage) -> Option<SocketAddr> {
+    let v4 = addr.as_sockaddr_in().map(|v4| SocketAddr::from(std::net::SocketAddrV4::from(*v4)));
+    v4.or_else(|| addr.as_sockaddr_in6().map(|v6| SocketAddr::from(std::net::SocketAddrV6::from(*v6))))
 }
 
 /// `SIOCINQ` or `SIOCOUTQ`: bytes in a queue of a socket.
@@ -205,7 +226,7 @@ const SIOCOUTQNSD: libc::Ioctl = 0x894B;
 pub(crate) trait Plain: Copy {}
 impl Plain for i32 {}
 impl Plain for [u32; 2] {}
-impl Plain for [u8; 28] {}
+impl Plain for [u8; 72] {}
 
 pub(crate) fn get<T: Plain>(socket: &OwnedFd, level: i32, name: i32) -> io::Result<T> {
     let mut value = MaybeUninit::<T>::zeroed();

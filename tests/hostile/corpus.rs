@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use nix::sys::socket::{
     AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, recv, send, setsockopt, socket, sockopt,
@@ -87,7 +88,15 @@ fn side_bytes() -> Vec<u8> {
     let mut sockets = Sockets::default();
     for inode in [7, 70_000] {
         let options = vec![SocketOption { level: 6, name: 8, value: vec![7, 0, 0, 0] }];
-        sockets.add(inode, &SocketExtra { owner: Owner { uid: inode, gid: 0 }, options });
+        sockets.add(
+            inode,
+            &SocketExtra {
+                owner: Owner { uid: inode, gid: 0 },
+                options,
+                rtt: Some(Duration::from_millis(inode.into())),
+                usec_ts: true,
+            },
+        );
     }
     let side = SideImage {
         id: "soccr-1".into(),

@@ -9,6 +9,7 @@ use soccr::checkpoint::SaveError;
 use soccr::connection::{FourTuple, UnsupportedState};
 use soccr::criu::image::ImageError;
 use soccr::criu::record::RecordError;
+use soccr::criu::rules::RulesError;
 use soccr::criu::tasks::{FindError, Place};
 use soccr::kernel::SysError;
 use soccr::kernel::netns::NetNsError;
@@ -31,6 +32,10 @@ pub enum AgentError {
     LockName(#[from] BadLockName),
     #[error(transparent)]
     Option(#[from] BadOption),
+    #[error(transparent)]
+    Rules(#[from] RulesError),
+    #[error("{tuple} is not to be carried, says {rule}")]
+    Refused { tuple: FourTuple, rule: String },
     #[error(transparent)]
     Pause(#[from] PauseError),
     #[error(transparent)]

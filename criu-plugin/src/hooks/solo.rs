@@ -10,6 +10,7 @@ use soccr::criu::image::ImageDir;
 use soccr::criu::image::external::ExternalImage;
 use soccr::forge::Forge;
 use soccr::kernel::sockopt;
+use soccr::lock::Method;
 use soccr::repair::four_tuple;
 
 /// The descriptor, if a TCP connection is behind it.
@@ -35,7 +36,7 @@ pub fn restore(images: BorrowedFd<'_>, id: i32) -> Result<Option<i32>, String> {
     }
     let mut queues = Queues::default();
     let image = ExternalImage::read(&images, id, &mut queues).map_err(|error| chain(&error))?;
-    let forge = Forge::new();
+    let forge = Forge::behind(Method::from_env().map_err(|error| chain(&error))?);
     let paused = soccr::build(&image, &queues, &forge).map_err(|error| chain(&error))?;
     let socket = paused.release(); // the agent wakes it; until then it would be closed silently
     forge.finish().map_err(|error| chain(&error))?;

@@ -14,6 +14,7 @@ use super::{
     Store, current_boot, is_undone, own_pid_ns,
 };
 use crate::connection::FourTuple;
+use crate::criu::rules::Remap;
 use crate::criu::tasks::ProcessId;
 use crate::kernel::netns::NetNs;
 use crate::lock::BadOption;
@@ -86,7 +87,8 @@ impl Recorder {
     /// As [`take_over`](Self::take_over), for a restore of these connections.
     ///
     /// Images can come from anybody, and name any record. So the record must tell of the very connections that they hold:
-    /// wherever it is, such a folder is the dump or a copy of it, and what it releases it also restores.
+    /// wherever it is, such a folder is the dump or a copy of it, and what it releases it also restores. `remap` has given
+    /// them other addresses, perhaps.
     ///
     /// # Errors
     /// [`RecordError::OtherDump`] when it tells of others, and as [`take_over`](Self::take_over).
@@ -94,9 +96,10 @@ impl Recorder {
         id: &RecordId,
         criu: i32,
         connections: impl Iterator<Item = FourTuple>,
+        remap: &Remap,
     ) -> Result<Option<Self>, RecordError> {
         Self::take_over_if(id, criu, |record, recorded| {
-            let recorded = comparable(recorded.iter().map(ConnectionRecord::tuple));
+            let recorded = comparable(recorded.iter().map(|it| remap.four_tuple(it.tuple())));
             if comparable(connections) == recorded {
                 return Ok(());
             }

@@ -8,6 +8,7 @@ use soccr_testkit::capture::Seen as OnWire;
 use soccr_testkit::fleet::Seen;
 use soccr_testkit::interrupt::pause;
 use soccr_testkit::sockets::{TaskSocket, sockets, state, tcp_sockets};
+use soccr_testkit::stage::V4;
 use soccr_testkit::task::wait_until;
 use soccr_testkit::{Capture, Client, Fleet, Lock, Place, Server, Side};
 
@@ -96,6 +97,12 @@ fn busy_peers_over_ipv6_link_local() -> Result<()> {
     busy_peers("[fe80::1%2]:0", "[fe80::1%2]:0")
 }
 
+/// The server is not bound to a device, but each of its connections is: the kernel does that.
+#[test]
+fn busy_peers_over_ipv6_link_local_of_a_server_anywhere() -> Result<()> {
+    busy_peers("[::]:0", "[fe80::1%2]:0")
+}
+
 #[test]
 fn busy_peers_over_ipv4_mapped_addresses() -> Result<()> {
     busy_peers("[::]:0", "10.9.0.1:0")
@@ -116,6 +123,27 @@ fn unread_900_kb() -> Result<()> {
     server.release()?;
     client.finish()?;
     client.receive_to_end(0)?;
+    server.wait_verified()
+}
+
+/// Each queue holds 64 MiB, which no buffer of a usual size does: the peer's window is closed, and so is ours.
+#[test]
+fn queues_of_64_mib_each() -> Result<()> {
+    const QUEUE: usize = 64 << 20;
+    let Some(mut stage) = stage(Place::Host, &[PLUGIN])? else { return Ok(()) };
+    let (send, buffer) = (QUEUE.to_string(), (3 * QUEUE / 2).to_string());
+    let args = ["--mode", "stream", "--conns", "1", "--hold", "--send", &send, "--sndbuf", &buffer];
+    let server = stage.serve(SERVER_V4, &[&args[..], &["--rcvbuf", &buffer]].concat())?;
+    let mut client = stage.peer.run(|| Client::connect_small(server.address, 20_000))?;
+    client.send(QUEUE)?;
+    wait_for_socket(&server, "both queues are full", |socket| {
+        Ok(socket.unread()? == QUEUE && socket.unacked()? > QUEUE - (1 << 20))
+    })?;
+
+    let server = stage.freeze_and_thaw(server, PLUGIN, PLUGIN)?;
+    server.release()?;
+    client.finish()?;
+    client.receive_to_end(QUEUE as u64)?;
     server.wait_verified()
 }
 
@@ -294,6 +322,49 @@ fn closed() -> Result<()> {
         client.receive_to_end(1000)
     };
     half_closed(state::CLOSE, &["--send", "1000", "--keep"], before, |_| Ok(()))
+}
+
+/// It has nothing to take and nothing to give: whatever has become of its address.
+#[test]
+fn a_closed_connection_needs_no_address() -> Result<()> {
+    let Some(mut stage) = stage(Place::Host, &[PLUGIN])? else { return Ok(()) };
+    let args = ["--mode", "stream", "--conns", "1", "--send", "1000", "--keep"];
+    let server = stage.serve("0.0.0.0:0", &args)?;
+    let mut client = stage.connect(SocketAddr::new(V4.parse()?, server.address.port()))?;
+    client.finish()?;
+    client.receive_to_end(1000)?;
+    wait_for_socket(&server, "the connection is closed", |socket| Ok(socket.state()? == state::CLOSE))?;
+    let images = stage.images()?;
+    let address = stage.freeze(server, PLUGIN, &images)?;
+    stage.host().ip(&format!("addr del {V4}/24 dev eth0"))?;
+    let server = stage.thaw(address, PLUGIN, &images)?;
+    ensure!(any(server.pid(), |socket| Ok(socket.state()? == state::CLOSE))?, "the state is another one now");
+    stage.wait_until_clean(Some(&server))?;
+    server.release()?;
+    server.wait_verified()
+}
+
+/// An interface is known by its name: at the target it may have another number.
+#[test]
+fn a_link_local_address_finds_its_interface() -> Result<()> {
+    let Some(mut stage) = stage(Place::Host, &[PLUGIN])? else { return Ok(()) };
+    let server = stage.serve("[::]:0", &["--mode", "echo"])?;
+    let mut client = stage.connect(format!("[fe80::1%2]:{}", server.address.port()).parse()?)?;
+    client.ping(5000)?;
+    let images = stage.images()?;
+    let address = stage.freeze(server, PLUGIN, &images)?;
+    // Its peer's end of the wire has the number as before, to which the peer's socket is bound.
+    stage.host().ip("link del eth0")?;
+    let peer = stage.peer.path();
+    stage.host().ip(&format!("link add eth0 index 77 type veth peer name eth0 index 2 netns {peer}"))?;
+    for (ns, address) in [(stage.host(), "fe80::1/64"), (&stage.peer, "fe80::2/64")] {
+        ns.ip("link set eth0 addrgenmode none")?;
+        ns.ip("link set eth0 up")?;
+        ns.ip(&format!("addr add {address} dev eth0 nodad"))?;
+    }
+    let server = stage.thaw(address, PLUGIN, &images)?;
+    client.ping(5000)?;
+    stage.wait_until_clean(Some(&server))
 }
 
 fn wait_for_socket(server: &Server, what: &str, is: impl Fn(&TaskSocket) -> Result<bool>) -> Result<()> {

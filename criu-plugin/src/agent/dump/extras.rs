@@ -4,13 +4,15 @@
 use std::collections::HashMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::rc::Rc;
+use std::time::Duration;
 
 use soccr::chain;
-use soccr::connection::FourTuple;
+use soccr::connection::{FourTuple, OPT_ECN, OPT_TIMESTAMPS};
 use soccr::criu::image::side::{SocketExtra, Sockets};
 use soccr::criu::tasks::{Owner, OwnerMap, Unconnected};
 use soccr::kernel::netns::{NetNs, NetNsError};
 use soccr::kernel::options::{Beside, Reader};
+use soccr::kernel::{SysError, tcp};
 
 /// So many are read before somebody who asks meanwhile gets an answer.
 const AT_ONCE: usize = 16;
@@ -110,6 +112,19 @@ impl Extras {
         });
         let inside = |owner| self.owners.as_ref()?.inside(owner);
         let owner = Owner::of_socket(socket).ok().and_then(inside).unwrap_or_default();
-        Ok(SocketExtra { owner, options })
+        let mut extra = SocketExtra { owner, options, ..SocketExtra::default() };
+        if connected && let Err(error) = of_connection(socket, &mut extra) {
+            self.failed.push((inode, chain(&error)));
+        }
+        Ok(extra)
     }
+}
+
+/// A round trip below a millisecond makes no difference.
+fn of_connection(socket: BorrowedFd<'_>, extra: &mut SocketExtra) -> Result<(), SysError> {
+    let info = tcp::info(socket)?;
+    let agreed_on = |option| u32::from(info.options) & option != 0;
+    extra.rtt = Some(info.rtt).filter(|rtt| agreed_on(OPT_ECN) && *rtt >= Duration::from_millis(1));
+    extra.usec_ts = agreed_on(OPT_TIMESTAMPS) && tcp::ticks_in_microseconds(socket)?;
+    Ok(())
 }

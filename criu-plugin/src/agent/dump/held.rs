@@ -12,8 +12,9 @@ use soccr::criu::record::{NsId, Phase, Recorder, State, Store};
 use soccr::criu::stock;
 use soccr::criu::tasks::Task;
 use soccr::kernel::netns::NetNs;
+use soccr::kernel::{sockopt, tcp};
 use soccr::lock::held::Holder;
-use soccr::lock::{self, Listener, LockName, LockOptions, Method, NetworkLock};
+use soccr::lock::{self, Listener, LockName, LockOptions, MARK, Method, NetworkLock};
 use soccr::repair::Paused;
 
 use super::arrangement::{Arrangement, Namespaces};
@@ -39,6 +40,8 @@ pub struct Held {
     pub sockets: Vec<(OwnedFd, FourTuple)>,
     /// Those that nobody had accepted, which are in no task, as they stood in their queues.
     pub queued: Vec<Queued>,
+    /// The sockets of connections that are not carried, and whose peers hear so.
+    pub reset: Vec<(OwnedFd, FourTuple)>,
     /// What keeps the connections still.
     pub locks: HashMap<NetNs, NetworkLock>,
     /// The same on the way to namespaces other than criu's.
@@ -59,23 +62,20 @@ impl Held {
         criu: &Task,
         lock: &LockName,
     ) -> Result<Self, AgentError> {
-        let images = ImageDir::duplicate(images.as_fd())?;
-        let (tasks, namespaces, sockets, queued) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
         let criu_ns = NetNs::of_task(criu.pid.cast_unsigned())?;
-        let path = Path::new(&criu_ns, lock);
-        let (locks, holder, listeners) = (HashMap::new(), Holder::from_env()?, HashMap::new());
         Ok(Self {
-            images,
-            tasks,
-            namespaces,
-            criu_ns,
-            sockets,
-            queued,
-            locks,
-            path,
-            holder,
-            listeners,
+            images: ImageDir::duplicate(images.as_fd())?,
+            tasks: Vec::new(),
+            namespaces: Vec::new(),
+            sockets: Vec::new(),
+            queued: Vec::new(),
+            reset: Vec::new(),
+            locks: HashMap::new(),
+            path: Path::new(&criu_ns, lock),
+            holder: Holder::from_env()?,
+            listeners: HashMap::new(),
             recorder,
+            criu_ns,
         })
     }
 
@@ -207,6 +207,7 @@ impl Held {
     /// The tasks are dead: the connections leave this host without a word, and the locks become what was arranged. Also
     /// gives who holds what their peers send until the restore, if anybody can.
     pub fn leave(mut self, arrangement: Arrangement) -> (Vec<Task>, Option<Keeper>) {
+        self.reset();
         self.close_silently();
         let staying = self.staying_beside_criu(&arrangement);
         self.path.keep();
@@ -248,6 +249,17 @@ impl Held {
         let door = self.recorder.held().filter(|_| !locks.is_empty() && holder.listens())?;
         let keeper = Keeper::new(holder, &self.criu_ns, locks, door, &self.recorder.record().id);
         keeper.inspect_err(|error| log::warn!("nobody holds packets until the restore: {error}")).ok()
+    }
+
+    /// What would be a FIN, or nothing, at the end of a socket is a RST.
+    fn reset(&mut self) {
+        for (socket, tuple) in self.reset.drain(..) {
+            // Past CRIU's lock of a whole namespace, too.
+            let marked = sockopt::set_mark(socket.as_fd(), MARK);
+            if let Err(error) = marked.and_then(|()| tcp::disconnect(socket.as_fd())) {
+                log::error!("{tuple}: its peer does not hear that it is closed: {error}");
+            }
+        }
     }
 
     /// Ours are the last descriptors of the sockets: in repair mode a socket is closed without a word to the peer.

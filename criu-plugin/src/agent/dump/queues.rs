@@ -6,7 +6,7 @@ use std::net::SocketAddr;
 use std::os::fd::{AsFd, OwnedFd};
 use std::rc::Rc;
 
-use soccr::accept_queue::{self, Policy};
+use soccr::accept_queue::{self, Fallback};
 use soccr::chain;
 use soccr::connection::State;
 use soccr::criu::image::side::Accepted;
@@ -60,8 +60,8 @@ pub fn of_images(accepted: Vec<Accepted>, listeners: Vec<Listener>) -> Vec<Queue
 
 impl Listener {
     /// What is in its queue and to be taken out; `None`: nothing. What could not be put back is left to CRIU, which refuses
-    /// the dump, or reset, as the policy says.
-    pub fn queue(&self, policy: Policy) -> Result<Option<QueueRecord>, AgentError> {
+    /// the dump, or reset, as the fallback says.
+    pub fn queue(&self, fallback: Fallback) -> Result<Option<QueueRecord>, AgentError> {
         let waiting = accept_queue::waiting(self.socket.as_fd()).map_err(|source| self.failed(source))?;
         if waiting == 0 {
             return Ok(None);
@@ -72,9 +72,9 @@ impl Listener {
         let Self { local, place, .. } = self;
         let who =
             format!("{local} ({place}): {waiting} connections that nobody has accepted cannot be carried");
-        match policy {
-            Policy::Refuse => log::warn!("{who}, and CRIU refuses them: {}", chain(&why)),
-            Policy::Reset => {
+        match fallback {
+            Fallback::Refuse => log::warn!("{who}, and CRIU refuses them: {}", chain(&why)),
+            Fallback::Reset => {
                 let count = accept_queue::reset(self.socket.as_fd()).map_err(|source| self.failed(source))?;
                 log::warn!("{who}, and {count} were reset: {}", chain(&why));
             }

@@ -4,16 +4,18 @@ use std::collections::HashMap;
 use std::ops::Range;
 use std::os::fd::{AsFd, OwnedFd};
 
-use soccr::accept_queue::Policy;
+use soccr::accept_queue::Fallback;
 use soccr::connection::{ControlBlock, FourTuple, Queues};
 use soccr::criu::image::ImageDir;
 use soccr::criu::image::external::ExternalImage;
 use soccr::criu::image::inventory::{self, Inventory};
 use soccr::criu::image::side::{self, SideImage, Sockets, TreeListener};
 use soccr::criu::record::{ConnectionRecord, LockRecord, NsId, Phase, Recorder, Store};
+use soccr::criu::rules::{Action, Policy, Rules};
 use soccr::criu::tasks::{self, FindError, Finder, Found, FoundConnection, OwnerMap, Place, Task};
 use soccr::kernel::netns::NetNs;
 use soccr::kernel::options::{Beside, Reader};
+use soccr::kernel::tcp;
 use soccr::lock::{LockName, LockOptions, Method, NetworkLock};
 use soccr::repair::{Paused, Probe};
 
@@ -36,6 +38,8 @@ pub struct Saving<'a> {
     lock_name: LockName,
     options: LockOptions,
     policy: Policy,
+    /// For connections in accept queues.
+    fallback: Fallback,
     finder: Finder,
     extras: Extras,
     /// What is held until the outcome.
@@ -62,10 +66,11 @@ impl<'a> Saving<'a> {
         let lock_name = LockName::criu(&format!("soccr-{}", random_id()?))?;
         let recorder = Recorder::new(lock_name.id(), Phase::Saving, images.as_fd(), criu.pid)?;
         let options = LockOptions::from_env()?;
+        let policy = Rules::read()?.policy;
         let finder = Finder::default();
-        let (held, policy) = (Held::nothing(&images, recorder, criu, &lock_name)?, Policy::from_env()?);
+        let (held, fallback) = (Held::nothing(&images, recorder, criu, &lock_name)?, Fallback::from_env()?);
         let extras = Extras::default();
-        Ok(Self { criu, images, lock_name, options, policy, finder, extras, held })
+        Ok(Self { criu, images, lock_name, options, policy, fallback, finder, extras, held })
     }
 
     /// No further hook comes.
@@ -115,6 +120,7 @@ impl<'a> Saving<'a> {
         self.extras.add_unconnected(unconnected);
         self.extras.set_owners(OwnerMap::of(pid).map_err(|error| FindError::Proc(pid, error))?);
         fault::point("dump.found")?;
+        let found = self.sort_out(found)?;
         self.add_to_path(&ends(&found));
         self.find_listeners(&found);
         profile.lap("find");
@@ -133,6 +139,24 @@ impl<'a> Saving<'a> {
         fault::point("dump.saved")?;
         log::info!("{count} TCP connections saved, locked by the table inet {}", self.lock_name);
         Ok(())
+    }
+
+    /// The connections that are to be carried.
+    fn sort_out(&mut self, mut found: Vec<FoundConnection>) -> Result<Vec<FoundConnection>, AgentError> {
+        let policy = &self.policy;
+        if let Some(FoundConnection { tuple, place, .. }) =
+            found.iter().find(|connection| policy.of(&connection.tuple).0 == Action::Refuse)
+        {
+            let rule = format!("{} ({place})", policy.of(tuple).1);
+            return Err(AgentError::Refused { tuple: *tuple, rule });
+        }
+        for connection in found.extract_if(.., |connection| policy.of(&connection.tuple).0 != Action::Keep) {
+            let (action, rule) = policy.of(&connection.tuple);
+            log::info!("{} ({}) ends with its task, says {rule}", connection.tuple, connection.place);
+            let ends = if action == Action::Reset { &mut self.held.reset } else { &mut self.held.sockets };
+            ends.push((connection.socket, connection.tuple));
+        }
+        Ok(found)
     }
 
     /// Of each namespace once.
@@ -233,7 +257,7 @@ impl<'a> Saving<'a> {
         let first = self.held.queued.len();
         let mut full = Vec::new();
         for listener in listeners {
-            if let Some(queue) = listener.queue(self.policy)? {
+            if let Some(queue) = listener.queue(self.fallback)? {
                 self.held.recorder.add_accept_queue(queue);
                 full.push(listener);
             }
@@ -332,7 +356,7 @@ impl<'a> Saving<'a> {
             tcp,
             options,
             shut_rd: false,
-            usec_ts_known: false,
+            usec_ts_known: tcp::timestamp_tells_unit(found.socket.as_fd()).map_err(failed)?,
             lock_id: Some(self.lock_name.id().to_owned()),
         };
         image

@@ -1,16 +1,22 @@
 //! Whether CRIU may go on while a restore is prepared.
 //!
 //! It makes its listeners as soon as a task is there, before POST_FORKING has waited for us. Only orphans are in their way
-//! (a dump or restore that was interrupted has left them), and only external files are connected as early.
+//! (a dump or restore that was interrupted has left them), only external files are connected as early, and only who gives
+//! sockets other addresses, or waits for theirs, has something to do before CRIU binds them.
 
 use soccr::criu::image::ImageDir;
 use soccr::criu::image::external::ExternalImage;
 use soccr::criu::image::inventory::{self, Inventory};
 use soccr::criu::image::side::SideImage;
 use soccr::criu::record::{Phase, Record, RecordId, Store};
+use soccr::criu::rules::Rules;
 
-/// Whether the record of the dump says that it came to its end, and no connection is an external file.
-pub fn is_safe(images: &ImageDir) -> bool {
+/// Whether the record of the dump says that it came to its end, no connection is an external file, and addresses are as they
+/// were.
+pub fn is_safe(images: &ImageDir, rules: &Rules) -> bool {
+    if !rules.remap.is_empty() || rules.wait_address.is_some() {
+        return false;
+    }
     let ended = record(images).is_some_and(|record| record.phase == Phase::Dumped);
     ended && ExternalImage::any(images).is_ok_and(|any| !any)
 }

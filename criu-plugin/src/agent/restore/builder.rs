@@ -3,6 +3,7 @@
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
+use nix::errno::Errno;
 use soccr::chain;
 use soccr::connection::{ControlBlock, FourTuple, Queues, State};
 use soccr::criu::image::index::InetConnection;
@@ -15,6 +16,7 @@ use soccr::kernel::options::{self, When};
 use soccr::kernel::tcp::Direction;
 use soccr::kernel::{SysError, addr, sockopt, tcp};
 use soccr::repair::{Paused, Probe};
+use soccr::restore::{Opened, Opening, RestoreError};
 
 use super::plan::Plan;
 use super::preloaded::Preloaded;
@@ -76,10 +78,31 @@ pub struct Builder<'a> {
     pub owners: OwnerMap,
 }
 
-impl Builder<'_> {
-    /// Builds one connection; `None` where CRIU has restored it itself, and for a socket without a peer, which gets what
-    /// CRIU has not given it. The queues' memory is used again and again.
-    pub fn build(&self, (made, socket): Wanted, queues: &mut Queues) -> Result<Option<Built>, AgentError> {
+/// A connection whose task's socket is ready for it.
+#[derive(Debug)]
+pub enum Begun<'a> {
+    Built(Built),
+    /// Has ECN, and its SYN is under way: [`Builder::build_opened`] does the rest.
+    Opened(Box<Ready<'a>>, Opening),
+}
+
+/// A connection, and its socket in repair mode.
+#[derive(Debug)]
+pub struct Ready<'a> {
+    connection: &'a InetConnection,
+    image: TcpStreamImage,
+    extra: SocketExtra,
+    built: Built,
+}
+
+impl<'a> Builder<'a> {
+    /// Builds one connection, or opens it; `None` where CRIU has restored it itself, and for a socket without a peer, which
+    /// gets what CRIU has not given it. The queues' memory is used again and again.
+    pub fn build(
+        &self,
+        (made, socket): Wanted,
+        queues: &mut Queues,
+    ) -> Result<Option<Begun<'a>>, AgentError> {
         match made {
             Made::Connection(file_id) => self
                 .plan
@@ -144,10 +167,10 @@ impl Builder<'_> {
 
     fn build_connection(
         &self,
-        connection: &InetConnection,
+        connection: &'a InetConnection,
         socket: OwnedFd,
         queues: &mut Queues,
-    ) -> Result<Option<Built>, AgentError> {
+    ) -> Result<Option<Begun<'a>>, AgentError> {
         let pid = self.pid;
         let tuple = scoped(connection, &socket, pid)?;
         let failed = |source| AgentError::Socket { tuple, pid, source };
@@ -161,31 +184,80 @@ impl Builder<'_> {
             }
             return Ok(None);
         }
-        let images = &self.plan.images;
-        let (image, queues) = match self.preloaded.get(connection.file_id) {
-            Some((image, queues)) => (*image, queues),
-            None => (TcpStreamImage::read(images, connection.ino, connection.state, queues)?, &*queues),
-        };
+        let (image, queues) = self.load(connection, queues)?;
         let extra = self.plan.sockets.get(connection.ino)?.unwrap_or_default();
         // CRIU has shut the socket down, which this forgets.
         fault::point("restore.copied")?;
         must_live(self.criu)?;
         tcp::disconnect(socket.as_fd()).map_err(failed)?;
         fault::point("restore.disconnected")?;
-        let write = |socket: BorrowedFd<'_>, when| {
-            self.write(socket, &extra, when, &|| tuple.to_string()).map_err(failed)
-        };
-        write(socket.as_fd(), When::Early)?;
+        self.write(socket.as_fd(), &extra, When::Early, &|| tuple.to_string()).map_err(failed)?;
         let mut paused = Paused::pause_only(socket)?;
         paused.set_reuse_addr(connection.reuseaddr);
-        let reuse_port = connection.reuseport.or(Some(false));
-        let built = Built::new(paused, tuple, reuse_port, probe_for(&image.tcp));
-        let socket = built.paused().socket();
-        built
-            .paused()
-            .restore(&tuple, &image.tcp, &queues.recv, &queues.send, self.forge)
-            .map_err(|source| AgentError::Restore { file: TcpStreamImage::name(connection.ino), source })?;
-        write(socket, When::Late)?;
+        let built = {
+            let reuse_port = connection.reuseport.or(Some(false));
+            Built::new(paused, tuple, reuse_port, probe_for(&image.tcp))
+        };
+        let ready = Ready { connection, image, extra, built };
+        let rtt = ready.extra.rtt.unwrap_or_default();
+        let opening = ready.built.paused().open(&tuple, &ready.image.tcp, rtt, self.forge);
+        if let Some(opening) = opening.map_err(|source| in_image(connection, source))? {
+            fault::point("restore.syn-sent")?;
+            return Ok(Some(Begun::Opened(Box::new(ready), opening)));
+        }
+        self.finish(ready, None, queues).map(|built| Some(Begun::Built(built)))
+    }
+
+    /// Builds one that is open.
+    pub fn build_opened(
+        &self,
+        ready: Ready<'_>,
+        opening: Opening,
+        queues: &mut Queues,
+    ) -> Result<Built, AgentError> {
+        let (_, queues) = self.load(ready.connection, queues)?;
+        let Ready { image, built, .. } = &ready;
+        let opened = built.paused().answer(opening, &built.tuple, &image.tcp, self.forge);
+        fault::point("restore.syn-acked")?;
+        self.finish(ready, Some(opened), queues)
+    }
+
+    /// The connection's image and queues.
+    fn load<'q>(
+        &'q self,
+        connection: &InetConnection,
+        queues: &'q mut Queues,
+    ) -> Result<(TcpStreamImage, &'q Queues), AgentError> {
+        let &InetConnection { file_id, ino, state, .. } = connection;
+        if let Some((image, queues)) = self.preloaded.get(file_id) {
+            return Ok((*image, queues));
+        }
+        let image = TcpStreamImage::read(&self.plan.images, ino, state, queues)?;
+        Ok((image, queues))
+    }
+
+    fn finish(&self, ready: Ready<'_>, opened: Option<Opened>, queues: &Queues) -> Result<Built, AgentError> {
+        let Ready { connection, image, extra, built } = ready;
+        let (tuple, pid) = (built.tuple, self.pid);
+        let failed = |source| AgentError::Socket { tuple, pid, source };
+        let (paused, Queues { recv, send }) = (built.paused(), queues);
+        let socket = paused.socket();
+        let restored = match opened {
+            None => paused.restore(&tuple, &image.tcp, recv, send, self.forge),
+            Some(opened) => paused.restore_opened(opened, &tuple, &image.tcp, recv, send, self.forge),
+        };
+        match restored {
+            // It has nothing to give or to take, and needs no address that is another's now, or nobody's.
+            Err(error) if image.tcp.state == State::Close && image.tcp.recv_len == 0 => {
+                log::info!("{tuple} stays closed, without its addresses: {}", chain(&error));
+                return shut_down(built).map_err(failed);
+            }
+            other => other.map_err(|source| in_image(connection, source))?,
+        }
+        if extra.usec_ts {
+            paused.trust_clock(&image.tcp).map_err(failed)?;
+        }
+        self.write(socket, &extra, When::Late, &|| tuple.to_string()).map_err(failed)?;
         if connection.shutdown_read && !image.tcp.state.fin_received() {
             tcp::shutdown(socket, Direction::Receive).map_err(failed)?;
         }
@@ -197,7 +269,7 @@ impl Builder<'_> {
         }
         log::trace!("{tuple} (pid {pid}): {} again", image.tcp.state);
         fault::point("restore.built")?;
-        Ok(Some(built))
+        Ok(built)
     }
 }
 
@@ -207,6 +279,24 @@ fn probe_for(tcp: &ControlBlock) -> Probe {
     let open = tcp.window.is_some_and(|window| window.rcv_wnd >= tcp.negotiated.mss_clamp);
     let idle = tcp.recv_len == 0 && tcp.send_len == 0 && open;
     if idle || tcp.state != State::Established { Probe::None } else { Probe::Send }
+}
+
+fn in_image(connection: &InetConnection, source: RestoreError) -> AgentError {
+    AgentError::Restore { file: TcpStreamImage::name(connection.ino), source }
+}
+
+/// As CRIU makes a closed one.
+fn shut_down(built: Built) -> Result<Built, SysError> {
+    let socket = built.paused().socket();
+    sockopt::clear_error(socket)?;
+    for direction in [Direction::Send, Direction::Receive] {
+        match tcp::shutdown(socket, direction) {
+            // Where nothing is connected it says so, and notes it all the same.
+            Ok(()) | Err(SysError { errno: Errno::ENOTCONN, .. }) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(built)
 }
 
 /// Makes a socket somebody's.

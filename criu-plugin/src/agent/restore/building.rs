@@ -1,8 +1,10 @@
 //! The connections are built as their tasks come, locked and in repair mode.
 
 use std::collections::{HashMap, HashSet};
+use std::net::IpAddr;
 use std::os::fd::{AsFd, OwnedFd};
 use std::rc::Rc;
+use std::time::Instant;
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -14,10 +16,10 @@ use soccr::criu::tasks::{self, Fate, FindError, OwnerMap, SocketNamespaces, Task
 use soccr::forge::Forge;
 use soccr::kernel::netns::NetNs;
 use soccr::kernel::process::RemoteFd;
-use soccr::kernel::{SysError, sockopt, tcp};
+use soccr::kernel::{SysError, address, sockopt, tcp};
 use soccr::repair::{Paused, Probe, four_tuple};
 
-use super::builder::{Builder, Built, Made, Wanted, must_live};
+use super::builder::{Begun, Builder, Built, Made, Wanted, must_live};
 use super::locks::Locks;
 use super::parallel;
 use super::plan::Plan;
@@ -81,7 +83,7 @@ impl<'a> Building<'a> {
             in_flight: std::mem::take(&mut plan.index.in_flight),
             external: plan.external.clone(),
         };
-        let (namespaces, forge) = (SocketNamespaces::default(), Forge::new());
+        let (namespaces, forge) = (SocketNamespaces::default(), Forge::behind(locks.method()));
         let preloaded = Preloaded::none_of(&plan.index);
         let (built, listeners, waiting) = (Vec::new(), HashMap::new(), Vec::new());
         Self { criu, plan, preloaded, locks, tree, missing, namespaces, forge, built, listeners, waiting }
@@ -98,9 +100,34 @@ impl<'a> Building<'a> {
         tuples.extend(self.plan.external.keys());
         self.locks.refuse_living(&tuples)?;
         self.locks.lock_path(self.plan.passing())?;
-        self.locks.lock(HashMap::from([(self.locks.criu_ns().clone(), tuples)]))?;
-        self.plan.held.append(&self.locks.take_kept());
+        let ns = self.locks.criu_ns().clone();
+        self.locks.lock(HashMap::from([(ns.clone(), tuples)]))?;
+        self.plan.add_held(self.locks.take_kept());
+        self.await_addresses(&ns, |id| id.is_none() || id == self.plan.index.root_net_ns_id)
+    }
+
+    /// Those that sockets of these namespaces have, and no longer than the rules say. What is bound to an address that is not
+    /// there then says so itself. CRIU binds its listeners after init(), but in namespaces other than its own before we
+    /// know these.
+    fn await_addresses(&self, ns: &NetNs, here: impl Fn(Option<u32>) -> bool) -> Result<(), AgentError> {
+        let Some(patience) = self.plan.rules.wait_address else { return Ok(()) };
+        let until = Instant::now() + patience;
+        for (_, ip) in self.plan.addresses.iter().filter(|(id, _)| here(*id)) {
+            if self.is_local(ns, *ip, Instant::now())? {
+                continue;
+            }
+            log::warn!("{ip} is no address here yet: waiting for at most {} s", patience.as_secs());
+            fault::point("restore.await-address")?;
+            if !self.is_local(ns, *ip, until)? {
+                log::warn!("{ip} is no address here after {} s", patience.as_secs());
+            }
+        }
         Ok(())
+    }
+
+    fn is_local(&self, ns: &NetNs, ip: IpAddr, until: Instant) -> Result<bool, AgentError> {
+        let failed = |source| AgentError::Task { pid: self.criu.pid, source };
+        ns.run(|| address::await_local(ip, until))?.map_err(failed)
     }
 
     /// POST_FORKING: the root task is there, and no other has entered a namespace of its own.
@@ -124,16 +151,18 @@ impl<'a> Building<'a> {
     /// Locks what is to be restored in the namespaces that these tasks live in. A task that cannot be looked at is a helper
     /// of CRIU that ends.
     fn lock_namespaces(&mut self, pids: &[i32]) -> Result<(), AgentError> {
-        let mut wanted: HashMap<NetNs, Vec<FourTuple>> = HashMap::new();
+        let (mut wanted, mut ids) = (HashMap::new(), Vec::new());
         for pid in pids {
             let Ok(ns) = NetNs::of_task(pid.cast_unsigned()) else { continue };
             let task = tasks::inner_pid(*pid).ok().and_then(|inner| self.plan.index.tasks.get(&inner));
             let id = task.and_then(|task| task.net_ns_id);
             if id.is_some() && id != self.plan.index.root_net_ns_id && !wanted.contains_key(&ns) {
+                ids.push((ns.clone(), id));
                 wanted.insert(ns, self.plan.tuples(|net_ns_id| net_ns_id == id));
             }
         }
-        self.locks.lock(wanted)
+        self.locks.lock(wanted)?;
+        ids.iter().try_for_each(|(ns, id)| self.await_addresses(ns, |its| its == *id))
     }
 
     /// RESUME_DEVICES_LATE: brings back the connections of one task.
@@ -158,9 +187,21 @@ impl<'a> Building<'a> {
         let Self { criu, plan, preloaded, forge, .. } = self;
         let owners = OwnerMap::of(pid).map_err(|error| FindError::Proc(pid, error))?;
         let builder = Builder { plan, preloaded, forge, criu, pid, owners };
-        let (built, result) =
+        let (begun, result) =
             parallel::for_each(wanted, Queues::default, |queues, wanted| builder.build(wanted, queues));
-        self.built.extend(built.into_iter().flatten());
+        let mut opened = Vec::new();
+        for begun in begun.into_iter().flatten() {
+            match begun {
+                Begun::Built(built) => self.built.push(built),
+                Begun::Opened(ready, opening) => opened.push((ready, opening)),
+            }
+        }
+        result?;
+        // They were opened all together, and the time after which each is answered has passed for all of them.
+        let (built, result) = parallel::for_each(opened, Queues::default, |queues, (ready, opening)| {
+            builder.build_opened(*ready, opening, queues)
+        });
+        self.built.extend(built);
         result?;
         self.adopt_external(&task)?;
         profile.lap("build");

@@ -86,7 +86,10 @@ impl Locks {
         }
         let options = LockOptions::from_env()?;
         let mut path = Path::new(&criu_ns, &plan.path_owner()?);
-        path.add_translations(recorder.record().translations.iter().chain(&plan.translations).copied());
+        let recorded = recorder.record().translations.iter();
+        // Those of the old addresses concern nobody.
+        let recorded = recorded.filter(|_| plan.rules.remap.is_empty());
+        path.add_translations(recorded.chain(&plan.translations).copied());
         let (held, holder, listeners) = (HashMap::new(), Holder::from_env()?, plan.listeners.clone());
         let (root_ns, unknown) = (None, Vec::new());
         Ok(Self { criu_ns, root_ns, options, name, left, recorder, held, path, holder, listeners, unknown })
@@ -95,6 +98,11 @@ impl Locks {
     /// How many connections are locked.
     pub fn count(&self) -> usize {
         self.held.values().map(|locked| locked.tuples.len()).sum()
+    }
+
+    /// What keeps packets away.
+    pub fn method(&self) -> Method {
+        self.options.method
     }
 
     /// The namespace that criu runs in.

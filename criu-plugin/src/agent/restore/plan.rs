@@ -1,6 +1,6 @@
 //! What the images say is to be restored.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::os::fd::AsFd;
 
 use nix::sys::stat::fstat;
@@ -8,10 +8,11 @@ use soccr::chain;
 use soccr::connection::FourTuple;
 use soccr::criu::image::ImageDir;
 use soccr::criu::image::external::ExternalImage;
-use soccr::criu::image::index::Index;
+use soccr::criu::image::index::{self, BoundAddress, Index, InetConnection};
 use soccr::criu::image::inventory;
 use soccr::criu::image::side::{Accepted, SideImage, Sockets, TreeListener};
 use soccr::criu::record::{ConnectionRecord, Phase, RecordError, RecordId, Recorder};
+use soccr::criu::rules::{Action, End, Policy, Rules};
 use soccr::lock::LockName;
 use soccr::lock::conntrack::Translation;
 use soccr::lock::held::HeldPackets;
@@ -41,12 +42,27 @@ pub struct Plan {
     pub held: HeldPackets,
     /// Where the tree listens.
     pub listeners: Vec<TreeListener>,
+    /// What the host's owner says of connections.
+    pub rules: Rules,
+    /// The addresses that sockets are bound to, where they are to be waited for.
+    pub addresses: BTreeSet<BoundAddress>,
+    /// The connections that the rules leave out.
+    left_out: Vec<FourTuple>,
 }
 
 impl Plan {
-    /// Reads the folder.
-    pub fn read(images: &ImageDir) -> Result<Self, AgentError> {
-        let index = if images.contains(inventory::NAME) { Index::read(images)? } else { Index::empty() };
+    /// Reads the folder, where the sockets get the addresses that the rules say.
+    pub fn read(images: &ImageDir, rules: Rules) -> Result<Self, AgentError> {
+        if !rules.remap.is_empty() {
+            let count = index::readdress(images, &rules.remap)?;
+            log::info!("files.img: {count} sockets have other addresses now");
+        }
+        let mut index = if images.contains(inventory::NAME) { Index::read(images)? } else { Index::empty() };
+        let addresses = match rules.wait_address {
+            Some(_) => index::bound_addresses(images)?,
+            None => BTreeSet::new(),
+        };
+        let left_out = leave_out(&mut index, &rules.policy)?;
         let side = SideImage::read(images)?;
         let our_lock = side.as_ref().and_then(SideImage::lock);
         let mut dump_locks: Vec<LockName> = index.run_lock().into_iter().collect();
@@ -60,8 +76,12 @@ impl Plan {
         let translations = side.as_ref().map(|side| side.translations_of(&index)).unwrap_or_default();
         let side = side.filter(|side| side.belongs_to(&index));
         let accepted = side.as_ref().map(|side| side.accepted_of(&index, &images)).unwrap_or_default();
-        let (sockets, held, listeners) =
+        let (sockets, held, mut listeners) =
             side.map(|side| (side.sockets, side.held, side.listeners)).unwrap_or_default();
+        let held = held.readdressed(|tuple| rules.remap.four_tuple(tuple));
+        for TreeListener { listener, .. } in &mut listeners {
+            listener.local = rules.remap.address(End::Local, listener.local);
+        }
         Ok(Self {
             images,
             index,
@@ -73,7 +93,15 @@ impl Plan {
             accepted,
             held,
             listeners,
+            rules,
+            addresses,
+            left_out,
         })
+    }
+
+    /// Adds what was held for the sockets since the dump.
+    pub fn add_held(&mut self, held: HeldPackets) {
+        self.held.append(&held.readdressed(|tuple| self.rules.remap.four_tuple(tuple)));
     }
 
     /// The addresses of the connections in some of the network namespaces that packets can reach, but for the external
@@ -158,7 +186,8 @@ impl Plan {
 
     fn take_over(&self, id: &RecordId, criu: i32) -> Result<Option<Recorder>, RecordError> {
         let carried = self.index.carried().map(|connection| connection.tuple);
-        match Recorder::take_over_for(id, criu, carried.chain(self.external.keys().copied())) {
+        let dumped = carried.chain(self.left_out.iter().chain(self.external.keys()).copied());
+        match Recorder::take_over_for(id, criu, dumped, &self.rules.remap) {
             // The images have all that a restore needs.
             Err(error) if error.is_unreadable() => {
                 log::warn!("{}", chain(&error));
@@ -167,6 +196,21 @@ impl Plan {
             other => other,
         }
     }
+}
+
+/// Connections that are not to be carried stay as CRIU makes them: shut down. Gives their addresses.
+fn leave_out(index: &mut Index, policy: &Policy) -> Result<Vec<FourTuple>, AgentError> {
+    let mut left_out = Vec::new();
+    for &InetConnection { tuple, .. } in index.carried() {
+        match policy.of(&tuple) {
+            (Action::Keep, _) => continue,
+            (Action::Refuse, rule) => return Err(AgentError::Refused { tuple, rule: rule.to_owned() }),
+            (Action::Close | Action::Reset, rule) => log::info!("{tuple}: stays closed, says {rule}"),
+        }
+        left_out.push(tuple);
+    }
+    index.leave_out(|connection| policy.of(&connection.tuple).0 != Action::Keep);
+    Ok(left_out)
 }
 
 #[cfg(test)]
@@ -187,6 +231,9 @@ mod tests {
             accepted: Vec::new(),
             held: HeldPackets::default(),
             listeners: Vec::new(),
+            rules: Rules::default(),
+            addresses: BTreeSet::new(),
+            left_out: Vec::new(),
         };
         plan.lock_name().unwrap().to_string()
     }

@@ -86,6 +86,11 @@ impl Connections {
         self.order.iter().map(|position| at(&self.pieces, *position))
     }
 
+    /// The connections, in any order.
+    pub(super) fn values_mut(&mut self) -> impl Iterator<Item = &mut InetConnection> {
+        self.pieces.iter_mut().flatten()
+    }
+
     /// How many there are.
     #[must_use]
     pub fn len(&self) -> usize {

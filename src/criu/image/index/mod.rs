@@ -10,6 +10,7 @@
 
 mod connections;
 mod in_flight;
+mod readdress;
 mod sockets;
 mod tasks;
 
@@ -17,7 +18,8 @@ use std::collections::{BTreeMap, HashMap};
 
 pub use connections::{Connections, InetConnection};
 pub use in_flight::Packet;
-pub use sockets::Unconnected;
+pub use readdress::readdress;
+pub use sockets::{BoundAddress, Unconnected, bound_addresses};
 pub use tasks::{DumpedTask, Fd};
 
 use super::allowance::Allowance;
@@ -74,6 +76,13 @@ impl Index {
     /// The connections that have an image of their own.
     pub fn carried(&self) -> impl Iterator<Item = &InetConnection> {
         self.connections.values().filter(|connection| connection.has_stream)
+    }
+
+    /// Leaves the images of some connections out of account, as if they were not there.
+    pub fn leave_out(&mut self, which: impl Fn(&InetConnection) -> bool) {
+        for connection in self.connections.values_mut() {
+            connection.has_stream &= !which(connection);
+        }
     }
 
     /// Reads the index of the image in `dir`.

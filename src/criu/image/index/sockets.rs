@@ -1,13 +1,13 @@
 //! The TCP connections among the files.
 
-use std::collections::HashSet;
-use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::collections::{BTreeSet, HashSet};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use protobuf::Enum;
 
 use super::connections::{self, Connections, Found, InetConnection};
-use crate::connection::FourTuple;
-use crate::criu::image::allowance::{Allowance, in_vector};
+use crate::connection::{FourTuple, State};
+use crate::criu::image::allowance::{Allowance, in_tree, in_vector};
 use crate::criu::image::container::{Magic, Reader};
 use crate::criu::image::proto::sk_inet::Inet_sk_entry;
 use crate::criu::image::proto::sk_opts::Sk_shutdown;
@@ -52,6 +52,30 @@ pub(super) fn read(
     let mut twice = None;
     let connections = Connections::of(found, |id| twice = Some(id));
     twice.map_or(Ok((connections, unconnected)), |id| Err(stands_twice(dir, id)))
+}
+
+/// An address that a socket is bound to, with the id of its network namespace.
+pub type BoundAddress = (Option<u32>, IpAddr);
+
+/// The addresses that TCP sockets are bound to, listeners too; but those of closed sockets, which need none, and those that may
+/// be bound before they are there.
+///
+/// # Errors
+/// What is wrong with the file.
+pub fn bound_addresses(dir: &ImageDir) -> Result<BTreeSet<BoundAddress>, ImageError> {
+    const CLOSE: u32 = State::Close as u32;
+    let (mut addresses, mut allowance) = (BTreeSet::new(), Allowance::new());
+    for_each(dir, |reader, entry, length| {
+        let local = address(&entry, &entry.src_addr, entry.src_port(), "src_addr");
+        let local = local.map_err(|fault| reader.bad_message(fault))?.ip().to_canonical();
+        if !local.is_unspecified() && entry.state() != CLOSE && !entry.ip_opts.freebind() {
+            let memory = allowance.take(in_tree::<BoundAddress>(), length);
+            memory.map_err(|fault| reader.bad_message(fault))?;
+            addresses.insert((entry.ns_id, local));
+        }
+        Ok(())
+    })?;
+    Ok(addresses)
 }
 
 /// Calls `visit` with the entry of each TCP socket, and how long it is in the file.
@@ -102,7 +126,7 @@ fn streams(dir: &ImageDir) -> Result<HashSet<u32>, ImageError> {
 
 /// The inet socket in a `file_entry`, if it is one. Looked for in the raw message: the entry of
 /// another kind of file (an epoll descriptor lists all that it watches) may be large.
-fn inet_entry(file: &[u8]) -> Result<Option<Inet_sk_entry>, (usize, Fault)> {
+pub(super) fn inet_entry(file: &[u8]) -> Result<Option<Inet_sk_entry>, (usize, Fault)> {
     const ISK: u32 = 4;
     let mut found = None;
     for field in wire::fields(file) {
@@ -117,7 +141,7 @@ fn inet_entry(file: &[u8]) -> Result<Option<Inet_sk_entry>, (usize, Fault)> {
     Ok(found)
 }
 
-fn is_tcp(entry: &Inet_sk_entry) -> bool {
+pub(super) fn is_tcp(entry: &Inet_sk_entry) -> bool {
     const SOCK_STREAM: u32 = libc::SOCK_STREAM.unsigned_abs();
     const IPPROTO_TCP: u32 = libc::IPPROTO_TCP.unsigned_abs();
     entry.type_() == SOCK_STREAM && entry.proto() == IPPROTO_TCP
@@ -154,7 +178,7 @@ fn connection(entry: Inet_sk_entry, streams: &HashSet<u32>) -> Result<InetConnec
 
 /// CRIU copies addresses into arrays of `u32` as they lie in memory, in network byte order; hence
 /// the words' native bytes are the address.
-fn address(
+pub(super) fn address(
     entry: &Inet_sk_entry,
     words: &[u32],
     port: u32,

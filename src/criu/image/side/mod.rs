@@ -358,6 +358,8 @@ fn from_direction(entry: &Soccr_direction) -> Result<Direction, Fault> {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
     use crate::criu::tasks::Owner;
     use crate::kernel::options::SocketOption;
@@ -381,7 +383,12 @@ mod tests {
         };
         let mut sockets = Sockets::default();
         let option = SocketOption { level: libc::SOL_TCP, name: libc::TCP_LINGER2, value: vec![7, 0, 0, 0] };
-        let extra = SocketExtra { owner: Owner { uid: 1000, gid: 0 }, options: vec![option] };
+        let extra = SocketExtra {
+            owner: Owner { uid: 1000, gid: 0 },
+            options: vec![option],
+            rtt: Some(Duration::from_micros(80_001)),
+            usec_ts: true,
+        };
         sockets.add(8, &SocketExtra::default());
         sockets.add(7, &extra);
         let listener = |local: &str, v6only| Listener { local: local.parse().unwrap(), v6only };

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
 use std::ops::Range;
+use std::time::Duration;
 
 use protobuf::Message;
 
@@ -21,6 +22,10 @@ pub struct SocketExtra {
     pub owner: Owner,
     /// Options that are not the kernel's default, in the order to set them.
     pub options: Vec<SocketOption>,
+    /// The smoothed round trip time of a connection with ECN: only that is opened by SYN segments, which measure it anew.
+    pub rtt: Option<Duration>,
+    /// The clock of its timestamps ticks in microseconds.
+    pub usec_ts: bool,
 }
 
 /// Those of all sockets, by inode: messages that are decoded one by one.
@@ -41,7 +46,9 @@ impl SocketExtra {
         let some = |id: u32| Some(id).filter(|id| *id != 0);
         let options = self.options.iter().map(SocketOption::to_entry).collect();
         let (uid, gid) = (some(self.owner.uid), some(self.owner.gid));
-        Soccr_socket { ino: Some(ino), uid, gid, options, ..Default::default() }
+        let rtt_us = self.rtt.and_then(|rtt| u32::try_from(rtt.as_micros()).ok());
+        let usec_ts = self.usec_ts.then_some(true);
+        Soccr_socket { ino: Some(ino), uid, gid, options, rtt_us, usec_ts, ..Default::default() }
     }
 }
 
@@ -59,9 +66,11 @@ impl Sockets {
         let message: Soccr_socket = decode(&self.messages[place.start as usize..place.end as usize])
             .map_err(|(_, fault)| malformed(fault))?;
         let owner = Owner { uid: message.uid(), gid: message.gid() };
+        let rtt = message.rtt_us.map(|microseconds| Duration::from_micros(microseconds.into()));
+        let usec_ts = message.usec_ts();
         let options: Vec<_> = message.options.into_iter().map(SocketOption::from_entry).collect();
         options::check(&options).map_err(|error| malformed(Fault::value("options", error.to_string())))?;
-        Ok(Some(SocketExtra { owner, options }))
+        Ok(Some(SocketExtra { owner, options, rtt, usec_ts }))
     }
 
     /// Whether there is anything of the socket with this inode.

@@ -27,7 +27,7 @@ const COMPLETE: &str = "dump.end";
 
 const RESTORE: &str = "\
     restore.init restore.prepared restore.locked restore.forked restore.asked restore.copied \
-    restore.disconnected restore.built restore.all-built restore.unlocking restore.unlocked restore.released \
+    restore.disconnected restore.syn-sent restore.syn-acked restore.built restore.all-built restore.unlocking restore.unlocked restore.released \
     restore.waking restore.awake restore.end";
 /// In a hook of CRIU's that is called since 4.2.
 const FORKED: &str = "restore.forked";

@@ -50,8 +50,12 @@ impl Deref for Scene<'_> {
 }
 
 impl<'a> Scene<'a> {
+    /// Connections over IPv6 have ECN, the others do not.
     pub fn new(tools: &'a Tools, place: Place) -> Result<Self> {
-        Ok(Self { tools, stage: Stage::new(&tools.criu, place)?, port: Cell::new(7000) })
+        let stage = Stage::new(&tools.criu, place)?;
+        let device = if place == Place::Dumped { "br0" } else { "eth0" };
+        stage.peer.ip(&format!("route add {V6}/128 dev {device} features ecn"))?;
+        Ok(Self { tools, stage, port: Cell::new(7000) })
     }
 
     /// An echo server with small buffers on both addresses, and so many clients of it.

@@ -1,0 +1,63 @@
+//! Addresses of the current network namespace, and waiting for one.
+
+use std::mem::{size_of, zeroed};
+use std::net::{IpAddr, SocketAddr};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::time::Instant;
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::{MsgFlags, recv};
+
+use super::{SysError, SysResult, check, sockopt, tcp};
+
+/// Whether sockets here can have this address, or soon will: one of IPv6 is first looked for at its neighbours.
+///
+/// # Errors
+/// The kernel's answer.
+pub fn is_local(ip: IpAddr) -> SysResult<bool> {
+    let trial = sockopt::tcp_socket(ip.is_ipv6())?;
+    if tcp::bind(trial.as_fd(), SocketAddr::new(ip, 0)).is_ok() {
+        return Ok(true);
+    }
+    let listed =
+        nix::ifaddrs::getifaddrs().map_err(|errno| SysError { call: "list the addresses", errno })?;
+    let mut addresses = listed.filter_map(|interface| interface.address);
+    Ok(addresses.any(|address| match ip {
+        IpAddr::V4(ip) => address.as_sockaddr_in().is_some_and(|it| it.ip() == ip),
+        IpAddr::V6(ip) => address.as_sockaddr_in6().is_some_and(|it| it.ip() == ip),
+    }))
+}
+
+/// Waits until [`is_local`] or the time is over; says whether it is.
+///
+/// # Errors
+/// The kernel's answer.
+pub fn await_local(ip: IpAddr, until: Instant) -> SysResult<bool> {
+    // Before the first look, so that nothing is missed in between.
+    let changes = changes()?;
+    while !is_local(ip)? {
+        let left = until.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Ok(false);
+        }
+        let mut fds = [PollFd::new(changes.as_fd(), PollFlags::POLLIN)];
+        let _ = poll(&mut fds, PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX));
+        // What they are does not matter, nor that some were lost (ENOBUFS).
+        while recv(changes.as_raw_fd(), &mut [0; 4096], MsgFlags::MSG_DONTWAIT).is_ok() {}
+    }
+    Ok(true)
+}
+
+/// A socket on which the kernel tells of addresses that come and go (rtnetlink(7)).
+fn changes() -> SysResult<OwnedFd> {
+    let socket = sockopt::socket(libc::AF_NETLINK, libc::SOCK_RAW, libc::NETLINK_ROUTE)?;
+    // SAFETY: all zeroes is a valid sockaddr_nl.
+    let mut addr: libc::sockaddr_nl = unsafe { zeroed() };
+    addr.nl_family = libc::sa_family_t::try_from(libc::AF_NETLINK).unwrap_or_default();
+    addr.nl_groups = (libc::RTMGRP_IPV4_IFADDR | libc::RTMGRP_IPV6_IFADDR).cast_unsigned();
+    let len = libc::socklen_t::try_from(size_of::<libc::sockaddr_nl>()).unwrap_or_default();
+    // SAFETY: a live address of that length.
+    let ret = unsafe { libc::bind(socket.as_raw_fd(), (&raw const addr).cast(), len) };
+    check("hear of addresses", ret)?;
+    Ok(socket)
+}
