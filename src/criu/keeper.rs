@@ -86,7 +86,8 @@ impl Keeper {
         loop {
             if looked.is_none_or(|looked| looked.elapsed() >= LOOK) {
                 let is_locked = self.is_locked();
-                if (!is_locked || heard) && self.end_restored() || !is_locked || Instant::now() >= end {
+                let is_restored = (!is_locked || heard) && self.end_restored();
+                if is_restored || !is_locked || Instant::now() >= end {
                     return;
                 }
                 (heard, looked) = (false, Some(Instant::now()));
