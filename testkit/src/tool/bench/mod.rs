@@ -78,8 +78,13 @@ pub fn run(options: &Options) -> Result<()> {
         report.failures.push(format!("library: FAILED: {error:#}"));
     }
     if chosen.engine {
+        interrupt::check()?;
+        progress.begin(engine::NAME);
         match engine::measure() {
-            Ok(pairs) => report.pairs.extend(pairs),
+            Ok(pairs) => {
+                progress.end(&pairs.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n"));
+                report.pairs.extend(pairs);
+            }
             Err(error) => report.failures.push(format!("engine: FAILED: {error:#}")),
         }
     }
@@ -139,7 +144,7 @@ impl Chosen {
     fn trials(&self, rounds: u16) -> u64 {
         let cases = self.cases.iter().map(|series| series.trials(rounds));
         let absences = self.absences.iter().map(|series| series.trials(rounds));
-        cases.chain(absences).sum::<u64>() + self.lengths.len() as u64
+        cases.chain(absences).sum::<u64>() + self.lengths.len() as u64 + u64::from(self.engine)
     }
 }
 
