@@ -18,8 +18,9 @@ pub const NAME: &str = "engine";
 const MOST: f64 = 1.15;
 
 /// Criterion measures one after the other: short rounds, so that both meet what else the machine does.
-const ROUNDS: usize = 5;
-const SHORT: [&str; 4] = ["--warm-up-time", "0.2", "--measurement-time", "0.5"];
+const ROUNDS: usize = 3;
+const SHORT: [&str; 8] =
+    ["--warm-up-time", "0.2", "--measurement-time", "0.5", "--sample-size", "50", "--nresamples", "1001"];
 
 pub fn measure() -> Result<Vec<Pair>> {
     let rounds = (0..ROUNDS).map(|_| round()).collect::<Result<Vec<_>>>()?;
