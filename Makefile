@@ -50,6 +50,7 @@ test: ## everything but what takes longer or tests nothing of ours (STEPS="cargo
 	@scripts/test $(STEPS)
 
 bench: all criu ## what a dump and a restore cost, beside stock CRIU and its own work; half an hour (ARGS=…: see soccr-test bench --help)
+	@cargo bench --quiet --locked --no-run --package soccr-testkit --bench engine
 	@scripts/isolated target/release/soccr-test bench $(ARGS)
 
 soak: all criu ## dump and restore under load, loss and reordering for ten minutes

@@ -30,7 +30,9 @@ pub struct Peers {
 /// What they noticed.
 #[derive(Debug)]
 pub struct Noticed {
-    /// From the moment at which the server was to be dumped to the end of its restore.
+    /// From this moment on the server was to be dumped.
+    pub gone: Instant,
+    /// From then to the end of its restore.
     pub absence: Duration,
     /// From then on until all that was sent before was echoed.
     pub caught_up: Duration,
@@ -38,8 +40,17 @@ pub struct Noticed {
     pub silence: Duration,
     /// What became of clients that did not get every echo.
     pub lost: Vec<String>,
-    /// How long each connect() took that was made while no server was there; the connection carries bytes, or it failed.
-    pub calls: Vec<Result<Duration>>,
+    /// Every connect() that was made while no server was there.
+    pub calls: Vec<Result<Call>>,
+}
+
+/// A connect() that did not fail, of a connection that carries bytes.
+#[derive(Clone, Copy, Debug)]
+pub struct Call {
+    /// When it was made.
+    pub made: Instant,
+    /// How long it took.
+    pub took: Duration,
 }
 
 impl Peers {
@@ -61,6 +72,13 @@ impl Peers {
         Ok(())
     }
 
+    /// Nobody connects any more. Without this, others do so until the end.
+    pub fn hang_up(&mut self) {
+        if let Some(calls) = &self.calls {
+            calls.over.store(true, Ordering::Relaxed);
+        }
+    }
+
     /// Waits until so much time has gone by since the absence began: that is what is measured.
     pub fn wait(&self, away: Duration) {
         thread::sleep(away.saturating_sub(self.gone.elapsed()));
@@ -72,7 +90,7 @@ impl Peers {
         let caught_up = self.busy.catch_up(PATIENCE)?;
         let calls = self.calls.map(Calls::stop).unwrap_or_default();
         let seen = self.busy.stop(PATIENCE);
-        Ok(Noticed { absence, caught_up, silence: seen.silence, lost: seen.lost, calls })
+        Ok(Noticed { gone: self.gone, absence, caught_up, silence: seen.silence, lost: seen.lost, calls })
     }
 }
 
@@ -83,8 +101,8 @@ impl Noticed {
     }
 
     /// The call that took longest of those that did not fail.
-    pub fn longest_call(&self) -> Option<Duration> {
-        self.calls.iter().flatten().max().copied()
+    pub fn longest_call(&self) -> Option<Call> {
+        self.calls.iter().flatten().max_by_key(|call| call.took).copied()
     }
 }
 
@@ -92,7 +110,7 @@ impl Noticed {
 #[derive(Debug)]
 struct Calls {
     over: Arc<AtomicBool>,
-    thread: Option<JoinHandle<Vec<Result<Duration>>>>,
+    thread: Option<JoinHandle<Vec<Result<Call>>>>,
 }
 
 impl Calls {
@@ -114,7 +132,7 @@ impl Calls {
         Self { over, thread: Some(thread::spawn(move || ns.run(calling))) }
     }
 
-    fn stop(mut self) -> Vec<Result<Duration>> {
+    fn stop(mut self) -> Vec<Result<Call>> {
         self.over.store(true, Ordering::Relaxed);
         self.thread.take().map_or_else(Vec::new, |thread| thread.join().expect("calls do not panic"))
     }
@@ -129,10 +147,10 @@ impl Drop for Calls {
     }
 }
 
-fn call(server: SocketAddr) -> Result<Duration> {
-    let start = Instant::now();
+fn call(server: SocketAddr) -> Result<Call> {
+    let made = Instant::now();
     let mut client = Client::connect(server)?;
-    let took = start.elapsed();
+    let took = made.elapsed();
     client.ping(1000)?;
-    Ok(took)
+    Ok(Call { made, took })
 }

@@ -50,7 +50,7 @@ pub fn all() -> Vec<Series<Absence>> {
 
 pub fn smoke() -> Vec<Series<Absence>> {
     let case = Absence { away: ABSENCES[0], route: Route::Stay };
-    vec![Series { case, parties: vec![Party::Ours], rounds: Rounds::AsAsked }]
+    vec![Series { case, parties: vec![Party::Ours], rounds: Rounds::Once }]
 }
 
 impl Measured for Absence {
@@ -68,9 +68,15 @@ impl Measured for Absence {
     }
 
     fn tell(noticed: &Noticed) -> String {
-        let Noticed { caught_up, lost, .. } = noticed;
+        let Noticed { caught_up, lost, absence, .. } = noticed;
         let (refused, calls) = (noticed.refused(), noticed.calls.len());
-        format!("caught up after {caught_up:.3?}, {} lost, {refused} of {calls} refused", lost.len())
+        let longest = noticed.longest_call().map_or_else(String::new, |call| {
+            format!(", the longest call took {:.3?}, made after {:.3?}", call.took, call.made - noticed.gone)
+        });
+        let lost = lost.len();
+        format!(
+            "away {absence:.3?}, caught up after {caught_up:.3?}, {lost} lost, {refused} of {calls} refused{longest}"
+        )
     }
 }
 
@@ -142,7 +148,7 @@ impl Row<Absence> {
 
     /// Seconds by which the longest call of all lasted longer than the absence.
     pub fn overtime(&self) -> Option<f64> {
-        self.max(|it| Some(it.longest_call()?.as_secs_f64() - it.absence.as_secs_f64()))
+        self.max(|it| Some(it.longest_call()?.took.as_secs_f64() - it.absence.as_secs_f64()))
     }
 }
 

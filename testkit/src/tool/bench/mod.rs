@@ -8,6 +8,7 @@ mod absence;
 mod case;
 mod chart;
 pub mod crowd;
+mod engine;
 mod library;
 mod limits;
 mod pair;
@@ -76,6 +77,17 @@ pub fn run(options: &Options) -> Result<()> {
     if let Err(error) = compare_libraries(&criu, &chosen.lengths, &mut report, &progress) {
         report.failures.push(format!("library: FAILED: {error:#}"));
     }
+    if chosen.engine {
+        interrupt::check()?;
+        progress.begin(engine::NAME);
+        match engine::measure() {
+            Ok(pairs) => {
+                progress.end(&pairs.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n"));
+                report.pairs.extend(pairs);
+            }
+            Err(error) => report.failures.push(format!("engine: FAILED: {error:#}")),
+        }
+    }
     progress.bar.finish_and_clear();
     println!("\n{}", report.markdown());
     report.write(&options.out)?;
@@ -98,6 +110,7 @@ struct Chosen {
     cases: Vec<Series<Case>>,
     absences: Vec<Series<Absence>>,
     lengths: Vec<Length>,
+    engine: bool,
 }
 
 impl Chosen {
@@ -108,8 +121,14 @@ impl Chosen {
         } else {
             (case::all(most), absence::all(), library::ALL.to_vec())
         };
-        let mut chosen = Self { cases: options.choose(cases), absences: options.choose(absences), lengths };
-        chosen.lengths.retain(|length| options.party.is_empty() && options.wants(&length.name()));
+        // Both beside who is no party.
+        let wants = |name: &str| options.party.is_empty() && options.wants(name);
+        let chosen = Self {
+            cases: options.choose(cases),
+            absences: options.choose(absences),
+            lengths: lengths.into_iter().filter(|length| wants(&length.name())).collect(),
+            engine: !options.smoke && wants(engine::NAME),
+        };
         ensure!(!chosen.lines().is_empty(), "no case has all of these words; see --list");
         Ok(chosen)
     }
@@ -117,13 +136,15 @@ impl Chosen {
     fn lines(&self) -> Vec<String> {
         let cases = self.cases.iter().map(ToString::to_string);
         let absences = self.absences.iter().map(ToString::to_string);
-        cases.chain(absences).chain(self.lengths.iter().map(|length| length.name())).collect()
+        let lengths = self.lengths.iter().map(|length| length.name());
+        let engine = self.engine.then(|| engine::NAME.to_owned());
+        cases.chain(absences).chain(lengths).chain(engine).collect()
     }
 
     fn trials(&self, rounds: u16) -> u64 {
         let cases = self.cases.iter().map(|series| series.trials(rounds));
         let absences = self.absences.iter().map(|series| series.trials(rounds));
-        cases.chain(absences).sum::<u64>() + self.lengths.len() as u64
+        cases.chain(absences).sum::<u64>() + self.lengths.len() as u64 + u64::from(self.engine)
     }
 }
 
