@@ -338,7 +338,7 @@ fn translations_of_other_connections_are_left_out() {
     let others = behind(Direction { source: end("192.0.2.2:22"), destination: end("192.0.2.3:40000") });
     let side = SideImage {
         id: "soccr-0123456789ab".into(),
-        translations: vec![others, ours],
+        translations: [others, ours, ours].into_iter().collect(),
         ..SideImage::default()
     };
     assert_eq!(side.translations_of(&index), [ours]);

@@ -302,9 +302,9 @@ int libsoccr_set_addr(struct libsoccr_sk *sk,
 
 /**
  * Builds the connection in the handle's socket, which must be fresh: not bound and not
- * connected, with buffers that hold the queues. data is only read; data_size is its size, at
- * least 68. The socket stays in repair mode. 0, or a negative number: then the socket is good
- * for nothing but close().
+ * connected. Its buffers keep their sizes, whether the queues fit in or not. data is only read;
+ * data_size is its size, at least 68. The socket stays in repair mode. 0, or a negative number:
+ * then the socket is good for nothing but close().
  */
 int libsoccr_restore(struct libsoccr_sk *sk, struct libsoccr_sk_data *data, unsigned int data_size);
 

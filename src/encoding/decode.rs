@@ -10,7 +10,9 @@ use super::proto::pstree::Pstree_entry;
 use super::proto::sk_inet::Inet_sk_entry;
 use super::proto::sk_packet::Sk_packet_entry;
 use super::proto::sk_unix::Unix_sk_entry;
-use super::proto::soccr::{Soccr_connection_entry, Soccr_dump_entry, Soccr_item, Soccr_socket};
+use super::proto::soccr::{
+    Soccr_connection_entry, Soccr_dump_entry, Soccr_item, Soccr_socket, Soccr_translation,
+};
 use super::proto::tcp_stream::Tcp_stream_entry;
 use super::wire::{self, NotAField, Value};
 
@@ -108,15 +110,23 @@ impl ImageMessage for Soccr_dump_entry {
 }
 
 impl ImageMessage for Soccr_item {
-    const NESTED: Nested =
-        Nested(&[(1, TRANSLATION), (2, Soccr_socket::NESTED), (3, ACCEPTED), (4, DIRECTION), (6, LISTENER)]);
+    const NESTED: Nested = Nested(&[
+        (1, Soccr_translation::NESTED),
+        (2, Soccr_socket::NESTED),
+        (3, ACCEPTED),
+        (4, DIRECTION),
+        (6, LISTENER),
+    ]);
 }
 
 impl ImageMessage for Soccr_socket {
     const NESTED: Nested = Nested(&[(4, FLAT)]);
 }
 
-const TRANSLATION: Nested = Nested(&[(1, DIRECTION), (2, DIRECTION)]);
+impl ImageMessage for Soccr_translation {
+    const NESTED: Nested = Nested(&[(1, DIRECTION), (2, DIRECTION)]);
+}
+
 const ACCEPTED: Nested = Nested(&[(3, FLAT), (4, FLAT)]);
 const LISTENER: Nested = Nested(&[(1, FLAT)]);
 /// And what else begins with two endpoints.

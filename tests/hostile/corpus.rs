@@ -81,10 +81,10 @@ fn side_bytes() -> Vec<u8> {
         source: source.parse().unwrap(),
         destination: destination.parse().unwrap(),
     };
-    let translations = vec![Translation {
+    let translation = Translation {
         original: direction("10.9.0.1:40000", "192.0.2.1:7100"),
         reply: direction("10.88.0.2:7000", "10.9.0.1:40000"),
-    }];
+    };
     let mut sockets = Sockets::default();
     for inode in [7, 70_000] {
         let options = vec![SocketOption { level: 6, name: 8, value: vec![7, 0, 0, 0] }];
@@ -101,7 +101,7 @@ fn side_bytes() -> Vec<u8> {
     let side = SideImage {
         id: "soccr-1".into(),
         run_id: Some("1-2".into()),
-        translations,
+        translations: [translation].into_iter().collect(),
         sockets,
         ..SideImage::default()
     };

@@ -2,6 +2,7 @@
 //! the files, and never panics.
 
 use std::collections::BTreeMap;
+use std::net::{Ipv6Addr, SocketAddr};
 use std::path::Path;
 
 use protobuf::{Message, MessageField};
@@ -15,8 +16,12 @@ use soccr::criu::image::proto::fdinfo::File_entry;
 use soccr::criu::image::proto::fown::Fown_entry;
 use soccr::criu::image::proto::sk_inet::Inet_sk_entry;
 use soccr::criu::image::proto::sk_opts::Sk_opts_entry;
+use soccr::criu::image::side::{self, SideImage, SocketExtra, Sockets};
 use soccr::criu::image::tcp_stream::TcpStreamImage;
 use soccr::criu::image::{Fault, ImageDir, ImageError};
+use soccr::criu::tasks::Owner;
+use soccr::kernel::options::SocketOption;
+use soccr::lock::conntrack::{Direction, Translation};
 
 use crate::corpus::{contents, external, golden};
 use crate::memory::{ALLOWANCE, peak_of};
@@ -58,6 +63,7 @@ impl Victim {
             errors.extend(TcpStreamImage::read(&dir, ino, state, &mut queues).err());
         }
         errors.extend(ExternalImage::read(&dir, 7, &mut queues).err());
+        errors.extend(SideImage::read(&dir).err());
         errors
     }
 
@@ -313,6 +319,10 @@ fn memory_is_bounded_by_the_file() {
         ("sk-queues.img".into(), messages(Magic::SkQueues, (0..300_000).map(|id| queued(id, &[])))),
         // The shortest connections, more than any dump has.
         ("files.img".into(), messages(Magic::Files, (0..120_000).map(shortest_connection))),
+        // The shortest entries of a side image, more than any dump has.
+        (side::NAME.into(), side_image((0..200_000).map(translated))),
+        (side::NAME.into(), side_image((0..300_000).map(|_| listener()))),
+        (side::NAME.into(), side_image((0..400_000).map(socket))),
         // And half as many behind something large.
         ("files.img".into(), {
             let large = std::iter::once([0x1a, 0].repeat(3 * MIB));
@@ -329,6 +339,66 @@ fn memory_is_bounded_by_the_file() {
         assert!(peak < limit, "{name} of {} bytes: {peak} bytes of memory", content.len());
         println!("{name} of {} bytes: {peak} bytes of memory", content.len());
     }
+}
+
+/// A message in the field `number` of another one.
+fn nested(number: u8, message: &[u8]) -> Vec<u8> {
+    [&[number << 3 | 2, u8::try_from(message.len()).unwrap()][..], message].concat()
+}
+
+fn endpoint(port: u8) -> Vec<u8> {
+    [&nested(1, &[10, 0, 0, 1])[..], &[0x10, port]].concat()
+}
+
+/// An item with the shortest translation.
+fn translated(port: u32) -> Vec<u8> {
+    let port = port.to_le_bytes()[0] & 0x7f;
+    let direction = [nested(1, &endpoint(port)), nested(2, &endpoint(port))].concat();
+    nested(1, &[nested(1, &direction), nested(2, &direction)].concat())
+}
+
+/// An item with the shortest listener.
+fn listener() -> Vec<u8> {
+    nested(6, &[nested(1, &endpoint(1)), vec![0x18, 0]].concat())
+}
+
+/// An item with the shortest socket.
+fn socket(ino: u32) -> Vec<u8> {
+    nested(2, &[vec![0x08], protobuf_varint(ino)].concat())
+}
+
+/// A side image with these items.
+fn side_image(items: impl Iterator<Item = Vec<u8>>) -> Vec<u8> {
+    let head = vec![0x08, 2, 0x12, 1, b'1'];
+    messages(Magic::SoccrDump, std::iter::once(head).chain(items))
+}
+
+/// As many connections as anybody has dumped, each with options, each translated, over IPv6.
+#[test]
+fn a_large_dump_is_no_hostile_one() {
+    const CONNECTIONS: u16 = 60_000;
+    let end = |net: u16, port| SocketAddr::from((Ipv6Addr::new(0xfd09, 1, 2, 3, 4, 5, 6, net), port));
+    let translation = |port| Translation {
+        original: Direction { source: end(1, port), destination: end(2, 50_000) },
+        reply: Direction { source: end(3, 50_000), destination: end(1, port) },
+    };
+    let number = |name, value: u32| SocketOption { level: 6, name, value: value.to_ne_bytes().to_vec() };
+    let mut sockets = Sockets::default();
+    for ino in 0..u32::from(CONNECTIONS) {
+        let options = vec![number(10, 100_000 + ino), number(12, 0)];
+        sockets.add(
+            100_000 + ino,
+            &SocketExtra { owner: Owner { uid: 1000, gid: 1000 }, options, ..SocketExtra::default() },
+        );
+    }
+    let translations = (0..CONNECTIONS).map(translation).collect();
+    let image = SideImage { id: "1".into(), translations, sockets, ..SideImage::default() };
+    let folder = tempfile::tempdir().unwrap();
+    let dir = ImageDir::open(folder.path()).unwrap();
+    image.write(&dir).unwrap();
+    let read = SideImage::read(&dir).unwrap().unwrap();
+    assert_eq!(read.translations.iter().count(), usize::from(CONNECTIONS));
+    assert!(read == image);
 }
 
 #[test]

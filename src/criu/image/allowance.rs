@@ -2,23 +2,34 @@
 
 use super::Fault;
 
-/// For an index as a whole, in bytes. A connection that stock CRIU writes takes no more memory than it has bytes in
-/// its file; images of millions of entries as short as can be would take several times their size.
-const SPARE: u64 = 6 << 20;
-
-/// What the entries of an index may take beyond their own lengths in the files.
+/// What the entries of an index, or of a side image, may take beyond their own lengths in the files. A connection that stock
+/// CRIU writes takes no more memory than it has bytes in its file; images of millions of entries as short as can be would
+/// take several times their size.
 #[derive(Debug)]
-pub(super) struct Allowance(u64);
+pub(super) struct Allowance {
+    left: u64,
+    spare: u64,
+}
 
 impl Allowance {
-    pub(super) fn new() -> Self {
-        Self(SPARE)
+    /// For an index as a whole.
+    pub(super) fn of_index() -> Self {
+        Self::new(6 << 20)
+    }
+
+    /// For a side image: as many sockets as anybody dumps, each with options, its connection translated.
+    pub(super) fn of_side_image() -> Self {
+        Self::new(12 << 20)
+    }
+
+    fn new(spare: u64) -> Self {
+        Self { left: spare, spare }
     }
 
     /// Accounts for an entry that takes `memory` bytes and has `length` in its file.
     pub(super) fn take(&mut self, memory: usize, length: usize) -> Result<(), Fault> {
         let beyond = memory.saturating_sub(length) as u64;
-        self.0 = self.0.checked_sub(beyond).ok_or(Fault::Memory { spare: SPARE })?;
+        self.left = self.left.checked_sub(beyond).ok_or(Fault::Memory { spare: self.spare })?;
         Ok(())
     }
 }
@@ -45,11 +56,11 @@ mod tests {
 
     #[test]
     fn what_the_file_has_is_free() {
-        let mut allowance = Allowance::new();
+        let mut allowance = Allowance::of_index();
         for _ in 0..1 << 20 {
             allowance.take(100, 100).unwrap();
         }
-        let all = usize::try_from(SPARE).unwrap();
+        let all = usize::try_from(allowance.spare).unwrap();
         allowance.take(all + 7, 7).unwrap();
         assert!(matches!(allowance.take(8, 7), Err(Fault::Memory { .. })));
     }

@@ -105,6 +105,18 @@ const NO_OPTIONS: &[[&str; 4]] = &[
         "",
     ],
     [
+        "the congestion window",
+        "no",
+        "ten segments, as in a new connection; what that costs: docs/RELIABILITY.md, \"The first burst after a restore\"",
+        "",
+    ],
+    [
+        "a congestion control algorithm that the target does not have",
+        "no",
+        "named in the log, and the connection goes on with the target's default",
+        "`what_the_target_lacks_is_named`",
+    ],
+    [
         "a user timeout (TCP_USER_TIMEOUT) that runs",
         "the option is lost",
         "begins anew with the first retransmission after the restore",

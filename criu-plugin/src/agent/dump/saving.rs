@@ -372,7 +372,7 @@ impl<'a> Saving<'a> {
 impl Saved {
     /// Writes what CRIU's images have no field for.
     pub fn write_side_image(&mut self) -> Result<(), AgentError> {
-        let translations = self.held.path.translations().to_vec();
+        let translations = self.held.path.translations().iter().copied().collect();
         let (id, held) = (self.lock_name.id().to_owned(), self.held.holder.held().clone());
         let inventory = self.images.contains(inventory::NAME).then(|| Inventory::read(&self.images));
         let run_id = inventory.transpose()?.and_then(|inventory| inventory.dump_run_id);

@@ -91,7 +91,7 @@ impl Index {
     /// What is wrong with which file, and where in it.
     pub fn read(dir: &ImageDir) -> Result<Self, ImageError> {
         let Inventory { tcp_close, network_lock, dump_run_id, root_net_ns_id } = Inventory::read(dir)?;
-        let mut allowance = Allowance::new();
+        let mut allowance = Allowance::of_index();
         let (tasks, root) = tasks::read(dir, &mut allowance)?;
         let (connections, unconnected) = sockets::read(dir, &mut allowance)?;
         Ok(Self {

@@ -64,7 +64,7 @@ pub type BoundAddress = (Option<u32>, IpAddr);
 /// What is wrong with the file.
 pub fn bound_addresses(dir: &ImageDir) -> Result<BTreeSet<BoundAddress>, ImageError> {
     const CLOSE: u32 = State::Close as u32;
-    let (mut addresses, mut allowance) = (BTreeSet::new(), Allowance::new());
+    let (mut addresses, mut allowance) = (BTreeSet::new(), Allowance::of_index());
     for_each(dir, |reader, entry, length| {
         let local = address(&entry, &entry.src_addr, entry.src_port(), "src_addr");
         let local = local.map_err(|fault| reader.bad_message(fault))?.ip().to_canonical();

@@ -1,12 +1,13 @@
 //! `soccr.img`: what this project knows of a dump and CRIU's messages have no field for (`proto/soccr.proto`).
 
 mod sockets;
+mod translations;
 
 use std::collections::HashSet;
 
 use protobuf::MessageField;
 
-use super::allowance::Allowance;
+use super::allowance::{Allowance, in_vector};
 use super::container::{Magic, Reader, head};
 use super::index::Index;
 use super::tcp_stream::TcpStreamImage;
@@ -25,6 +26,8 @@ use crate::lock::conntrack::{Direction, Translation};
 use crate::lock::held::HeldPackets;
 use crate::lock::{Listener, LockName};
 pub use sockets::{SocketExtra, Sockets};
+use translations::TRANSLATION;
+pub use translations::Translations;
 
 /// The file's name.
 pub const NAME: &str = "soccr.img";
@@ -38,7 +41,7 @@ pub struct SideImage {
     /// The dump's id in CRIU's inventory, if it has one.
     pub run_id: Option<String>,
     /// The connections that are translated on their way.
-    pub translations: Vec<Translation>,
+    pub translations: Translations,
     /// What CRIU's images do not tell of sockets.
     pub sockets: Sockets,
     /// The connections that nobody had accepted, of each listener in the order of its queue.
@@ -98,7 +101,8 @@ impl SideImage {
         for item in self.items() {
             push_message(&mut image, &item).map_err(|reason| ImageError::unwritable(NAME, reason))?;
         }
-        self.sockets.messages().for_each(|message| push_socket(&mut image, message));
+        self.translations.messages().for_each(|message| push(&mut image, TRANSLATION, message));
+        self.sockets.messages().for_each(|message| push(&mut image, SOCKET, message));
         dir.create(NAME, &[&image])
     }
 
@@ -119,11 +123,12 @@ impl SideImage {
     pub fn translations_of(&self, index: &Index) -> Vec<Translation> {
         let carried = index.carried().map(|connection| connection.tuple);
         let carried = carried.chain(self.waiting(index).map(|accepted| accepted.tuple));
-        let carried: HashSet<FourTuple> = carried.map(|tuple| tuple.on_wire()).collect();
-        let sides = |translation: &&Translation| [translation.original.tuple(), translation.reply.tuple()];
-        let of_these =
-            |translation: &&Translation| sides(translation).iter().any(|side| carried.contains(side));
-        self.translations.iter().filter(of_these).copied().collect()
+        let mut carried: HashSet<FourTuple> = carried.map(|tuple| tuple.on_wire()).collect();
+        // Of each connection the first counts.
+        let of_these = |translation: &Translation| {
+            [translation.original.tuple(), translation.reply.tuple()].iter().any(|side| carried.remove(side))
+        };
+        self.translations.iter().filter(of_these).collect()
     }
 
     /// The connections in the accept queues of listeners that `index` holds, as far as they have images: others were left
@@ -146,7 +151,7 @@ impl SideImage {
     pub fn read(dir: &ImageDir) -> Result<Option<Self>, ImageError> {
         let Some((entry, mut reader)) = Self::open(dir)? else { return Ok(None) };
         let mut image = Self { id: entry.id().to_owned(), run_id: entry.run_id, ..Self::default() };
-        let mut allowance = Allowance::new();
+        let mut allowance = Allowance::of_side_image();
         while let Some(item) = reader.next_bytes()? {
             let taken = image.take(item, &mut allowance);
             taken.map_err(|(at, fault)| reader.bad_byte(at, fault))?;
@@ -173,10 +178,6 @@ impl SideImage {
     }
 
     fn items(&self) -> impl Iterator<Item = Soccr_item> {
-        let translations = self.translations.iter().map(|translation| Soccr_item {
-            translation: MessageField::some(to_translation(translation)),
-            ..Default::default()
-        });
         let accepted = self.accepted.iter().map(|accepted| Soccr_item {
             accepted: MessageField::some(to_accepted(accepted)),
             ..Default::default()
@@ -185,25 +186,31 @@ impl SideImage {
             listener: MessageField::some(to_listener(listener)),
             ..Default::default()
         });
-        translations.chain(accepted).chain(held_items(self.held.iter())).chain(listeners)
+        accepted.chain(held_items(self.held.iter())).chain(listeners)
     }
 
     /// What a later version has written is passed over.
     fn take(&mut self, item: &[u8], allowance: &mut Allowance) -> Result<(), (usize, Fault)> {
-        if let Some(socket) = socket(item).map_err(|e| (e.0, Fault::Wire))? {
-            return self.sockets.take(socket, 4 + item.len(), allowance).map_err(|fault| (0, fault));
+        let (length, at_start) = (4 + item.len(), |fault| (0, fault));
+        match many(item).map_err(|e| (e.0, Fault::Wire))? {
+            Some((SOCKET, message)) => self.sockets.take(message, length, allowance).map_err(at_start),
+            Some((_, message)) => self.translations.take(message, length, allowance).map_err(at_start),
+            None => self.take_message(&decode(item)?, length, allowance).map_err(at_start),
         }
-        self.take_message(&decode(item)?).map_err(|fault| (0, fault))
     }
 
-    fn take_message(&mut self, item: &Soccr_item) -> Result<(), Fault> {
-        if let Some(entry) = item.translation.as_ref() {
-            self.translations.push(from_translation(entry)?);
-        }
+    fn take_message(
+        &mut self,
+        item: &Soccr_item,
+        length: usize,
+        allowance: &mut Allowance,
+    ) -> Result<(), Fault> {
         if let Some(entry) = item.accepted.as_ref() {
+            allowance.take(in_vector::<Accepted>(), length)?;
             self.accepted.push(from_accepted(entry)?);
         }
         if let Some(entry) = item.listener.as_ref() {
+            allowance.take(in_vector::<TreeListener>(), length)?;
             let listener = Listener { local: from_endpoint(&entry.local, "local")?, v6only: entry.v6only() };
             let place = match entry.place() {
                 0 => Place::Inside,
@@ -222,21 +229,22 @@ impl SideImage {
 
 const SOCKET: u32 = 2;
 
-/// The socket in an item: there is one for each connection, so the item is not decoded for it.
-fn socket(item: &[u8]) -> Result<Option<&[u8]>, NotAField> {
+/// The number and the message of a socket or translation, of which there is one for each connection: such items are not
+/// decoded.
+fn many(item: &[u8]) -> Result<Option<(u32, &[u8])>, NotAField> {
     let mut found = None;
     for field in wire::fields(item) {
         let field = field?;
-        if let (SOCKET, Value::Bytes(bytes)) = (field.number, field.value) {
-            found = Some(bytes);
+        if let (number @ (SOCKET | TRANSLATION), Value::Bytes(bytes)) = (field.number, field.value) {
+            found = Some((number, bytes));
         }
     }
     Ok(found)
 }
 
-fn push_socket(image: &mut Vec<u8>, message: &[u8]) {
+fn push(image: &mut Vec<u8>, number: u32, message: &[u8]) {
     let mut item = Vec::with_capacity(message.len() + 8);
-    wire::put_bytes(&mut item, SOCKET, message);
+    wire::put_bytes(&mut item, number, message);
     let length = u32::try_from(item.len()).expect("a message that was decoded, or made here");
     image.extend_from_slice(&length.to_le_bytes());
     image.extend_from_slice(&item);
@@ -400,7 +408,7 @@ mod tests {
         let image = SideImage {
             id: "soccr-0123456789ab".into(),
             run_id: None,
-            translations: vec![v4, v6],
+            translations: [v4, v6].into_iter().collect(),
             sockets,
             accepted: vec![Accepted {
                 listener: 7,
@@ -414,7 +422,7 @@ mod tests {
         image.write(&dir).unwrap();
         assert_eq!(held_from_bytes(&held_to_bytes(&image.held)), image.held);
         let read = SideImage::read(&dir).unwrap().unwrap();
-        assert_eq!(read.translations, image.translations);
+        assert_eq!(read.translations.iter().collect::<Vec<_>>(), [v4, v6]);
         assert_eq!(read.accepted, image.accepted);
         assert_eq!(read.held, image.held);
         assert_eq!(read.listeners, image.listeners);
@@ -438,7 +446,7 @@ mod tests {
         let option = SocketOption { level: libc::SOL_TCP, name: libc::TCP_REPAIR, value: vec![1, 0, 0, 0] };
         sockets.add(7, &SocketExtra { options: vec![option], ..SocketExtra::default() });
         assert!(sockets.get(7).is_err());
-        let mut allowance = Allowance::new();
+        let mut allowance = Allowance::of_side_image();
         let mut take = |message: &[u8]| sockets.take(message, 100, &mut allowance);
         assert!(take(&[0x08, 0x08]).is_ok());
         assert!(take(&[0x08, 0x08]).is_err());
