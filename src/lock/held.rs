@@ -442,3 +442,41 @@ const ACK: u8 = 0x10;
 fn after(a: u32, b: u32) -> bool {
     a.wrapping_sub(b).cast_signed() > 0
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A segment without data from the IPv4 header on.
+    fn packet(from: SocketAddr, to: SocketAddr, flags: u8) -> Vec<u8> {
+        let (IpAddr::V4(source), IpAddr::V4(destination)) = (from.ip(), to.ip()) else { panic!("IPv4") };
+        let head = [0x45, 0, 0, 40, 0, 0, 0, 0, 64, 6, 0, 0];
+        let ports = [from.port().to_be_bytes(), to.port().to_be_bytes()].concat();
+        let rest = [0, 0, 0, 1, 0, 0, 0, 1, 5 << 4, flags, 0, 0, 0, 0, 0, 0];
+        [&head[..], &source.octets(), &destination.octets(), &ports, &rest].concat()
+    }
+
+    #[test]
+    fn only_a_socket_is_heard_and_only_its_peer_held() {
+        let end = |text: &str| text.parse::<SocketAddr>().unwrap();
+        let (local, remote, other) = (end("10.0.0.1:7"), end("10.0.0.2:40000"), end("10.0.0.3:7"));
+        let mut packets = HeldPackets::default();
+        packets.expect(FourTuple { local, remote });
+        for (from, to, flags, is_heard, held) in [
+            (local, remote, ACK, true, 0),
+            (local, remote, FIN | ACK, true, 0),
+            (local, remote, RST, false, 0),
+            (local, remote, RST | ACK, false, 0),
+            (other, remote, ACK, false, 0),
+            (remote, local, ACK, false, 1),
+        ] {
+            let packet = packet(from, to, flags);
+            packets.take(&packet);
+            assert_eq!(
+                (packets.is_from_socket(&packet), packets.len()),
+                (is_heard, held),
+                "{from} {to} {flags}"
+            );
+        }
+    }
+}

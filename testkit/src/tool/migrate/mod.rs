@@ -128,7 +128,7 @@ fn measure(criu: &Criu, dir: &Path, trial: Trial, options: &Options) -> Result<R
         if load.members().iter().all(|member| member.error.is_some()) {
             break;
         }
-        match one_move(&mut lan, server, trial, &load) {
+        match one_move(&mut lan, server, trial, &load)? {
             Ok((moved, restored)) => {
                 println!("  {} {}", report::arrow(nth), moved.text(count));
                 row.moves.push(moved);
@@ -154,21 +154,30 @@ fn measure(criu: &Criu, dir: &Path, trial: Trial, options: &Options) -> Result<R
     Ok(row)
 }
 
-fn one_move(lan: &mut Lan, server: Task, trial: Trial, load: &Fleet<Client>) -> Result<(Moved, Task)> {
+/// The inner error is that of the move, the outer one of who measures it.
+fn one_move(
+    lan: &mut Lan,
+    server: Task,
+    trial: Trial,
+    load: &Fleet<Client>,
+) -> Result<Result<(Moved, Task)>> {
     let (capture, at_target) = (Capture::start(&lan.client)?, Capture::start(lan.there().host())?);
     let living = load.members().iter().filter(|member| member.error.is_none()).count();
     let have_sent = || wait_until("the clients send", PATIENCE, || Ok(at_target.segments() >= living));
     load.members().iter_mut().for_each(|member| member.client.silence = Duration::ZERO);
     let start = Instant::now();
-    let server = lan.migrate(server, trial.way, || if trial.late { have_sent() } else { Ok(()) })?;
+    let server = match lan.migrate(server, trial.way, || if trial.late { have_sent() } else { Ok(()) }) {
+        Ok(server) => server,
+        Err(error) => return Ok(Err(error)),
+    };
     let took = start.elapsed();
-    at_target.stop()?;
+    let _ = at_target.stop(); // whether it has lost some is of no interest
     everyone_answered(load, 1);
     let mut silences = Vec::new();
     for member in load.members().iter_mut().filter(|member| member.error.is_none()) {
         silences.push(member.client.silence);
     }
-    Ok((Moved::new(took, silences, capture.stop()?.resets.len()), server))
+    Ok(Ok((Moved::new(took, silences, capture.stop()?.resets.len()), server)))
 }
 
 /// Waits until every client that lives has got so many answers more; those that have not in time are lost.
