@@ -132,6 +132,14 @@ impl Store {
         self.read_with(id, file::read, |(record, _)| record)
     }
 
+    /// As [`read`](Self::read); gives also the connections' lines as they are.
+    pub(super) fn read_lines(
+        &self,
+        id: &RecordId,
+    ) -> Result<Option<(Record, Vec<ConnectionRecord>, Vec<u8>)>, RecordError> {
+        self.read_with(id, file::read_lines, |(record, ..)| record)
+    }
+
     /// The record without its connections, however many there are.
     ///
     /// # Errors

@@ -4,15 +4,13 @@
 //! (a dump or restore that was interrupted has left them), and only external files are connected as early.
 
 use soccr::criu::image::ImageDir;
-use soccr::criu::image::external::ExternalImage;
 use soccr::criu::image::inventory::{self, Inventory};
 use soccr::criu::image::side::SideImage;
 use soccr::criu::record::{Phase, Record, RecordId, Store};
 
 /// Whether the record of the dump says that it came to its end, and no connection is an external file.
-pub fn is_safe(images: &ImageDir) -> bool {
-    let ended = record(images).is_some_and(|record| record.phase == Phase::Dumped);
-    ended && ExternalImage::any(images).is_ok_and(|any| !any)
+pub fn is_safe(images: &ImageDir, external_ids: &[u32]) -> bool {
+    external_ids.is_empty() && record(images).is_some_and(|record| record.phase == Phase::Dumped)
 }
 
 /// `None` also where the images name another record than that of their own dump.

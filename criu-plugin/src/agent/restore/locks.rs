@@ -101,6 +101,11 @@ impl Locks {
         self.held.values().map(|locked| locked.tuples.len()).sum()
     }
 
+    /// Whether this one is.
+    pub fn has(&self, ns: &NetNs, tuple: &FourTuple) -> bool {
+        self.held.get(ns).is_some_and(|locked| locked.tuples.contains(tuple))
+    }
+
     /// The namespace that criu runs in.
     pub fn criu_ns(&self) -> &NetNs {
         &self.criu_ns

@@ -42,14 +42,14 @@ pub struct Plan {
 }
 
 impl Plan {
-    /// Reads the folder.
-    pub fn read(images: &ImageDir) -> Result<Self, AgentError> {
+    /// Reads the folder, which has these external files.
+    pub fn read(images: &ImageDir, external_ids: &[u32]) -> Result<Self, AgentError> {
         let index = if images.contains(inventory::NAME) { Index::read(images)? } else { Index::empty() };
         let side = SideImage::read(images)?;
         let our_lock = side.as_ref().and_then(SideImage::lock);
         let mut dump_locks: Vec<LockName> = index.run_lock().into_iter().collect();
         let mut external = HashMap::new();
-        ExternalImage::for_each(images, |image| {
+        ExternalImage::read_all(images, external_ids, |image| {
             let lock = image.lock_id.as_deref().and_then(|id| LockName::criu(id).ok());
             dump_locks.extend(lock.filter(|name| !dump_locks.contains(name)));
             external.insert(image.tuple, soccr::kernel::options::reuse_addr(&image.options));
@@ -107,18 +107,17 @@ impl Plan {
         for id in named {
             taken = taken.or(self.take_over(&id, criu)?);
         }
+        if let Some(recorder) = taken {
+            return Ok(recorder);
+        }
         // Other images may have been in this folder before, and left their soccr.img.
         let ours = self.our_lock.as_ref().and_then(|name| name.id().parse().ok());
         for id in ours.into_iter().chain(Recorder::id_of_folder(self.images.as_fd())?) {
-            if taken.is_none() {
-                taken = match self.take_over(&id, criu) {
-                    Err(RecordError::OtherDump { .. }) => None,
-                    other => other?,
-                };
+            match self.take_over(&id, criu) {
+                Ok(Some(recorder)) => return Ok(recorder),
+                Ok(None) | Err(RecordError::OtherDump { .. }) => {}
+                Err(error) => return Err(error.into()),
             }
-        }
-        if let Some(recorder) = taken {
-            return Ok(recorder);
         }
         let mut recorder = Recorder::new(lock.id(), Phase::Restoring, self.images.as_fd(), criu)?;
         recorder.add_connections(self.index.carried().map(ConnectionRecord::from));
