@@ -69,14 +69,14 @@ fn parse_head(head: &str, path: &Path) -> Result<Record, RecordError> {
 
 /// Reads a record from `file`, of which it takes no more than `LARGEST` bytes.
 pub(super) fn read(file: impl Read, path: &Path) -> Result<(Record, Vec<ConnectionRecord>), RecordError> {
-    read_lines(file, path).map(|(record, connections, _)| (record, connections))
+    read_whole(file, path).map(|(record, connections, _)| (record, connections))
 }
 
-/// As [`read`]; gives also the connections' lines as they are.
-pub(super) fn read_lines(
-    file: impl Read,
-    path: &Path,
-) -> Result<(Record, Vec<ConnectionRecord>, Vec<u8>), RecordError> {
+/// A record, its connections, and their lines as they are.
+pub(super) type Whole = (Record, Vec<ConnectionRecord>, Vec<u8>);
+
+/// As [`read`]; gives also the lines.
+pub(super) fn read_whole(file: impl Read, path: &Path) -> Result<Whole, RecordError> {
     let broken = |line, why: String| RecordError::Broken { path: path.to_owned(), line, why };
     let mut lines = BufReader::new(file.take(LARGEST)).lines();
     let mut next = |number| match lines.next() {

@@ -105,7 +105,7 @@ impl Recorder {
             return Ok(None);
         }
         let Some(store) = Store::open()? else { return Ok(None) };
-        let Some((mut record, connections, body)) = store.read_lines(id)? else { return Ok(None) };
+        let Some((mut record, connections, body)) = store.read_whole(id)? else { return Ok(None) };
         if record.boot != current_boot() {
             store.remove(id)?;
             return Ok(None);

@@ -133,11 +133,8 @@ impl Store {
     }
 
     /// As [`read`](Self::read); gives also the connections' lines as they are.
-    pub(super) fn read_lines(
-        &self,
-        id: &RecordId,
-    ) -> Result<Option<(Record, Vec<ConnectionRecord>, Vec<u8>)>, RecordError> {
-        self.read_with(id, file::read_lines, |(record, ..)| record)
+    pub(super) fn read_whole(&self, id: &RecordId) -> Result<Option<file::Whole>, RecordError> {
+        self.read_with(id, file::read_whole, |(record, ..)| record)
     }
 
     /// The record without its connections, however many there are.
