@@ -374,8 +374,8 @@ fn a_transaction_beyond_the_send_buffer_says_what_to_do() {
     in_own_network(|| {
         let limit: u32 =
             sh("cat /proc/sys/net/core/wmem_max 2>/dev/null || echo 4194304").trim().parse().unwrap();
-        // A connection takes at least 2 × 28 bytes, and the buffer is twice the limit.
-        let error = NetworkLock::lock(&here(), &name("big"), &many(limit / 28 + 1), &NFTABLES).unwrap_err();
+        // A connection takes at least 28 bytes, and the buffer is twice the limit.
+        let error = NetworkLock::lock(&here(), &name("big"), &many(limit / 14 + 1), &NFTABLES).unwrap_err();
         let LockError::Nftables { source: NftError::TooLarge { bytes }, .. } = error else {
             panic!("{error:?}")
         };

@@ -15,29 +15,32 @@ use crate::encoding::{Head, Magic, check_writable};
 pub type ExternalImage = Head;
 
 impl ExternalImage {
+    /// CRIU's file ids of all images of this kind in the folder.
+    ///
+    /// # Errors
+    /// When the folder cannot be read.
+    pub fn ids(dir: &ImageDir) -> Result<Vec<u32>, ImageError> {
+        let mut ids = Vec::new();
+        dir.for_each_name(|name| ids.extend(Self::id_of(name)))?;
+        Ok(ids)
+    }
+
     /// Calls `visit` with all images of this kind in the folder, one after the other: options that are as short as can
     /// be take many times their length, so whoever needs them all keeps what is needed.
     ///
     /// # Errors
     /// What is wrong with which file.
-    pub fn for_each(dir: &ImageDir, mut visit: impl FnMut(Self)) -> Result<(), ImageError> {
-        let mut ids = Vec::new();
-        dir.for_each_name(|name| ids.extend(Self::id_of(name)))?;
-        let mut queues = Queues::default();
-        for id in ids {
-            visit(Self::read(dir, id, &mut queues)?);
-        }
-        Ok(())
+    pub fn for_each(dir: &ImageDir, visit: impl FnMut(Self)) -> Result<(), ImageError> {
+        Self::read_all(dir, &Self::ids(dir)?, visit)
     }
 
-    /// Whether there is one in the folder.
+    /// The same with those that have these ids.
     ///
     /// # Errors
-    /// When the folder cannot be read.
-    pub fn any(dir: &ImageDir) -> Result<bool, ImageError> {
-        let mut any = false;
-        dir.for_each_name(|name| any |= Self::id_of(name).is_some())?;
-        Ok(any)
+    /// As [`for_each`](Self::for_each).
+    pub fn read_all(dir: &ImageDir, ids: &[u32], mut visit: impl FnMut(Self)) -> Result<(), ImageError> {
+        let mut queues = Queues::default();
+        ids.iter().try_for_each(|id| Self::read(dir, *id, &mut queues).map(&mut visit))
     }
 
     /// The name of the image with CRIU's file id `id`.

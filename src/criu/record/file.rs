@@ -69,6 +69,14 @@ fn parse_head(head: &str, path: &Path) -> Result<Record, RecordError> {
 
 /// Reads a record from `file`, of which it takes no more than `LARGEST` bytes.
 pub(super) fn read(file: impl Read, path: &Path) -> Result<(Record, Vec<ConnectionRecord>), RecordError> {
+    read_whole(file, path).map(|(record, connections, _)| (record, connections))
+}
+
+/// A record, its connections, and their lines as they are.
+pub(super) type Whole = (Record, Vec<ConnectionRecord>, Vec<u8>);
+
+/// As [`read`]; gives also the lines.
+pub(super) fn read_whole(file: impl Read, path: &Path) -> Result<Whole, RecordError> {
     let broken = |line, why: String| RecordError::Broken { path: path.to_owned(), line, why };
     let mut lines = BufReader::new(file.take(LARGEST)).lines();
     let mut next = |number| match lines.next() {
@@ -78,10 +86,12 @@ pub(super) fn read(file: impl Read, path: &Path) -> Result<(Record, Vec<Connecti
     };
     let head = next(1)?.ok_or_else(|| broken(1, "the file is empty".into()))?;
     let record = parse_head(&head, path)?;
-    let mut connections = Vec::new();
+    let (mut connections, mut body) = (Vec::new(), Vec::new());
     let mut number = 2;
     while let Some(line) = next(number)? {
         connections.push(serde_json::from_str(&line).map_err(|e| broken(number, e.to_string()))?);
+        body.extend_from_slice(line.as_bytes());
+        body.push(b'\n');
         number += 1;
     }
     if connections.len() != record.connections {
@@ -89,5 +99,5 @@ pub(super) fn read(file: impl Read, path: &Path) -> Result<(Record, Vec<Connecti
             format!("{} connections are here, {} were announced", connections.len(), record.connections);
         return Err(broken(number, why));
     }
-    Ok((record, connections))
+    Ok((record, connections, body))
 }

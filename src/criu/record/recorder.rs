@@ -1,6 +1,5 @@
 //! Who keeps a record while a dump or a restore goes on.
 
-use std::collections::HashSet;
 use std::net::IpAddr;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::path::PathBuf;
@@ -116,7 +115,7 @@ impl Recorder {
             return Ok(None);
         }
         let Some(store) = Store::open()? else { return Ok(None) };
-        let Some((mut record, connections)) = store.read(id)? else { return Ok(None) };
+        let Some((mut record, connections, body)) = store.read_whole(id)? else { return Ok(None) };
         if record.boot != current_boot() {
             store.remove(id)?;
             return Ok(None);
@@ -128,10 +127,6 @@ impl Recorder {
         }
         record.criu = criu;
         record.agent = identify(std::process::id().cast_signed())?;
-        let mut body = Vec::new();
-        for connection in &connections {
-            file::append_connection(&mut body, connection);
-        }
         Ok(Some(Self { store: Some(store), record, body, written: true }))
     }
 
@@ -287,10 +282,13 @@ impl Recorder {
 }
 
 /// What images and records both tell of connections that packets can reach.
-fn comparable(tuples: impl Iterator<Item = FourTuple>) -> HashSet<[(IpAddr, u16); 2]> {
+fn comparable(tuples: impl Iterator<Item = FourTuple>) -> Vec<[(IpAddr, u16); 2]> {
     let ends =
         tuples.map(|tuple| [tuple.local, tuple.remote].map(|end| (end.ip().to_canonical(), end.port())));
-    ends.filter(|ends| ends.iter().all(|(_, port)| *port != 0)).collect()
+    let mut ends: Vec<_> = ends.filter(|ends| ends.iter().all(|(_, port)| *port != 0)).collect();
+    ends.sort_unstable();
+    ends.dedup();
+    ends
 }
 
 fn is_on() -> Result<bool, BadOption> {

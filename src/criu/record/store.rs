@@ -132,6 +132,11 @@ impl Store {
         self.read_with(id, file::read, |(record, _)| record)
     }
 
+    /// As [`read`](Self::read); gives also the connections' lines as they are.
+    pub(super) fn read_whole(&self, id: &RecordId) -> Result<Option<file::Whole>, RecordError> {
+        self.read_with(id, file::read_whole, |(record, ..)| record)
+    }
+
     /// The record without its connections, however many there are.
     ///
     /// # Errors

@@ -5,7 +5,6 @@
 //! sockets other addresses, or waits for theirs, has something to do before CRIU binds them.
 
 use soccr::criu::image::ImageDir;
-use soccr::criu::image::external::ExternalImage;
 use soccr::criu::image::inventory::{self, Inventory};
 use soccr::criu::image::side::SideImage;
 use soccr::criu::record::{Phase, Record, RecordId, Store};
@@ -13,12 +12,10 @@ use soccr::criu::rules::Rules;
 
 /// Whether the record of the dump says that it came to its end, no connection is an external file, and addresses are as they
 /// were.
-pub fn is_safe(images: &ImageDir, rules: &Rules) -> bool {
-    if !rules.remap.is_empty() || rules.wait_address.is_some() {
-        return false;
-    }
-    let ended = record(images).is_some_and(|record| record.phase == Phase::Dumped);
-    ended && ExternalImage::any(images).is_ok_and(|any| !any)
+pub fn is_safe(images: &ImageDir, external_ids: &[u32], rules: &Rules) -> bool {
+    let as_they_were = rules.remap.is_empty() && rules.wait_address.is_none();
+    let ended = || record(images).is_some_and(|record| record.phase == Phase::Dumped);
+    external_ids.is_empty() && as_they_were && ended()
 }
 
 /// `None` also where the images name another record than that of their own dump.

@@ -248,7 +248,9 @@ impl<'a> Building<'a> {
                     pid,
                     source,
                 })?;
-                wanted.entry(ns).or_default().push(connection.tuple);
+                if !self.locks.has(&ns, &connection.tuple) {
+                    wanted.entry(ns).or_default().push(connection.tuple);
+                }
             }
         }
         self.locks.lock(wanted)

@@ -105,6 +105,11 @@ impl Locks {
         self.options.method
     }
 
+    /// Whether this one is.
+    pub fn has(&self, ns: &NetNs, tuple: &FourTuple) -> bool {
+        self.held.get(ns).is_some_and(|locked| locked.tuples.contains(tuple))
+    }
+
     /// The namespace that criu runs in.
     pub fn criu_ns(&self) -> &NetNs {
         &self.criu_ns

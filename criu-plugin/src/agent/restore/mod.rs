@@ -29,6 +29,7 @@ use std::os::fd::AsFd;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::unistd::getppid;
 use soccr::criu::image::ImageDir;
+use soccr::criu::image::external::ExternalImage;
 use soccr::criu::rules::Rules;
 use soccr::criu::tasks::Task;
 
@@ -206,11 +207,12 @@ impl<'a> Progress<'a> {
 fn prepare<'a>(images: &ImageDir, criu: &'a Task) -> Result<Building<'a>, AgentError> {
     fault::point("restore.init")?;
     let rules = Rules::read()?;
-    if ahead::is_safe(images, &rules) {
+    let mut profile = Profile::start("restore");
+    let external_ids = ExternalImage::ids(images)?;
+    if ahead::is_safe(images, &external_ids, &rules) {
         log::proceed();
     }
-    let mut profile = Profile::start("restore");
-    let plan = Plan::read(images, rules)?;
+    let plan = Plan::read(images, &external_ids, rules)?;
     profile.lap("load");
     let locks = Locks::new(&plan, criu)?;
     fault::point("restore.prepared")?;

@@ -51,8 +51,8 @@ pub struct Plan {
 }
 
 impl Plan {
-    /// Reads the folder, where the sockets get the addresses that the rules say.
-    pub fn read(images: &ImageDir, rules: Rules) -> Result<Self, AgentError> {
+    /// Reads the folder, which has these external files, and where the sockets get the addresses that the rules say.
+    pub fn read(images: &ImageDir, external_ids: &[u32], rules: Rules) -> Result<Self, AgentError> {
         if !rules.remap.is_empty() {
             let count = index::readdress(images, &rules.remap)?;
             log::info!("files.img: {count} sockets have other addresses now");
@@ -67,7 +67,7 @@ impl Plan {
         let our_lock = side.as_ref().and_then(SideImage::lock);
         let mut dump_locks: Vec<LockName> = index.run_lock().into_iter().collect();
         let mut external = HashMap::new();
-        ExternalImage::for_each(images, |image| {
+        ExternalImage::read_all(images, external_ids, |image| {
             let lock = image.lock_id.as_deref().and_then(|id| LockName::criu(id).ok());
             dump_locks.extend(lock.filter(|name| !dump_locks.contains(name)));
             external.insert(image.tuple, soccr::kernel::options::reuse_addr(&image.options));
@@ -163,18 +163,17 @@ impl Plan {
         for id in named {
             taken = taken.or(self.take_over(&id, criu)?);
         }
+        if let Some(recorder) = taken {
+            return Ok(recorder);
+        }
         // Other images may have been in this folder before, and left their soccr.img.
         let ours = self.our_lock.as_ref().and_then(|name| name.id().parse().ok());
         for id in ours.into_iter().chain(Recorder::id_of_folder(self.images.as_fd())?) {
-            if taken.is_none() {
-                taken = match self.take_over(&id, criu) {
-                    Err(RecordError::OtherDump { .. }) => None,
-                    other => other?,
-                };
+            match self.take_over(&id, criu) {
+                Ok(Some(recorder)) => return Ok(recorder),
+                Ok(None) | Err(RecordError::OtherDump { .. }) => {}
+                Err(error) => return Err(error.into()),
             }
-        }
-        if let Some(recorder) = taken {
-            return Ok(recorder);
         }
         let mut recorder = Recorder::new(lock.id(), Phase::Restoring, self.images.as_fd(), criu)?;
         recorder.add_connections(self.index.carried().map(ConnectionRecord::from));
