@@ -93,6 +93,8 @@ pub enum Kind {
     Listening,
     /// Those with a peer, TIME_WAIT left out.
     Connected,
+    /// Handshakes that wait for their last ACK; they are no sockets yet.
+    Opening,
 }
 
 /// What the monitor tells of a TCP socket.
@@ -145,10 +147,25 @@ pub struct Listener {
 /// # Errors
 /// As [`for_each`].
 pub fn listeners() -> SysResult<Vec<Listener>> {
-    let mut listeners = Vec::new();
+    of_both_families(Kind::Listening, listener)
+}
+
+/// The handshakes in the current network namespace that wait for their last ACK (SYN_RECV), by the connection that their
+/// listener is to get.
+///
+/// # Errors
+/// As [`for_each`].
+pub fn requests() -> SysResult<Vec<FourTuple>> {
+    of_both_families(Kind::Opening, |message| {
+        Some(FourTuple { local: end(message, 4, 8)?, remote: end(message, 6, 24)? })
+    })
+}
+
+fn of_both_families<T>(kind: Kind, read: impl Fn(&[u8]) -> Option<T>) -> SysResult<Vec<T>> {
+    let mut all = Vec::new();
     for family in [Family::Ipv4, Family::Ipv6] {
-        let found = dump(Filter { family, kind: Kind::Listening, local_port: None }, |message| {
-            listeners.push(listener(message)?);
+        let found = dump(Filter { family, kind, local_port: None }, |message| {
+            all.push(read(message)?);
             Some(())
         });
         match found {
@@ -156,22 +173,26 @@ pub fn listeners() -> SysResult<Vec<Listener>> {
             other => other?,
         }
     }
-    Ok(listeners)
+    Ok(all)
+}
+
+/// An end, by where its port and its address lie in a `struct inet_diag_msg`.
+fn end(message: &[u8], port: usize, ip: usize) -> Option<SocketAddr> {
+    let port = u16::from_be_bytes(message.get(port..port + 2)?.try_into().ok()?);
+    let ip = match i32::from(*message.first()?) {
+        libc::AF_INET => IpAddr::from(<[u8; 4]>::try_from(message.get(ip..ip + 4)?).ok()?),
+        _ => IpAddr::from(<[u8; 16]>::try_from(message.get(ip..ip + 16)?).ok()?),
+    };
+    Some(SocketAddr::new(ip, port))
 }
 
 fn listener(message: &[u8]) -> Option<Listener> {
     const SKV6ONLY: u16 = 11;
-    let port = u16::from_be_bytes(message.get(4..6)?.try_into().ok()?);
-    let ip = match i32::from(*message.first()?) {
-        libc::AF_INET => IpAddr::from(<[u8; 4]>::try_from(message.get(8..12)?).ok()?),
-        _ => IpAddr::from(<[u8; 16]>::try_from(message.get(8..24)?).ok()?),
-    };
     let word = |at: usize| Some(u32::from_ne_bytes(message.get(at..at + 4)?.try_into().ok()?));
     let v6only = Attributes::new(message.get(REPLY..)?)
         .flatten()
         .any(|(kind, value)| kind == SKV6ONLY && value.bytes() != [0]);
-    let local = SocketAddr::new(ip, port);
-    Some(Listener { local, v6only, device: word(40)?, inode: word(REPLY - 4)? })
+    Some(Listener { local: end(message, 4, 8)?, v6only, device: word(40)?, inode: word(REPLY - 4)? })
 }
 
 /// Shows `each` the messages about all TCP sockets of a filter; `None` from it says that one makes no sense.
@@ -182,7 +203,12 @@ fn dump(filter: Filter, mut each: impl FnMut(&[u8]) -> Option<()>) -> SysResult<
     /// ESTABLISHED, SYN_SENT, FIN_WAIT1, FIN_WAIT2, CLOSE_WAIT, LAST_ACK, CLOSING.
     const CONNECTED: u32 = 1 << 1 | 1 << 2 | 1 << 4 | 1 << 5 | 1 << 8 | 1 << 9 | 1 << 11;
     const LISTEN: u32 = 1 << 10;
-    let states = if filter.kind == Kind::Listening { LISTEN } else { CONNECTED };
+    const SYN_RECV: u32 = 1 << 3;
+    let states = match filter.kind {
+        Kind::Listening => LISTEN,
+        Kind::Connected => CONNECTED,
+        Kind::Opening => SYN_RECV,
+    };
     let mut id = [0; SOCK_ID];
     id[..2].copy_from_slice(&filter.local_port.unwrap_or(0).to_be_bytes());
     let socket = NetlinkSocket::sock_diag()?;

@@ -17,6 +17,7 @@ use soccr::lock::{self, Listener, LockName, LockOptions, Method, NetworkLock};
 use soccr::repair::Paused;
 
 use super::arrangement::{Arrangement, Namespaces};
+use super::queues::Request;
 use crate::agent::error::AgentError;
 use crate::agent::path::Path;
 use crate::agent::profile::Profile;
@@ -39,6 +40,8 @@ pub struct Held {
     pub sockets: Vec<(OwnedFd, FourTuple)>,
     /// Those that nobody had accepted, which are in no task, as they stood in their queues.
     pub queued: Vec<Queued>,
+    /// Handshakes that were not over.
+    pub requests: Vec<Request>,
     /// What keeps the connections still.
     pub locks: HashMap<NetNs, NetworkLock>,
     /// The same on the way to namespaces other than criu's.
@@ -71,6 +74,7 @@ impl Held {
             criu_ns,
             sockets,
             queued,
+            requests: Vec::new(),
             locks,
             path,
             holder,
@@ -166,6 +170,7 @@ impl Held {
         }
         let sockets = self.sockets.iter().map(|(socket, tuple)| (socket.as_fd(), *tuple));
         let sockets = sockets.chain(waiting.iter().map(Waiting::end));
+        let sockets = sockets.chain(self.requests.iter().map(Request::target));
         log::debug!("{} packets were held, {} brought to their sockets", held.len(), held.release(sockets));
     }
 
