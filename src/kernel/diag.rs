@@ -93,6 +93,8 @@ pub enum Kind {
     Listening,
     /// Those with a peer, TIME_WAIT left out.
     Connected,
+    /// Handshakes that wait for their last ACK; they are no sockets yet.
+    Opening,
 }
 
 /// What the monitor tells of a TCP socket.
@@ -149,10 +151,25 @@ pub struct Listener {
 /// # Errors
 /// As [`for_each`].
 pub fn listeners() -> SysResult<Vec<Listener>> {
-    let mut listeners = Vec::new();
+    of_both_families(Kind::Listening, listener)
+}
+
+/// The handshakes in the current network namespace that wait for their last ACK (SYN_RECV), by the connection that their
+/// listener is to get.
+///
+/// # Errors
+/// As [`for_each`].
+pub fn requests() -> SysResult<Vec<FourTuple>> {
+    of_both_families(Kind::Opening, |message| {
+        Some(FourTuple { local: end(message, 4, 8)?, remote: end(message, 6, 24)? })
+    })
+}
+
+fn of_both_families<T>(kind: Kind, read: impl Fn(&[u8]) -> Option<T>) -> SysResult<Vec<T>> {
+    let mut all = Vec::new();
     for family in [Family::Ipv4, Family::Ipv6] {
-        let found = dump(Filter { family, kind: Kind::Listening, local_port: None }, |message| {
-            listeners.push(listener(message)?);
+        let found = dump(Filter { family, kind, local_port: None }, |message| {
+            all.push(read(message)?);
             Some(())
         });
         match found {
@@ -160,7 +177,7 @@ pub fn listeners() -> SysResult<Vec<Listener>> {
             other => other?,
         }
     }
-    Ok(listeners)
+    Ok(all)
 }
 
 fn listener(message: &[u8]) -> Option<Listener> {
@@ -200,7 +217,12 @@ fn dump(filter: Filter, mut each: impl FnMut(&[u8]) -> Option<()>) -> SysResult<
     /// ESTABLISHED, SYN_SENT, FIN_WAIT1, FIN_WAIT2, CLOSE_WAIT, LAST_ACK, CLOSING.
     const CONNECTED: u32 = 1 << 1 | 1 << 2 | 1 << 4 | 1 << 5 | 1 << 8 | 1 << 9 | 1 << 11;
     const LISTEN: u32 = 1 << 10;
-    let states = if filter.kind == Kind::Listening { LISTEN } else { CONNECTED };
+    const SYN_RECV: u32 = 1 << 3;
+    let states = match filter.kind {
+        Kind::Listening => LISTEN,
+        Kind::Connected => CONNECTED,
+        Kind::Opening => SYN_RECV,
+    };
     let mut id = [0; SOCK_ID];
     id[..2].copy_from_slice(&filter.local_port.unwrap_or(0).to_be_bytes());
     let socket = NetlinkSocket::sock_diag()?;

@@ -14,6 +14,8 @@ use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Duration;
 
+use nix::poll::{PollFd, PollFlags, poll};
+
 use super::Listener;
 use super::conntrack::Translation;
 use super::options::{BadOption, LockOptions, Method, hold_new_time, hold_time};
@@ -37,6 +39,14 @@ struct Bounds {
 impl Bounds {
     fn with(self, bytes: usize) -> Self {
         Self { packets: self.packets + 1, bytes: self.bytes + bytes }
+    }
+
+    fn and(self, other: Self) -> Self {
+        Self { packets: self.packets + other.packets, bytes: self.bytes + other.bytes }
+    }
+
+    fn without(self, other: Self) -> Self {
+        Self { packets: self.packets - other.packets, bytes: self.bytes - other.bytes }
     }
 
     fn within(self, most: Self) -> bool {
@@ -155,6 +165,17 @@ impl Holder {
     pub fn held(&mut self) -> &HeldPackets {
         self.read();
         &self.packets
+    }
+
+    /// Takes out what is held for these connections.
+    pub fn take_for(&mut self, tuples: impl Iterator<Item = FourTuple>) -> HeldPackets {
+        // The kernel keeps the last ones for a hundredth of a second, to give them together.
+        const TOGETHER_MS: u16 = 20;
+        self.read();
+        let mut logs: Vec<PollFd<'_>> = self.fds().map(|log| PollFd::new(log, PollFlags::POLLIN)).collect();
+        let _ = poll(&mut logs, TOGETHER_MS);
+        self.read();
+        self.packets.split_off(tuples)
     }
 
     /// All that was held.
@@ -287,6 +308,18 @@ impl HeldPackets {
         }
         segments.list.push(segment.to_vec());
         (segments.size, self.size) = (size, all);
+    }
+
+    fn split_off(&mut self, tuples: impl Iterator<Item = FourTuple>) -> Self {
+        let mut other = Self::default();
+        for tuple in tuples {
+            if let Some((wire, segments)) = self.segments.remove_entry(&tuple.on_wire()) {
+                self.size = self.size.without(segments.size);
+                other.size = other.size.and(segments.size);
+                other.segments.insert(wire, segments);
+            }
+        }
+        other
     }
 
     /// Adds what `later` has held.

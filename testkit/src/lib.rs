@@ -22,6 +22,7 @@ pub mod skip;
 pub mod sockets;
 pub mod stage;
 pub mod task;
+pub mod waiting;
 
 pub use capture::Capture;
 pub use client::Client;

@@ -7,7 +7,7 @@ use super::{Care, Known, Level, On, TABLE, When};
 /// `docs/FIDELITY.md`.
 #[must_use]
 pub fn fidelity() -> String {
-    let mut text = String::from(HEAD);
+    let mut text = String::from(HEAD) + LISTENERS;
     for (level, title) in [
         (Level::Socket, "SOL_SOCKET"),
         (Level::Tcp, "SOL_TCP"),
@@ -42,6 +42,16 @@ owner (`options::owners_share_their_port_again`). With `--tcp-established` alone
 
 An option that decides by which addresses and routes a connection goes must be set again, or the restore fails. Any other that the
 target does not take is named in the log, and the connection goes on with the default: a congestion control algorithm that is not there, say.
+";
+/// What is no option of a socket yet.
+const LISTENERS: &str = "
+## Listeners
+
+| what | Linux | stock CRIU 4.2 | with the plugin | test |
+|---|---|---|---|---|
+| a connection that nobody has accepted | 6.9, with BTF, and net.ipv4.tcp_syncookies not 0 | the dump fails | carried: in its queue, in its order, with what it has sent | `accept_queue::over_ipv4`, `accept_queue::over_ipv6` |
+| the same elsewhere | any | the dump fails | the dump fails, or `SOCCR_ACCEPT_QUEUE=reset` resets it | `accept_queue::where_it_cannot_be_carried` |
+| a handshake that is not over (SYN_RECV) | as above | the client is reset | carried if the client's ACK comes before the dump's end; else the client is reset | `accept_queue::a_handshake_that_ends_during_the_dump` |
 ";
 const COLUMNS: &str = "\
 | option | Linux | stock CRIU 4.2 | with the plugin | set | test |

@@ -2,15 +2,16 @@
 
 use std::fs;
 use std::io::{Read, Write};
-use std::net::{Shutdown, SocketAddr, TcpStream};
+use std::net::TcpStream;
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
 use std::path::Path;
-use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use nix::sys::stat::Mode;
+use nix::unistd::mkfifo;
 use soccr_testkit::skip::lacks;
-use soccr_testkit::sockets::{TaskSocket, state, tcp_sockets};
-use soccr_testkit::task::wait_until;
+use soccr_testkit::waiting::{Waiting, all_wait};
 use soccr_testkit::{Place, Server, Side, Stage};
 
 use crate::world::{PATIENCE, PLUGIN, PLUGIN_IPTABLES, SERVER_V4, stage};
@@ -18,83 +19,29 @@ use crate::world::{PATIENCE, PLUGIN, PLUGIN_IPTABLES, SERVER_V4, stage};
 const LATE: [&str; 3] = ["--mode", "echo", "--late"];
 const CLIENTS: u8 = 20;
 
-/// A client, with what it has sent before it was accepted; every fourth has sent a FIN as well.
-struct Waiting {
-    stream: TcpStream,
-    sent: Vec<u8>,
-    finished: bool,
-}
-
-impl Waiting {
-    fn connect(stage: &Stage, server: SocketAddr, nth: u8) -> Result<Self> {
-        let mut stream = stage.peer.run(|| TcpStream::connect(server))?;
-        stream.set_read_timeout(Some(PATIENCE))?;
-        let bytes = (nth..=u8::MAX).cycle();
-        let sent: Vec<u8> = bytes.take([0, 1, 3001][usize::from(nth % 3)]).collect();
-        stream.write_all(&sent)?;
-        let finished = nth.is_multiple_of(4);
-        if finished {
-            stream.shutdown(Shutdown::Write)?;
-        }
-        wait_until("the server's kernel has all", PATIENCE, || {
-            let socket = TaskSocket::of(&stream)?;
-            Ok(socket.unacked()? == 0 && (!finished || socket.state()? == state::FIN_WAIT2))
-        })?;
-        Ok(Self { stream, sent, finished })
-    }
-
-    /// It is the `nth` to be accepted, what it has sent is echoed, and it goes on both ways.
-    fn goes_on(&mut self, nth: u8) -> Result<()> {
-        let mut place = [0];
-        self.stream.read_exact(&mut place).context("the server says nothing")?;
-        ensure!(place[0] == nth, "it came {nth}th and was accepted {}th", place[0]);
-        let mut echo = vec![0; self.sent.len()];
-        self.stream.read_exact(&mut echo).context("what was sent before")?;
-        ensure!(echo == self.sent, "another echo than what was sent");
-        if self.finished {
-            ensure!(self.stream.read(&mut place)? == 0, "more than was sent");
-            return Ok(());
-        }
-        let more = vec![nth; 20_000];
-        self.stream.write_all(&more)?;
-        let mut echo = vec![0; more.len()];
-        self.stream.read_exact(&mut echo).context("what was sent afterwards")?;
-        ensure!(echo == more, "another echo than what was sent");
-        Ok(())
-    }
-}
-
 /// A server that accepts nothing yet, and clients that wait. `None`: this kernel cannot carry them.
 fn server_with_queue(stage: &Stage, address: &str, args: &[&str]) -> Result<Option<(Server, Vec<Waiting>)>> {
+    let Some(server) = late_server(stage, address, args)? else { return Ok(None) };
+    let clients = Waiting::connect_all(stage, &server, server.address, CLIENTS)?;
+    Ok(Some((server, clients)))
+}
+
+fn late_server(stage: &Stage, address: &str, args: &[&str]) -> Result<Option<Server>> {
     let btf = fs::read("/sys/kernel/btf/vmlinux").unwrap_or_default();
     let function = b"bpf_sk_assign_tcp_reqsk\0";
     if !btf.windows(function.len()).any(|name| name == function) {
         return lacks("bpf_sk_assign_tcp_reqsk").map(|()| None);
     }
-    let server = stage.serve(address, &[&LATE[..], args].concat())?;
-    let clients =
-        (0..CLIENTS).map(|nth| Waiting::connect(stage, server.address, nth)).collect::<Result<_>>()?;
-    wait_for_queue(&server)?;
-    Ok(Some((server, clients)))
+    stage.serve(address, &[&LATE[..], args].concat()).map(Some)
 }
 
-/// Waits until all stand in the queue.
 fn wait_for_queue(server: &Server) -> Result<()> {
-    wait_until("all are in the accept queue", PATIENCE, || {
-        let mut waiting = 0;
-        for socket in tcp_sockets(server.pid())? {
-            waiting += if socket.state()? == state::LISTEN { socket.waiting()? } else { 0 };
-        }
-        Ok(waiting == u32::from(CLIENTS))
-    })
+    all_wait(server, CLIENTS)
 }
 
 fn all_go_on(server: &Server, clients: &mut [Waiting]) -> Result<()> {
     server.release()?;
-    for (nth, client) in (0..).zip(clients) {
-        client.goes_on(nth).with_context(|| format!("client {nth}"))?;
-    }
-    Ok(())
+    (0..).zip(clients).try_for_each(|(place, client)| client.goes_on(place))
 }
 
 fn frozen_and_thawed(place: Place, address: &str, side: Side) -> Result<()> {
@@ -187,10 +134,78 @@ fn where_it_cannot_be_carried() -> Result<()> {
     let call = stage.dump(PLUGIN, server.pid(), &images).env("SOCCR_ACCEPT_QUEUE", "reset");
     call.dump_and_wait(server.task)?;
     for client in &mut clients {
-        client.stream.set_read_timeout(Some(Duration::from_secs(5)))?;
-        let error = client.stream.read(&mut [0]).err().map(|error| error.kind());
+        let error = client.read().err().map(|error| error.kind());
         ensure!(error == Some(std::io::ErrorKind::ConnectionReset), "a client sees {error:?}");
     }
     let server = stage.thaw(address, PLUGIN, &images)?;
     stage.wait_until_clean(Some(&server))
+}
+
+/// The client's last ACK of its handshake comes when the server is frozen, with a few bytes: no earlier, since a rule on the
+/// client's host drops it until criu calls its script.
+fn handshake_ends_meanwhile(leave_running: bool) -> Result<()> {
+    let Some(mut stage) = stage(Place::Host, &[PLUGIN])? else { return Ok(()) };
+    let Some(server) = late_server(&stage, SERVER_V4, &[])? else { return Ok(()) };
+    let rule = format!(
+        "table inet late {{ chain out {{ type filter hook output priority 0; \
+         tcp dport {} tcp flags & (syn | ack) == ack drop; }}; }}",
+        server.address.port()
+    );
+    ensure!(stage.peer.command("nft").arg(rule).status()?.success(), "no rule");
+    let mut client = stage.peer.run(|| TcpStream::connect(server.address))?;
+    client.set_read_timeout(Some(PATIENCE))?;
+    all_wait(&server, 0)?;
+
+    let [go, done] = ["go", "done"].map(|name| stage.dir().join(name));
+    let script = stage.dir().join("script");
+    let (first, then) = (go.display(), done.display());
+    let text = format!(
+        "#!/bin/sh\n[ \"$CRTOOLS_SCRIPT_ACTION\" != post-dump ] || {{ echo >{first}; read _ <{then}; }}\n"
+    );
+    fs::write(&script, text)?;
+    fs::set_permissions(&script, fs::Permissions::from_mode(0o755))?;
+    for fifo in [&go, &done] {
+        mkfifo(fifo, Mode::S_IRWXU)?;
+    }
+    let images = stage.images()?;
+    let address = server.address;
+    let server = std::thread::scope(|scope| -> Result<Option<Server>> {
+        let ends = scope.spawn(|| -> Result<()> {
+            fs::read(&go)?;
+            ensure!(stage.peer.command("nft").args(["delete", "table", "inet", "late"]).status()?.success());
+            client.write_all(b"early")?;
+            Ok(fs::write(&done, "\n")?)
+        });
+        let call = stage.dump(PLUGIN, server.pid(), &images).arg("--action-script").arg(&script);
+        let left = if leave_running {
+            call.arg("--leave-running").run()?;
+            Some(server)
+        } else {
+            call.dump_and_wait(server.task)?;
+            None
+        };
+        ends.join().expect("no panic")?;
+        Ok(left)
+    })?;
+    let server = match server {
+        Some(server) => server,
+        None => stage.thaw(address, PLUGIN, &images)?,
+    };
+    stage.wait_until_clean(Some(&server))?;
+    all_wait(&server, 1)?;
+    server.release()?;
+    let mut said = [1; 6];
+    client.read_exact(&mut said)?;
+    ensure!(&said == b"\0early", "{said:?}");
+    Ok(())
+}
+
+#[test]
+fn a_handshake_that_ends_during_the_dump() -> Result<()> {
+    handshake_ends_meanwhile(false)
+}
+
+#[test]
+fn a_handshake_that_ends_during_a_dump_that_leaves_the_server_running() -> Result<()> {
+    handshake_ends_meanwhile(true)
 }

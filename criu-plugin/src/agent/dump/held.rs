@@ -18,6 +18,7 @@ use soccr::lock::{self, Listener, LockName, LockOptions, MARK, Method, NetworkLo
 use soccr::repair::Paused;
 
 use super::arrangement::{Arrangement, Namespaces};
+use super::queues::Request;
 use crate::agent::error::AgentError;
 use crate::agent::path::Path;
 use crate::agent::profile::Profile;
@@ -42,6 +43,8 @@ pub struct Held {
     pub queued: Vec<Queued>,
     /// The sockets of connections that are not carried, and whose peers hear so.
     pub reset: Vec<(OwnedFd, FourTuple)>,
+    /// Handshakes that were not over.
+    pub requests: Vec<Request>,
     /// What keeps the connections still.
     pub locks: HashMap<NetNs, NetworkLock>,
     /// The same on the way to namespaces other than criu's.
@@ -70,6 +73,7 @@ impl Held {
             sockets: Vec::new(),
             queued: Vec::new(),
             reset: Vec::new(),
+            requests: Vec::new(),
             locks: HashMap::new(),
             path: Path::new(&criu_ns, lock),
             holder: Holder::from_env()?,
@@ -166,6 +170,7 @@ impl Held {
         }
         let sockets = self.sockets.iter().map(|(socket, tuple)| (socket.as_fd(), *tuple));
         let sockets = sockets.chain(waiting.iter().map(Waiting::end));
+        let sockets = sockets.chain(self.requests.iter().map(Request::target));
         log::debug!("{} packets were held, {} brought to their sockets", held.len(), held.release(sockets));
     }
 

@@ -229,6 +229,7 @@ impl<'a> Dump<'a> {
                 Arrangement::make(images, lock, &tree)?
             };
             if arrangement.is_some() {
+                saved.complete_requests();
                 saved.write_side_image()?;
             }
             Ok(arrangement)

@@ -3,25 +3,25 @@
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::rc::Rc;
 
+use nix::poll::{PollFd, PollFlags, poll};
 use soccr::accept_queue::{self, Fallback};
 use soccr::chain;
-use soccr::connection::State;
+use soccr::connection::{FourTuple, State};
 use soccr::criu::image::side::Accepted;
 use soccr::criu::record::QueueRecord;
 use soccr::criu::tasks::{Place, Unconnected};
 use soccr::kernel::netns::NetNs;
-use soccr::kernel::{SysError, tcp};
+use soccr::kernel::{SysError, diag, tcp};
 use soccr::repair::{Paused, four_tuple};
 
 use crate::agent::error::AgentError;
 use crate::agent::queued::{Queued, Source};
-use crate::fault;
 
 /// A listener of the tree.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Listener {
     socket: Rc<OwnedFd>,
     inode: u32,
@@ -44,6 +44,57 @@ pub fn listeners(unconnected: &[Unconnected]) -> Result<Vec<Listener>, AgentErro
     Ok(listeners)
 }
 
+/// A handshake that waits for its last ACK. Nobody can read what was agreed on in it; but what its client sends is held, and
+/// the old listener makes a connection of it as long as it is there.
+#[derive(Debug)]
+pub struct Request {
+    pub listener: Listener,
+    pub tuple: FourTuple,
+}
+
+impl Request {
+    /// Where it is to be locked.
+    pub fn end(&self) -> (NetNs, FourTuple) {
+        (self.listener.ns.clone(), self.tuple)
+    }
+
+    /// Where segments for it arrive.
+    pub fn target(&self) -> (BorrowedFd<'_>, FourTuple) {
+        (self.listener.socket.as_fd(), self.tuple)
+    }
+}
+
+/// The handshakes at these listeners that are not over, as far as their connections could be put back.
+pub fn requests(listeners: &[Listener]) -> Vec<Request> {
+    let mut requests = Vec::new();
+    let mut seen: Vec<&NetNs> = Vec::new();
+    for Listener { ns, .. } in listeners {
+        if seen.contains(&ns) {
+            continue;
+        }
+        seen.push(ns);
+        let found = match ns.run(diag::requests) {
+            Ok(Ok(found)) => found,
+            Ok(Err(error)) => unknown(ns, &error),
+            Err(error) => unknown(ns, &error),
+        };
+        if found.is_empty() || accept_queue::check(ns).is_err() {
+            continue;
+        }
+        for tuple in found {
+            let listener =
+                listeners.iter().find(|listener| listener.ns == *ns && listener.hears(tuple.local));
+            requests.extend(listener.map(|listener| Request { listener: listener.clone(), tuple }));
+        }
+    }
+    requests
+}
+
+fn unknown(ns: &NetNs, error: &dyn std::error::Error) -> Vec<FourTuple> {
+    log::warn!("{ns}: handshakes that are not over are lost: {}", chain(error));
+    Vec::new()
+}
+
 /// What an agent that died has saved, whose sockets went with it.
 pub fn of_images(accepted: Vec<Accepted>, listeners: Vec<Listener>) -> Vec<Queued> {
     let listeners = listeners.into_iter().map(|Listener { socket, inode, ns, .. }| (inode, (socket, ns)));
@@ -59,6 +110,22 @@ pub fn of_images(accepted: Vec<Accepted>, listeners: Vec<Listener>) -> Vec<Queue
 }
 
 impl Listener {
+    fn hears(&self, end: SocketAddr) -> bool {
+        let own = self.local.ip();
+        self.local.port() == end.port()
+            && (own.is_unspecified() || own.to_canonical() == end.ip().to_canonical())
+    }
+
+    /// Waits a moment for a connection in its queue.
+    pub fn wait(&self) {
+        const PATIENCE_MS: u16 = 20;
+        let _ = poll(&mut [PollFd::new(self.socket.as_fd(), PollFlags::POLLIN)], PATIENCE_MS);
+    }
+
+    pub fn inode(&self) -> u32 {
+        self.inode
+    }
+
     /// What is in its queue and to be taken out; `None`: nothing. What could not be put back is left to CRIU, which refuses
     /// the dump, or reset, as the fallback says.
     pub fn queue(&self, fallback: Fallback) -> Result<Option<QueueRecord>, AgentError> {
@@ -91,7 +158,6 @@ impl Listener {
     pub fn take(&self) -> Result<Option<Queued>, AgentError> {
         let failed = |source| self.failed(source);
         while let Some(socket) = accept_queue::take(self.socket.as_fd()).map_err(failed)? {
-            fault::point("dump.accepted")?;
             let tuple = four_tuple(socket.as_fd()).map_err(failed)?;
             let state = State::try_from(tcp::info(socket.as_fd()).map_err(failed)?.state);
             let state = state.map_err(|source| AgentError::QueuedState { tuple, source })?;

@@ -5,6 +5,7 @@ use std::ops::Range;
 use std::os::fd::{AsFd, OwnedFd};
 
 use soccr::accept_queue::Fallback;
+use soccr::chain;
 use soccr::connection::{ControlBlock, FourTuple, Queues};
 use soccr::criu::image::ImageDir;
 use soccr::criu::image::external::ExternalImage;
@@ -21,7 +22,7 @@ use soccr::repair::{Paused, Probe};
 
 use super::extras::Extras;
 use super::held::Held;
-use super::queues::{self, Listener};
+use super::queues::{self, Listener, Request};
 use super::writer::{self, Image};
 use crate::agent::error::AgentError;
 use crate::agent::path::Path;
@@ -130,6 +131,7 @@ impl<'a> Saving<'a> {
         self.lock(&ends(&found))?;
         fault::point("dump.locked")?;
         profile.lap("lock");
+        self.hold_requests(&listeners)?;
         let queued = self.empty_queues(&listeners)?;
         profile.lap("empty accept queues");
         let count = found.len();
@@ -267,20 +269,46 @@ impl<'a> Saving<'a> {
         }
         self.held.tasks.iter().for_each(|task| self.held.recorder.add_task(task.pid));
         self.held.recorder.save(Phase::Saving)?;
+        // Whatever fails, a queue is emptied as far as can be: what goes back into it comes behind what is there.
+        let mut result = Ok(());
         for listener in full {
-            while let Some(taken) = listener.take()? {
+            while let Some(taken) = listener.take().unwrap_or_else(|error| {
+                result = Err(error);
+                None
+            }) {
                 self.held.queued.push(taken);
+                if let Err(error) = fault::point("dump.accepted") {
+                    result = Err(error.into());
+                }
             }
         }
         let queued = first..self.held.queued.len();
-        let taken: Vec<_> = self.held.queued[queued.clone()].iter().map(Queued::end).collect();
-        let ends: Vec<End<'_>> = taken.iter().map(|(ns, tuple)| (ns, *tuple)).collect();
+        self.lock_late(&self.held.queued[queued.clone()].iter().map(Queued::end).collect::<Vec<_>>())?;
+        fault::point("dump.queue-locked")?;
+        result.map(|()| queued)
+    }
+
+    /// What the clients of handshakes that are not over send is held, so that none gets into a queue any more.
+    fn hold_requests(&mut self, listeners: &[Listener]) -> Result<(), AgentError> {
+        if self.options.method != Method::Nftables || self.held.holder.patience.is_zero() {
+            return Ok(());
+        }
+        let requests = queues::requests(listeners);
+        if !requests.is_empty() {
+            self.held.tasks.iter().for_each(|task| self.held.recorder.add_task(task.pid));
+            self.lock_late(&requests.iter().map(Request::end).collect::<Vec<_>>())?;
+            self.held.requests.extend(requests);
+        }
+        Ok(())
+    }
+
+    /// Locks what was found when all else was locked.
+    fn lock_late(&mut self, found: &[(NetNs, FourTuple)]) -> Result<(), AgentError> {
+        let ends: Vec<End<'_>> = found.iter().map(|(ns, tuple)| (ns, *tuple)).collect();
         self.add_to_path(&ends);
         self.record_locks(ends.iter().map(|(ns, _)| *ns));
         self.held.recorder.save(Phase::Saving)?;
-        self.lock(&ends)?;
-        fault::point("dump.queue-locked")?;
-        Ok(queued)
+        self.lock(&ends)
     }
 
     /// Reads and writes what was taken out of accept queues. The images tell of it from now on, should another agent have
@@ -370,6 +398,42 @@ impl<'a> Saving<'a> {
 }
 
 impl Saved {
+    /// Handshakes whose last ACK was held meanwhile end at their old listeners, and their connections are saved like those
+    /// that nobody had accepted.
+    pub fn complete_requests(&mut self) {
+        let requests = std::mem::take(&mut self.held.requests);
+        if requests.is_empty() {
+            return;
+        }
+        let held = self.held.holder.take_for(requests.iter().map(|request| request.tuple));
+        if held.release(requests.iter().map(Request::target)) == 0 {
+            return;
+        }
+        let mut listeners: Vec<Listener> = Vec::new();
+        for Request { listener, .. } in requests {
+            if listeners.iter().all(|other| other.inode() != listener.inode()) {
+                listeners.push(listener);
+            }
+        }
+        let first = self.held.queued.len();
+        for listener in listeners {
+            listener.wait();
+            if let Err(error) = self.take_all(&listener) {
+                log::error!("a connection that came meanwhile is lost: {}", chain(&error));
+            }
+        }
+        log::info!("{} handshakes ended meanwhile", self.held.queued.len() - first);
+    }
+
+    fn take_all(&mut self, listener: &Listener) -> Result<(), AgentError> {
+        let mut queues = Queues::default();
+        while let Some(mut taken) = listener.take()? {
+            taken.save(&self.images, &mut queues)?;
+            self.held.queued.push(taken);
+        }
+        Ok(())
+    }
+
     /// Writes what CRIU's images have no field for.
     pub fn write_side_image(&mut self) -> Result<(), AgentError> {
         let translations = self.held.path.translations().iter().copied().collect();

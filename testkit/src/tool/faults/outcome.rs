@@ -2,6 +2,7 @@
 
 use std::net::SocketAddr;
 use std::path::Path;
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use nix::sys::signal::{Signal, kill};
@@ -10,6 +11,7 @@ use soccr_testkit::criu::last_errors;
 use soccr_testkit::fleet::Seen;
 use soccr_testkit::stage::PATIENCE;
 use soccr_testkit::task::{Task, name_and_state, wait_until};
+use soccr_testkit::waiting::Waiting;
 use soccr_testkit::{Client, Fleet, Server};
 
 use crate::faults::scene::Scene;
@@ -50,6 +52,28 @@ impl Verdict {
     ) -> Self {
         let left = scene.check_spotless(living.as_ref().map(|(server, _)| server)).err();
         Self { kind, living, connections, lost, left, cleaned }
+    }
+
+    /// The same with those that nobody had accepted. Where it was `told` that some are lost they may be, and the others go on
+    /// in their order.
+    pub fn with_waiting(mut self, waiting: Vec<Waiting>, told: bool) -> Result<Self> {
+        /// Of lost ones nobody may hear any more.
+        const SILENCE: Duration = Duration::from_millis(500);
+        let Some((server, _)) = &self.living else { return Ok(self) };
+        server.release()?;
+        let mut place = 0;
+        for mut client in waiting {
+            if told {
+                client.set_patience(SILENCE)?;
+            }
+            match client.goes_on(place) {
+                Ok(()) => place += 1,
+                Err(_) if told => continue,
+                Err(error) => self.lost.push(format!("{error:#}")),
+            }
+            self.connections += 1;
+        }
+        Ok(self)
     }
 
     /// Whether nothing was lost and nothing left.

@@ -12,6 +12,7 @@ use soccr_testkit::criu::{Call, last_errors};
 use soccr_testkit::interrupt;
 use soccr_testkit::stage::PATIENCE;
 use soccr_testkit::task::{name_and_state, pid_of, wait_until};
+use soccr_testkit::waiting::Waiting;
 use soccr_testkit::{Client, Fleet, Place, Server};
 
 use crate::faults::outcome::{self, Verdict};
@@ -20,14 +21,17 @@ use crate::faults::report::Report;
 use crate::faults::scene::{PLUGIN, Scene, Tools};
 
 const DUMP: &str = "\
-    dump.init dump.asked dump.tree dump.found dump.recorded dump.locked dump.paused dump.read \
-    dump.resumed dump.written dump.saved dump.extras dump.end dump.arranged dump.dead dump.closing dump.closed";
+    dump.init dump.asked dump.tree dump.found dump.recorded dump.locked dump.accepted dump.queue-locked \
+    dump.paused dump.read dump.resumed dump.written dump.queue-written dump.saved dump.extras dump.end dump.arranged dump.dead dump.closing dump.closed";
+/// From here on connections that nobody has accepted are with the agent alone.
+const TAKEN: &str = "dump.accepted";
 /// From here on the images are complete.
 const COMPLETE: &str = "dump.end";
 
 const RESTORE: &str = "\
     restore.init restore.prepared restore.locked restore.forked restore.asked restore.copied \
-    restore.disconnected restore.syn-sent restore.syn-acked restore.built restore.all-built restore.unlocking restore.unlocked restore.released \
+    restore.disconnected restore.syn-sent restore.syn-acked restore.built restore.all-built queue.closed queue.put \
+    restore.unlocking restore.unlocked restore.released \
     restore.waking restore.awake restore.end";
 /// In a hook of CRIU's that is called since 4.2.
 const FORKED: &str = "restore.forked";
@@ -98,6 +102,8 @@ impl Action {
 }
 
 const CONNECTIONS: usize = 8;
+/// So many more that nobody has accepted.
+const WAITING: u8 = 3;
 /// Of these the first have full queues, the others talk.
 const FULL: usize = 4;
 const PERIOD: Duration = Duration::from_millis(40);
@@ -132,12 +138,13 @@ pub fn run(
                 Some(living) => living,
                 None => scene.small(CONNECTIONS)?,
             };
+            let waiting = scene.connect_waiting(&server, WAITING)?;
             let fleet = scene.busy(&server, clients, FULL, PERIOD)?;
             let start = Instant::now();
             let verdict = if DUMP.contains(point) {
-                in_dump(&scene, server, fleet, point, action)
+                in_dump(&scene, server, fleet, waiting, point, action)
             } else {
-                in_restore(&scene, server, fleet, point, action)
+                in_restore(&scene, server, fleet, waiting, point, action)
             };
             let ended = report.fault(action.name(), &name, &verdict);
             line.push(format!("{ended} {:.1} s", start.elapsed().as_secs_f64()));
@@ -158,6 +165,7 @@ fn in_dump(
     scene: &Scene,
     server: Server,
     fleet: Fleet<Client>,
+    waiting: Vec<Waiting>,
     point: &str,
     action: Action,
 ) -> Result<Verdict> {
@@ -165,13 +173,20 @@ fn in_dump(
     let call = scene.dump(PLUGIN, server.pid(), &images).plugins(&scene.tools.faulty);
     run_with_fault(scene, call, point, action, &images.join("dump.log"))?;
     let killed = action == Action::KillTask && DUMP.find(point) < DUMP.find(COMPLETE);
-    outcome::of_dump(scene, server, fleet, &images, killed).with_context(|| log_of(&images, "dump.log"))
+    let alone = DUMP.find(TAKEN) <= DUMP.find(point) && DUMP.find(point) < DUMP.find(COMPLETE);
+    // One that is stopped is killed by criu's side after a while.
+    let agent = matches!(action, Action::KillAgent | Action::StopAgent);
+    let told = alone && agent && says(&images, "that nobody had accepted at")?;
+    outcome::of_dump(scene, server, fleet, &images, killed)
+        .and_then(|verdict| verdict.with_waiting(waiting, told))
+        .with_context(|| log_of(&images, "dump.log"))
 }
 
 fn in_restore(
     scene: &Scene,
     server: Server,
     fleet: Fleet<Client>,
+    waiting: Vec<Waiting>,
     point: &str,
     action: Action,
 ) -> Result<Verdict> {
@@ -182,7 +197,14 @@ fn in_restore(
     run_with_fault(scene, call, point, action, &images.join("restore.log"))?;
     let killed = action == Action::KillTask && RESTORE.find(point) >= RESTORE.find(GIVEN_BACK);
     outcome::of_restore(scene, pid, address, fleet, &images, killed)
+        .and_then(|verdict| verdict.with_waiting(waiting, false))
         .with_context(|| log_of(&images, "restore.log"))
+}
+
+/// Whether the dump's log says that connections are lost.
+fn says(images: &Path, what: &str) -> Result<bool> {
+    let log = fs::read_to_string(images.join("dump.log"))?;
+    Ok(log.lines().any(|line| line.contains(what) && line.contains("are lost")))
 }
 
 fn log_of(images: &Path, name: &str) -> String {

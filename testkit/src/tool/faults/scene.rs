@@ -11,6 +11,7 @@ use soccr_testkit::server::reuses;
 use soccr_testkit::sockets::{Queues, tcp_sockets};
 use soccr_testkit::stage::{PATIENCE, V4, V6};
 use soccr_testkit::task::wait_until;
+use soccr_testkit::waiting::Waiting;
 use soccr_testkit::{Client, Criu, Fleet, Lock, Pace, Place, Server, Side, Stage};
 
 /// Who carries the connections.
@@ -80,11 +81,16 @@ impl<'a> Scene<'a> {
     ) -> Result<(Server, Vec<Client>)> {
         let port = self.port.replace(self.port.get() + 1);
         let [v4, v6] = [V4, V6].map(|address| SocketAddr::new(address.parse().expect("an address"), port));
-        let also = v6.to_string();
-        let args = [&["--reuse-half", "--also", &also], args].concat();
+        let (also, late) = (v6.to_string(), late(v4).to_string());
+        let args = [&["--reuse-half", "--also", &also, "--also", &late, "--late"], args].concat();
         let server = self.serve(&v4.to_string(), &args)?;
         let clients = self.connect_all(&[v4, v6], count, connect)?;
         Ok((server, clients))
+    }
+
+    /// Clients that the server does not accept yet.
+    pub fn connect_waiting(&self, server: &Server, count: u8) -> Result<Vec<Waiting>> {
+        Waiting::connect_all(self, server, late(server.address), count)
     }
 
     /// Makes clients busy, and waits until the queues of the first `full` are full on both sides. Each other one sends
@@ -143,4 +149,9 @@ impl<'a> Scene<'a> {
         }
         Ok(())
     }
+}
+
+/// Where a server accepts nobody before it is told to.
+fn late(address: SocketAddr) -> SocketAddr {
+    SocketAddr::new(address.ip(), address.port() + 1000)
 }

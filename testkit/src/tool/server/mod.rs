@@ -38,7 +38,7 @@ pub struct Options {
     listen: Option<SocketAddr>,
     /// Listen there too
     #[arg(long, value_name = "ADDR")]
-    also: Option<SocketAddr>,
+    also: Vec<SocketAddr>,
     /// Be the client of that server (`--join child` does so)
     #[arg(long, value_name = "ADDR", hide = true)]
     connect: Option<SocketAddr>,
@@ -72,7 +72,8 @@ pub struct Options {
     /// Of accepted sockets
     #[arg(long, value_name = "BYTES")]
     sndbuf: Option<usize>,
-    /// Accept nothing before SIGUSR1, and then send each client its place in the order (one byte) before anything else
+    /// Accept at the last of the addresses only those that wait when SIGUSR1 comes, and send each its place among them (one
+    /// byte) before anything else
     #[arg(long)]
     late: bool,
     /// SO_REUSEADDR off in about half of the accepted sockets
@@ -128,9 +129,8 @@ pub fn run(options: Options) -> Result<()> {
     }
     let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
     setrlimit(Resource::RLIMIT_NOFILE, hard, hard)?;
-    let addresses = [options.listen, options.also];
-    let listeners: Vec<_> =
-        addresses.into_iter().flatten().map(|address| listen(address, &options)).collect::<Result<_>>()?;
+    let addresses = options.listen.iter().chain(&options.also);
+    let listeners: Vec<_> = addresses.map(|address| listen(*address, &options)).collect::<Result<_>>()?;
     for nth in 1..options.processes {
         // SAFETY: this process has one thread, so the child may do anything.
         if let ForkResult::Child = unsafe { fork() }.context("fork")? {
@@ -177,7 +177,6 @@ struct Loop {
     parked: Vec<Parked>,
     counters: Rc<RefCell<HashMap<String, u64>>>,
     ended: usize,
-    accepted: u8,
     child: Option<Child>,
     next_tick: Instant,
     // Held for what it is to a dump, never used.
@@ -199,21 +198,21 @@ impl Loop {
             parked: Vec::new(),
             counters: Rc::default(),
             ended: 0,
-            accepted: 0,
             child: None,
             next_tick: Instant::now(),
             _unix: options.unix.as_ref().map(UnixStream::connect).transpose()?,
             options,
         };
         server.watch(&server.released, EpollFlags::EPOLLIN)?;
-        if !server.options.late {
-            server.watch_listeners()?;
-        }
+        let late = server.late();
+        let mut watched = server.listeners.iter().enumerate().filter(|(nth, _)| Some(*nth) != late);
+        watched.try_for_each(|(_, listener)| server.watch(listener, EpollFlags::EPOLLIN))?;
         Ok(server)
     }
 
-    fn watch_listeners(&self) -> Result<()> {
-        self.listeners.iter().try_for_each(|listener| self.watch(listener, EpollFlags::EPOLLIN))
+    /// The listener that waits for SIGUSR1.
+    fn late(&self) -> Option<usize> {
+        self.listeners.len().checked_sub(1).filter(|_| self.options.late)
     }
 
     fn open(&mut self) -> Result<()> {
@@ -302,14 +301,15 @@ impl Loop {
     }
 
     fn accept(&mut self, nth: usize) -> Result<()> {
+        let mut place = (self.late() == Some(nth)).then_some(0);
         loop {
             let (mut stream, peer) = match self.listeners[nth].accept() {
                 Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(()),
                 accepted => accepted.context("accept")?,
             };
-            if self.options.late {
-                stream.write_all(&[self.accepted])?;
-                self.accepted += 1;
+            if let Some(place) = &mut place {
+                stream.write_all(&[*place])?;
+                *place += 1;
             }
             if self.options.reuse_half {
                 setsockopt(&stream, sockopt::ReuseAddr, &reuses(peer))?;
@@ -331,8 +331,8 @@ impl Loop {
     /// SIGUSR1 came.
     fn release(&mut self) -> Result<()> {
         while self.released.read_signal()?.is_some() {}
-        if self.options.late {
-            self.watch_listeners()?;
+        if let Some(late) = self.late() {
+            self.accept(late)?;
         }
         self.options.hold = false;
         self.options.keep = false;
