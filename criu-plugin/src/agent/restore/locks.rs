@@ -93,11 +93,6 @@ impl Locks {
         Ok(Self { criu_ns, root_ns: None, options, name, left, recorder, held, path, holder, listeners })
     }
 
-    /// How many connections are locked.
-    pub fn count(&self) -> usize {
-        self.held.values().map(|locked| locked.tuples.len()).sum()
-    }
-
     /// The namespace that criu runs in.
     pub fn criu_ns(&self) -> &NetNs {
         &self.criu_ns
