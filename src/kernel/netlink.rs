@@ -1,9 +1,10 @@
 //! Netlink sockets: whole messages in, whole messages out.
 
+use std::hash::{BuildHasher, Hasher, RandomState};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use nix::errno::Errno;
-use nix::sys::socket::{MsgFlags, send};
+use nix::sys::socket::{MsgFlags, NetlinkAddr, bind, send};
 
 use super::sockopt::{self, Buffer};
 use super::{SysError, SysResult};
@@ -79,6 +80,28 @@ impl NetlinkSocket {
     /// Gives the kernel room for so many bytes of messages that come unasked, more than it has, as far as it allows.
     pub fn set_receive_room(&self, bytes: i32) {
         let _ = sockopt::set_buffer_size(self.fd.as_fd(), Buffer::Receive, bytes);
+    }
+
+    /// Gives the socket a port that was nobody's before. Left to itself the kernel takes the process id, or a negative number
+    /// beside another socket of the process.
+    ///
+    /// Closing a socket frees its port before the subsystems are told, and what they end then is whatever belongs to the
+    /// port: also a successor's. nf_tables, where it is told first, makes the others wait for an RCU grace period.
+    ///
+    /// # Errors
+    /// ENOMEM.
+    pub fn take_new_port(&self) -> SysResult<()> {
+        const CALL: &str = "give a netlink socket a port";
+        /// No process id is as large.
+        const FIRST: u32 = 1 << 30;
+        loop {
+            let random = RandomState::new().build_hasher().finish() % u64::from(FIRST);
+            let port = FIRST + u32::try_from(random).expect("it is smaller than one");
+            match bind(self.fd.as_raw_fd(), &NetlinkAddr::new(port, 0)) {
+                Err(Errno::EADDRINUSE) => {}
+                other => return other.map_err(|errno| SysError { call: CALL, errno }),
+            }
+        }
     }
 
     /// Receives the next datagram of the kernel's answer, `None` when there is no more. Never

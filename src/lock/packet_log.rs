@@ -48,6 +48,8 @@ impl PacketLog {
     /// Takes a free group in `ns`.
     pub fn open(ns: &NetNs) -> Result<Self, NftError> {
         let socket = ns.run(NetlinkSocket::netfilter)?.map_err(NftError::Socket)?;
+        // Its groups end with its port.
+        socket.take_new_port().map_err(NftError::Socket)?;
         socket.set_receive_room(ROOM);
         #[allow(clippy::cast_possible_truncation)] // it has 16 bits
         let mut log = Self { socket, group: MARK as u16, buffer: vec![0; LONGEST] };

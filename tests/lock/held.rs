@@ -1,5 +1,6 @@
 //! What a lock drops is held, and brought to its socket afterwards.
 
+use std::fs;
 use std::io::Write;
 use std::net::{TcpListener, TcpStream};
 use std::os::fd::AsFd;
@@ -272,4 +273,34 @@ fn a_connection_has_a_bound() {
         }
         assert_eq!(held.len(), (1 << 20) / 60_000);
     });
+}
+
+/// A socket that has deleted a table is closed by a thread: the kernel frees its port, and takes a while to end what is that
+/// port's.
+#[test]
+fn what_is_closed_meanwhile_takes_no_group_along() {
+    in_own_network(|| {
+        let before = threads();
+        for _ in 0..10 {
+            let lock = NetworkLock::lock(&here(), &name("gone"), &[], &NFTABLES).unwrap();
+            assert!(lock.unlock().unwrap());
+            let mut holders = Vec::new();
+            while threads() > before && holders.len() < 50 {
+                let mut holder = holder();
+                assert!(holder.options(&here(), &NFTABLES).log.is_some());
+                holders.push(holder);
+            }
+            until("all is closed", || threads() == before);
+            assert_eq!(groups(), holders.len(), "groups that are left");
+        }
+    });
+}
+
+fn threads() -> usize {
+    fs::read_dir("/proc/self/task").unwrap().count()
+}
+
+/// How many groups of the netfilter log somebody has.
+fn groups() -> usize {
+    fs::read_to_string("/proc/thread-self/net/netfilter/nfnetlink_log").unwrap().lines().count()
 }

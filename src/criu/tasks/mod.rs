@@ -12,6 +12,7 @@ mod stop;
 use std::collections::VecDeque;
 use std::fs;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
 
 use nix::dir::Dir;
 use nix::errno::Errno;
@@ -75,9 +76,25 @@ impl Task {
     /// # Errors
     /// When `/proc` cannot be read.
     pub fn sockets(&self) -> std::io::Result<Vec<(RemoteFd, u64)>> {
+        self.descriptors(|fd, target| Some((RemoteFd(fd), socket_inode(target)?)))
+    }
+
+    /// The network namespaces that it keeps open.
+    ///
+    /// # Errors
+    /// When `/proc` cannot be read.
+    pub fn open_namespaces(&self) -> std::io::Result<Vec<NetNs>> {
+        self.descriptors(|fd, target| {
+            target.starts_with("net:[").then_some(())?;
+            NetNs::open(Path::new(&format!("/proc/{}/fd/{fd}", self.pid))).ok()
+        })
+    }
+
+    /// What `wanted` makes of its descriptors, by their numbers and links.
+    fn descriptors<T>(&self, wanted: impl Fn(u32, &str) -> Option<T>) -> std::io::Result<Vec<T>> {
         let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
         let table = format!("/proc/{}/fd", self.pid);
-        let mut sockets = Vec::new();
+        let mut found = Vec::new();
         // Another descriptor than the one that is listed: links are looked up from there, not from the root.
         let links = open(table.as_str(), flags, Mode::empty())?;
         for entry in Dir::open(table.as_str(), flags, Mode::empty())?.iter() {
@@ -89,11 +106,9 @@ impl Task {
                 Err(errno) if errno == Errno::ENOENT || self.gone() => continue,
                 target => target?,
             };
-            if let Some(inode) = target.to_str().and_then(socket_inode) {
-                sockets.push((RemoteFd(fd), inode));
-            }
+            found.extend(target.to_str().and_then(|target| wanted(fd, target)));
         }
-        Ok(sockets)
+        Ok(found)
     }
 
     /// Readable when the task is gone.

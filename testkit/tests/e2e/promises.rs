@@ -82,6 +82,24 @@ fn a_restore_fails_and_the_next_succeeds(
     stage.wait_until_clean(Some(&server))
 }
 
+/// Such a CRIU has been given the namespace as a descriptor, whose peers go on sending: it is locked from the beginning.
+#[test]
+fn without_post_forking_no_peer_of_a_namespace_by_path_is_reset() -> Result<()> {
+    let Some(mut stage) = stage(Place::External, &[PLUGIN])? else { return Ok(()) };
+    let Some(faulty) = faulty(&stage)? else { return Ok(()) };
+    stage.criu = faulty;
+    let server = stage.serve(SERVER_V4, &["--mode", "echo"])?;
+    let busy = Fleet::echoes(clients(&stage, &server)?, BUSY)?;
+    let images = stage.images()?;
+    let address = stage.freeze(server, PLUGIN, &images)?;
+    let call = stage.restore(PLUGIN, &images)?.env("SOCCR_FAULT", "hook.count:error");
+    let server = Server::restored(address, call.restore()?.0, stage.dir());
+    for mut client in busy.stop(PATIENCE).whole()? {
+        client.ping(1000)?;
+    }
+    stage.wait_until_clean(Some(&server))
+}
+
 /// A tree whose root lives in one namespace and whose server in another, both by path. CRIU locks the root's only.
 #[test]
 fn a_nested_namespace_is_locked_throughout() -> Result<()> {

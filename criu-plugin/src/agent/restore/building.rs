@@ -36,6 +36,8 @@ pub struct Building<'a> {
     pub plan: Plan,
     pub preloaded: Preloaded,
     pub locks: Locks,
+    /// CRIU's numbers of the namespaces that are locked as tasks live in them.
+    locked: HashSet<u32>,
     pub tree: Tree,
     /// What was not found in a task yet.
     pub missing: Missing,
@@ -85,8 +87,21 @@ impl<'a> Building<'a> {
         };
         let (namespaces, forge) = (SocketNamespaces::default(), Forge::behind(locks.method()));
         let preloaded = Preloaded::none_of(&plan.index);
-        let (built, listeners, waiting) = (Vec::new(), HashMap::new(), Vec::new());
-        Self { criu, plan, preloaded, locks, tree, missing, namespaces, forge, built, listeners, waiting }
+        let locked = plan.index.root_net_ns_id.into_iter().collect();
+        Self {
+            criu,
+            plan,
+            preloaded,
+            locks,
+            locked,
+            tree,
+            missing,
+            namespaces,
+            forge,
+            built: Vec::new(),
+            listeners: HashMap::new(),
+            waiting: Vec::new(),
+        }
     }
 
     /// Whether hooks of tasks are still to come.
@@ -130,6 +145,18 @@ impl<'a> Building<'a> {
         ns.run(|| address::await_local(ip, until))?.map_err(failed)
     }
 
+    /// init(): where CRIU does not make the tree's namespace itself, it was given it as a descriptor (`--inherit-fd`): peers
+    /// reach it already.
+    pub fn lock_inherited(&mut self, inherited: Vec<NetNs>) -> Result<(), AgentError> {
+        let passing = self.plan.passing();
+        let inherited: HashSet<NetNs> =
+            inherited.into_iter().filter(|ns| ns != self.locks.criu_ns() && !passing.is_empty()).collect();
+        if inherited.len() == 1 {
+            inherited.iter().for_each(|ns| self.locks.found_root(ns.clone()));
+        }
+        self.locks.lock(inherited.into_iter().map(|ns| (ns, passing.clone())).collect())
+    }
+
     /// POST_FORKING: the root task is there, and no other has entered a namespace of its own.
     pub fn forked(&mut self) -> Result<(), AgentError> {
         if (!self.missing.connections.is_empty() || !self.plan.accepted.is_empty())
@@ -151,18 +178,20 @@ impl<'a> Building<'a> {
     /// Locks what is to be restored in the namespaces that these tasks live in. A task that cannot be looked at is a helper
     /// of CRIU that ends.
     fn lock_namespaces(&mut self, pids: &[i32]) -> Result<(), AgentError> {
-        let (mut wanted, mut ids) = (HashMap::new(), Vec::new());
+        let (mut wanted, mut ids) = (HashMap::<_, Vec<_>>::new(), Vec::new());
         for pid in pids {
             let Ok(ns) = NetNs::of_task(pid.cast_unsigned()) else { continue };
             let task = tasks::inner_pid(*pid).ok().and_then(|inner| self.plan.index.tasks.get(&inner));
-            let id = task.and_then(|task| task.net_ns_id);
-            if id.is_some() && id != self.plan.index.root_net_ns_id && !wanted.contains_key(&ns) {
+            if let Some(id) = task.and_then(|task| task.net_ns_id)
+                && self.locked.insert(id)
+            {
+                let tuples = self.plan.tuples(|net_ns_id| net_ns_id == Some(id));
                 ids.push((ns.clone(), id));
-                wanted.insert(ns, self.plan.tuples(|net_ns_id| net_ns_id == id));
+                wanted.entry(ns).or_default().extend(tuples);
             }
         }
         self.locks.lock(wanted)?;
-        ids.iter().try_for_each(|(ns, id)| self.await_addresses(ns, |its| its == *id))
+        ids.iter().try_for_each(|(ns, id)| self.await_addresses(ns, |its| its == Some(*id)))
     }
 
     /// RESUME_DEVICES_LATE: brings back the connections of one task.
@@ -212,7 +241,8 @@ impl<'a> Building<'a> {
     /// All tasks are there when the first of these hooks comes, each in its namespace. A criu without POST_FORKING (before
     /// 4.2) has told of none of them yet.
     fn lock_whole_tree(&mut self, first: i32) -> Result<(), AgentError> {
-        if self.locks.count() >= self.plan.tuples(|_| true).len() + self.plan.external.len() {
+        let namespaces = self.plan.index.tasks.values().filter_map(|task| task.net_ns_id);
+        if namespaces.into_iter().all(|id| self.locked.contains(&id)) {
             return Ok(());
         }
         let root = self.tree.root.as_ref().map_or(first, |root| root.pid);

@@ -95,11 +95,6 @@ impl Locks {
         Ok(Self { criu_ns, root_ns, options, name, left, recorder, held, path, holder, listeners, unknown })
     }
 
-    /// How many connections are locked.
-    pub fn count(&self) -> usize {
-        self.held.values().map(|locked| locked.tuples.len()).sum()
-    }
-
     /// What keeps packets away.
     pub fn method(&self) -> Method {
         self.options.method

@@ -4,7 +4,8 @@
 //! unlocking and its late hook peers' packets would meet a socket without a connection and be answered with RST, so our
 //! lock is there as early as can be.
 //!
-//! 1. init(): what the images hold is read ([`Plan`]), and locked in criu's own namespace ([`Locks`]).
+//! 1. init(): what the images hold is read ([`Plan`]), and locked ([`Locks`]) in criu's own namespace and in those that
+//!    criu was given for the tree.
 //! 2. POST_FORKING: the root task is there, and locked in its namespace where that is another one.
 //!    CRIU forks meanwhile, where [nothing is to be done before that](ahead). The images are read ahead while CRIU makes the sockets.
 //! 3. [`Building`]: each connection is built when the hook of its task comes, in its socket's namespace, which is locked
@@ -206,6 +207,11 @@ impl<'a> Progress<'a> {
 
 fn prepare<'a>(images: &ImageDir, criu: &'a Task) -> Result<Building<'a>, AgentError> {
     fault::point("restore.init")?;
+    // It closes them soon.
+    let inherited = criu.open_namespaces().unwrap_or_else(|error| {
+        ::log::warn!("a namespace that criu was given is locked late: cannot list its descriptors: {error}");
+        Vec::new()
+    });
     let rules = Rules::read()?;
     let mut profile = Profile::start("restore");
     let external_ids = ExternalImage::ids(images)?;
@@ -219,6 +225,7 @@ fn prepare<'a>(images: &ImageDir, criu: &'a Task) -> Result<Building<'a>, AgentE
     let mut building = Building::begin(plan, locks, criu);
     profile.lap("record");
     building.lock_beside_criu()?;
+    building.lock_inherited(inherited)?;
     profile.lap("lock");
     fault::point("restore.locked")?;
     Ok(building)
