@@ -22,6 +22,7 @@ pub fn fidelity() -> String {
         text.push_str(&others.join("; "));
         text.push_str(".\n");
     }
+    text.push_str(CONNECTION);
     text
 }
 
@@ -42,6 +43,25 @@ target does not take is named in the log, and the connection goes on with the de
 const COLUMNS: &str = "\
 | option | Linux | stock CRIU 4.2 | with the plugin | set | test |
 |---|---|---|---|---|---|
+";
+const CONNECTION: &str = "
+## The connection itself
+
+State, sequences, windows, segment size, window scaling, SACK, timestamps, queues and FINs: all that TCP_REPAIR sets. And:
+
+| what | Linux | stock CRIU 4.2 | with the plugin | test |
+|---|---|---|---|---|
+| ECN | 5.7, or net.ipv4.tcp_ecn=1 | lost | carried | `ecn::over_ipv4` and others, `marked_segments_are_echoed` |
+| the smoothed round trip time | | lost | carried with ECN, up to 0.9 s; otherwise measured anew | `ecn::the_round_trip_time_comes_back` |
+| the unit of the timestamps' clock | 6.7 | carried; by chance from images of older kernels | carried | `a_clock_keeps_its_unit` |
+| the clock itself, on a host with another uptime | 3.9 | carried | carried | `the_peer_sees_one_clock` |
+| the peer's last timestamp (ts_recent) | | lost: 0 until the peer sends | lost: 0 until the peer sends | |
+| the congestion window | | lost | lost | |
+| segments that came before their turn | | lost: the peer sends them again | lost: the peer sends them again | `segments_out_of_order_are_sent_again` |
+| queues of 64 MiB each | | | carried | `content::queues_of_64_mib_each` |
+| the time of TCP_USER_TIMEOUT and of keepalive that has run | | | begins anew | `timers_go_on` |
+| the interface of a link-local address, by its name | | the restore fails | carried | `content::a_link_local_address_finds_its_interface` |
+| CLOSE, where its address is not there any more | | the restore fails | carried | `content::a_closed_connection_needs_no_address` |
 ";
 /// Where this machine's kernel cannot show it.
 const UNTRIED: [&str; 2] = ["SO_RESERVE_MEM", "IPV6_RTHDR"];
