@@ -242,7 +242,7 @@ impl<'a> Saving<'a> {
                 let mut queues = Queues::default();
                 let tcp = read(&socket, place, &mut queues)?;
                 fault::point("dump.resumed")?;
-                extras.add_connection(inode, owner, ns, held.sockets.len());
+                extras.add_connection(inode, owner, ns, held.sockets.len(), Some(&tcp.negotiated));
                 held.sockets.push((socket, tuple));
                 log::trace!(
                     "{tuple} ({place}): {}, {} bytes to read, {} to send",
@@ -339,7 +339,7 @@ impl Saved {
             extras.set_owners(OwnerMap::of(root.pid).map_err(|error| FindError::Proc(root.pid, error))?);
         }
         for FoundConnection { socket, inode, owner, tuple, ns, .. } in connections {
-            extras.add_connection(inode, owner, ns.clone(), held.sockets.len());
+            extras.add_connection(inode, owner, ns.clone(), held.sockets.len(), None);
             let lock = || NetworkLock::adopt(&ns, &lock_name, &options);
             held.locks.entry(ns.clone()).or_insert_with(lock);
             if ns != held.criu_ns {
