@@ -369,13 +369,17 @@ fn the_round_trip_time_is_as_it_was() {
     });
 }
 
-/// Each socket's clock has an offset of its own, as each host's has: what is told goes on from where it was all the same,
-/// and so the peer believes it (PAWS, RFC 7323).
+/// Each socket's clock has an offset of its own, as each host's has, here also one of twelve days: what is told goes on from
+/// where it was all the same, and so the peer believes it (PAWS, RFC 7323).
 #[test]
 fn the_peer_sees_one_clock() {
     in_own_network(|| {
-        for address in variants() {
+        for (address, ahead) in variants().flat_map(|address| [(address, 0), (address, 1 << 30)]) {
             let (mut ours, mut theirs) = connected(address);
+            tcp::set_repair(ours.as_fd(), tcp::Repair::On).expect("repair mode");
+            let clock = tcp::timestamp(ours.as_fd()).expect("TCP_TIMESTAMP");
+            tcp::set_timestamp(ours.as_fd(), clock.wrapping_add(ahead)).expect("TCP_TIMESTAMP");
+            tcp::set_repair(ours.as_fd(), tcp::Repair::OffNoProbe).expect("repair mode");
             ours.write_all(b"before").expect("write");
             expect_bytes(&mut theirs, b"before");
             let saved = save_and_close(ours);

@@ -5,6 +5,8 @@ mod support;
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::os::fd::{AsFd, OwnedFd};
+use std::process::Command;
+use std::time::Duration;
 
 use soccr::connection::State;
 use soccr::kernel::netns::NetNs;
@@ -294,6 +296,60 @@ fn a_clock_keeps_its_unit() {
             }
             ours.write_all(b"on").expect("write");
             expect_bytes(&mut theirs, b"on");
+        }
+    });
+}
+
+/// The time that a program gives its peer (TCP_USER_TIMEOUT) does not run during a freeze, however long that takes. After it a
+/// peer that is gone is noticed as before: by what is not acknowledged, or by keepalive.
+#[test]
+fn timers_go_on() {
+    const LIMIT: Duration = Duration::from_millis(400);
+    let nft =
+        |text: &str| assert!(Command::new("nft").arg(text).status().expect("nft").success(), "nft {text}");
+    in_own_network(|| {
+        for (address, keepalive) in
+            FAMILIES[..2].iter().flat_map(|address| [(address, false), (address, true)])
+        {
+            let (mut ours, mut theirs) = connected(address);
+            let set = |level, name, value: i32| {
+                sockopt::set_bytes(ours.as_fd(), level, name, &value.to_ne_bytes()).expect("an option");
+            };
+            set(libc::SOL_TCP, libc::TCP_USER_TIMEOUT, i32::try_from(LIMIT.as_millis()).expect("short"));
+            if keepalive {
+                set(libc::SOL_TCP, libc::TCP_KEEPIDLE, 1);
+                set(libc::SOL_TCP, libc::TCP_KEEPINTVL, 1);
+                set(libc::SOL_SOCKET, libc::SO_KEEPALIVE, 1);
+            }
+            let port = theirs.local_addr().expect("its address").port();
+            let unreachable = || {
+                nft(&format!(
+                    "add table inet path; add chain inet path in {{ type filter hook input priority 0; }}; \
+                     add rule inet path in tcp dport {port} drop"
+                ));
+            };
+            unreachable();
+            ours.write_all(b"not acknowledged").expect("write");
+            let frozen = frozen(soccr::freeze([ours]));
+            let bytes = bytes(&frozen);
+            drop(frozen.release());
+            std::thread::sleep(2 * LIMIT); // the time is what this is about
+            nft("delete table inet path");
+            let ours = &mut thawed(&bytes)[0];
+            expect_bytes(&mut theirs, b"not acknowledged");
+
+            unreachable();
+            if !keepalive {
+                ours.write_all(b"nobody hears it").expect("write");
+            }
+            ours.set_read_timeout(Some(Duration::from_secs(20))).expect("SO_RCVTIMEO");
+            let ended = ours.read(&mut [0]).expect_err("nobody sends");
+            assert_eq!(
+                ended.kind(),
+                std::io::ErrorKind::TimedOut,
+                "{address}, keepalive {keepalive}: {ended}"
+            );
+            nft("delete table inet path");
         }
     });
 }

@@ -7,7 +7,7 @@ use super::{Care, Known, Level, On, TABLE, When};
 /// `docs/FIDELITY.md`.
 #[must_use]
 pub fn fidelity() -> String {
-    let mut text = String::from(HEAD) + LISTENERS;
+    let mut text = String::from(HEAD) + CONNECTIONS + LISTENERS;
     for (level, title) in [
         (Level::Socket, "SOL_SOCKET"),
         (Level::Tcp, "SOL_TCP"),
@@ -21,10 +21,6 @@ pub fn fidelity() -> String {
         let others: Vec<String> = of_level().filter_map(aside).collect();
         text.push_str(&others.join("; "));
         text.push_str(".\n");
-    }
-    text.push_str(BESIDE);
-    for [what, stock, ours, test] in NO_OPTIONS {
-        writeln!(text, "| {what} | {stock} | {ours} | {test} |").expect("memory");
     }
     text
 }
@@ -43,7 +39,34 @@ owner (`options::owners_share_their_port_again`). With `--tcp-established` alone
 An option that decides by which addresses and routes a connection goes must be set again, or the restore fails. Any other that the
 target does not take is named in the log, and the connection goes on with the default: a congestion control algorithm that is not there, say.
 ";
-/// What is no option of a socket yet.
+/// Beside what TCP_REPAIR sets.
+const CONNECTIONS: &str = "
+## Connections
+
+State, sequences, windows, segment size, window scaling, SACK, timestamps, queues and FINs: all that TCP_REPAIR sets. And:
+
+| what | Linux | stock CRIU 4.2 | with the plugin | test |
+|---|---|---|---|---|
+| ECN | 5.7, or net.ipv4.tcp_ecn=1 | lost | carried | `ecn::over_ipv4` and others, `marked_segments_are_echoed` |
+| the smoothed round trip time | any | lost | carried with ECN, up to 0.9 s; otherwise measured anew with the first bytes that are acknowledged; what was sent before, and is lost, is sent again after a second (as a probe), then after 3 | `ecn::the_round_trip_time_comes_back` |
+| the congestion window | any | ten segments, as in a new connection | the same; what that costs: docs/RELIABILITY.md, \"The first burst after a restore\" | |
+| the unit of the timestamps' clock | 6.7 | carried; by chance from images of older kernels | carried | `a_clock_keeps_its_unit` |
+| the clock itself, on a host with another uptime | 3.9 | carried | carried: the peer's PAWS takes what is sent | `the_timestamp_clock_goes_on`, `the_peer_sees_one_clock` |
+| the peer's clock (ts_recent), for PAWS | any | 0 until the peer sends | the same: from its first segment on old duplicates are refused | `old_duplicates_are_refused_after_a_restore` |
+| the size of a buffer that the kernel tunes, and that it goes on doing so | any | carried | carried; the largest window, too | `options::buffers_come_back`, `a_receive_buffer_is_as_it_was_and_grows_as_before` |
+| how fast the program has read, from which the kernel tunes a receive buffer (rcvq_space) | any | lost | measured anew, as in a new connection: TCP_REPAIR does not tell or take it | |
+| a window that is closed, on either side or both, and what waits behind it | any | carried | carried | `crossing`, `content::close_wait_with_a_closed_window`, `bytes_beyond_the_peers_window_are_sent_later` |
+| queues of 64 MiB each | any | not tried | carried | `content::queues_of_64_mib_each` |
+| segments that came before their turn | any | lost: the peer sends them again | lost: the peer sends them again | `segments_out_of_order_are_sent_again` |
+| where a program peeks next (SO_PEEK_OFF) in a queue | 6.9 | lost | carried | `options::a_peek_offset_comes_back_with_its_queue` |
+| the time of the keepalive timer that has run | any | begins anew | begins anew | `options::keepalive_goes_on`, `timers_go_on` |
+| the time of TCP_USER_TIMEOUT that has run | any | the option is lost | begins anew with the first retransmission after the restore | `a_user_timeout_ends_after_a_restore` |
+| a congestion control algorithm that the target does not have | any | lost | named in the log, and the connection goes on with the target's default | `what_the_target_lacks_is_named` |
+| the interface of a link-local address, by its name | any | the restore fails | carried | `content::a_link_local_address_finds_its_interface` |
+| CLOSE, where its address is not there any more | any | the restore fails | carried | `content::a_closed_connection_needs_no_address` |
+| an address that the host does not have: IP_TRANSPARENT, or IPv6 and IP_FREEBIND | any | not tried | carried; segments that are forged to it do not leave the host | `away::sockets_at_an_address_that_the_host_does_not_have`, `away::a_fin_at_an_address_that_the_host_does_not_have` |
+| the same with IPv4 and IP_FREEBIND alone, from which the kernel sends nothing | any | not tried | the restore fails, names it, and can be tried again when the address is there | `away::what_needs_its_address_says_so` |
+";
 const LISTENERS: &str = "
 ## Listeners
 
@@ -52,99 +75,12 @@ const LISTENERS: &str = "
 | a connection that nobody has accepted | 6.9, with BTF, and net.ipv4.tcp_syncookies not 0 | the dump fails | carried: in its queue, in its order, with what it has sent | `accept_queue::over_ipv4`, `accept_queue::over_ipv6` |
 | the same elsewhere | any | the dump fails | the dump fails, or `SOCCR_ACCEPT_QUEUE=reset` resets it | `accept_queue::where_it_cannot_be_carried` |
 | a handshake that is not over (SYN_RECV) | as above | the client is reset | carried if the client's ACK comes before the dump's end; else the client is reset | `accept_queue::a_handshake_that_ends_during_the_dump` |
+| a listener at an address that the host does not have | any | IPv6 only: of IPv4 ones bind() comes before IP_FREEBIND | by CRIU; where that fails the log names the address (net.ipv4.ip_nonlocal_bind helps) | `away::what_needs_its_address_says_so` |
 ";
 const COLUMNS: &str = "\
 | option | Linux | stock CRIU 4.2 | with the plugin | set | test |
 |---|---|---|---|---|---|
 ";
-const BESIDE: &str = "
-## What is no option
-
-| what | stock CRIU 4.2 | with the plugin | test |
-|---|---|---|---|
-";
-/// What it is; what becomes of it with stock CRIU, and with the plugin; the test.
-const NO_OPTIONS: &[[&str; 4]] = &[
-    [
-        "the size of a buffer that the kernel tunes, and that it goes on doing so",
-        "yes",
-        "carried; the largest window, too",
-        "`options::buffers_come_back`, `a_receive_buffer_is_as_it_was_and_grows_as_before`",
-    ],
-    [
-        "how fast the program has read, from which the kernel tunes a receive buffer (rcvq_space)",
-        "no",
-        "measured anew, as in a new connection: TCP_REPAIR does not tell or take it",
-        "",
-    ],
-    [
-        "a connection at an address that the host does not have: IP_TRANSPARENT, or IPv6 and IP_FREEBIND",
-        "not tried",
-        "carried; segments that are forged to it do not leave the host",
-        "`away::sockets_at_an_address_that_the_host_does_not_have`, `away::a_fin_at_an_address_that_the_host_does_not_have`",
-    ],
-    [
-        "the same with IPv4 and IP_FREEBIND alone, from which the kernel sends nothing",
-        "not tried",
-        "the restore fails, names it, and can be tried again when the address is there",
-        "`away::what_needs_its_address_says_so`",
-    ],
-    [
-        "a listener at such an address",
-        "IPv6 only: of IPv4 ones bind() comes before IP_FREEBIND",
-        "by CRIU; where that fails the log names the address (net.ipv4.ip_nonlocal_bind helps)",
-        "the same two",
-    ],
-    [
-        "a window that is closed, on either side or both, and what waits behind it",
-        "yes",
-        "carried",
-        "`crossing`, `content::close_wait_with_a_closed_window`, `bytes_beyond_the_peers_window_are_sent_later`",
-    ],
-    [
-        "where a program peeks next (SO_PEEK_OFF) in a queue",
-        "no",
-        "carried",
-        "`options::a_peek_offset_comes_back_with_its_queue`",
-    ],
-    ["the keepalive timer", "yes", "begins anew at the restore", "`options::keepalive_goes_on`"],
-    [
-        "the round trip time, and the retransmission timer made of it",
-        "no",
-        "measured anew with the first bytes that are acknowledged; what was sent before, and is lost, is sent again after a second (as a probe), then after 3",
-        "",
-    ],
-    [
-        "the congestion window",
-        "no",
-        "ten segments, as in a new connection; what that costs: docs/RELIABILITY.md, \"The first burst after a restore\"",
-        "",
-    ],
-    [
-        "a congestion control algorithm that the target does not have",
-        "no",
-        "named in the log, and the connection goes on with the target's default",
-        "`what_the_target_lacks_is_named`",
-    ],
-    [
-        "a user timeout (TCP_USER_TIMEOUT) that runs",
-        "the option is lost",
-        "begins anew with the first retransmission after the restore",
-        "`a_user_timeout_ends_after_a_restore`",
-    ],
-    [
-        "the clock of the timestamps, on a host with another uptime",
-        "yes",
-        "carried: it goes on where it was, so that the peer's PAWS takes what is sent",
-        "`the_timestamp_clock_goes_on`",
-    ],
-    [
-        "the peer's clock (ts_recent), for PAWS",
-        "no",
-        "known again with the peer's first segment; from then on old duplicates are refused",
-        "`old_duplicates_are_refused_after_a_restore`",
-    ],
-];
 /// Where this machine's kernel cannot show it.
 const UNTRIED: [&str; 2] = ["SO_RESERVE_MEM", "IPV6_RTHDR"];
 

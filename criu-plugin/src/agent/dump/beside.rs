@@ -81,7 +81,7 @@ impl Beside<'_> {
         self.extras.add_unconnected(unconnected);
         let mut held = Vec::with_capacity(connections.len());
         for FoundConnection { socket, inode, tuple, ns, .. } in connections {
-            self.extras.add_connection(inode, ns, held.len());
+            self.extras.add_connection(inode, ns, held.len(), None);
             held.push((socket, tuple));
         }
         self.extras.read_all(&held);

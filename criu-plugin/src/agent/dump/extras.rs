@@ -7,7 +7,7 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use soccr::chain;
-use soccr::connection::{FourTuple, OPT_ECN, OPT_TIMESTAMPS};
+use soccr::connection::{FourTuple, Negotiated, OPT_ECN, OPT_TIMESTAMPS};
 use soccr::criu::image::side::{SocketExtra, Sockets};
 use soccr::criu::tasks::{Owner, OwnerMap, Unconnected};
 use soccr::kernel::netns::{NetNs, NetNsError};
@@ -37,8 +37,8 @@ struct Unread {
 
 #[derive(Debug)]
 enum Socket {
-    /// At this place among those that the dump holds.
-    Connection(usize),
+    /// At this place among those that the dump holds; and whether it may be unlike others, so that it is worth asking.
+    Connection(usize, bool),
     Unconnected(Rc<OwnedFd>),
 }
 
@@ -51,9 +51,12 @@ impl Extras {
         self.owners.get_or_insert(owners);
     }
 
-    /// One more connection, at this place among those that the dump holds.
-    pub fn add_connection(&mut self, inode: u32, ns: NetNs, place: usize) {
-        self.unread.push(Unread { inode, ns, socket: Socket::Connection(place) });
+    /// One more connection, at this place among those that the dump holds. What is `agreed` on, where that is known, tells that
+    /// most are not to be asked for ECN or the unit of their clock.
+    pub fn add_connection(&mut self, inode: u32, ns: NetNs, place: usize, agreed: Option<&Negotiated>) {
+        let special =
+            agreed.is_none_or(|it| it.mask & OPT_ECN != 0 || it.timestamp.is_some_and(|t| t & 1 != 0));
+        self.unread.push(Unread { inode, ns, socket: Socket::Connection(place, special) });
     }
 
     /// Sockets without a peer.
@@ -98,9 +101,9 @@ impl Extras {
 
     fn extra(&mut self, unread: Unread, held: &Connections) -> Result<SocketExtra, NetNsError> {
         let Unread { inode, ns, socket } = unread;
-        let (socket, connected): (BorrowedFd<'_>, bool) = match &socket {
-            Socket::Connection(place) => (held[*place].0.as_fd(), true),
-            Socket::Unconnected(socket) => (socket.as_fd(), false),
+        let (socket, connected, special): (BorrowedFd<'_>, bool, bool) = match &socket {
+            Socket::Connection(place, special) => (held[*place].0.as_fd(), true, *special),
+            Socket::Unconnected(socket) => (socket.as_fd(), false, false),
         };
         if !self.readers.contains_key(&ns) {
             self.readers.insert(ns.clone(), Reader::new(&ns, Beside::Criu)?);
@@ -113,7 +116,7 @@ impl Extras {
         let inside = |owner| self.owners.as_ref()?.inside(owner);
         let owner = Owner::of_socket(socket).ok().and_then(inside).unwrap_or_default();
         let mut extra = SocketExtra { owner, options, ..SocketExtra::default() };
-        if connected && let Err(error) = of_connection(socket, &mut extra) {
+        if special && let Err(error) = of_connection(socket, &mut extra) {
             self.failed.push((inode, chain(&error)));
         }
         Ok(extra)

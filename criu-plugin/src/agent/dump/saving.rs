@@ -342,7 +342,7 @@ impl<'a> Saving<'a> {
                 let mut queues = Queues::default();
                 let tcp = read(&socket, reuse_addr, place, &mut queues)?;
                 fault::point("dump.resumed")?;
-                extras.add_connection(inode, ns, held.sockets.len());
+                extras.add_connection(inode, ns, held.sockets.len(), Some(&tcp.negotiated));
                 held.sockets.push((socket, tuple));
                 log::trace!(
                     "{tuple} ({place}): {}, {} bytes to read, {} to send",
@@ -478,7 +478,7 @@ impl Saved {
             extras.set_owners(OwnerMap::of(root.pid).map_err(|error| FindError::Proc(root.pid, error))?);
         }
         for FoundConnection { socket, inode, tuple, ns, .. } in connections {
-            extras.add_connection(inode, ns.clone(), held.sockets.len());
+            extras.add_connection(inode, ns.clone(), held.sockets.len(), None);
             held.adopt_lock(&ns, tuple, &lock_name, &options);
             held.sockets.push((socket, tuple));
         }

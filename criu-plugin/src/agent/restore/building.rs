@@ -132,7 +132,6 @@ impl<'a> Building<'a> {
                 continue;
             }
             log::warn!("{ip} is no address here yet: waiting for at most {} s", patience.as_secs());
-            fault::point("restore.await-address")?;
             if !self.is_local(ns, *ip, until)? {
                 log::warn!("{ip} is no address here after {} s", patience.as_secs());
             }
