@@ -167,6 +167,15 @@ pub fn end(socket: BorrowedFd<'_>) -> Result<(), PauseError> {
     Ok(())
 }
 
+/// Ends silently the repair mode of a socket whose guard was [released](Paused::release).
+///
+/// # Errors
+/// The kernel's answer.
+pub fn resume(socket: BorrowedFd<'_>, reuse_addr: bool) -> Result<(), PauseError> {
+    let who = |source| PauseError { who: Who::of(socket), source };
+    leave(socket, Repair::OffNoProbe, reuse_addr).map_err(who)
+}
+
 fn leave(socket: BorrowedFd<'_>, mode: Repair, reuse_addr: bool) -> Result<(), SysError> {
     tcp::set_repair(socket, mode)?;
     if reuse_addr { sockopt::set_reuse_addr(socket, true) } else { Ok(()) }

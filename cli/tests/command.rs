@@ -14,7 +14,7 @@ use soccr::criu::image::ImageDir;
 use soccr::criu::image::inventory::release_to_stock;
 use soccr::criu::record::{ConnectionRecord, LockRecord, NsId, Phase, Recorder, Store};
 use soccr::criu::stock::{self, NamespaceLock};
-use soccr::criu::tasks::{Finder, ProcessId, Task};
+use soccr::criu::tasks::{Duplicates, Finder, ProcessId, Task};
 use soccr::kernel::netns::NetNs;
 use soccr::kernel::sockopt;
 use soccr::kernel::tcp::{self, Repair};
@@ -121,7 +121,8 @@ impl Echo {
         let lock = LockRecord { ns: NsId::from(&here()), name: name.clone(), method: Method::Nftables };
         recorder.add_lock(lock);
         recorder.add_task(pid);
-        let found = Finder::default().of_task(&Task::open(pid).expect("the task")).expect("its sockets");
+        let (task, mut duplicates) = (Task::open(pid).expect("the task"), Duplicates::default());
+        let found = Finder::default().of_task(&task, &mut duplicates).expect("its sockets");
         recorder.add_connections(found.connections.iter().map(ConnectionRecord::from));
         recorder.save(phase).expect("written");
         name

@@ -15,6 +15,7 @@ pub mod netlink;
 pub mod netns;
 pub mod options;
 mod page;
+pub mod parked;
 pub mod process;
 pub mod raw;
 pub mod sockopt;

@@ -8,7 +8,7 @@
 //! Nothing depends on it: where the kernel has no such log, where the holder died, or where it holds all that it may,
 //! packets are dropped and their senders send them again.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, BorrowedFd};
@@ -353,29 +353,60 @@ impl HeldPackets {
     ///
     /// What does not reach its socket is sent again by the peer, as if it had not been held.
     pub fn release<'a>(self, sockets: impl IntoIterator<Item = (BorrowedFd<'a>, FourTuple)>) -> usize {
-        let (mut segments, forge, mut count) = (self.segments, Forge::new(), 0);
-        if segments.is_empty() {
-            return 0;
-        }
-        let mut targets: HashMap<FourTuple, Vec<(BorrowedFd<'_>, FourTuple)>> = HashMap::new();
-        for (socket, tuple) in sockets {
-            targets.entry(tuple.on_wire()).or_default().push((socket, tuple));
-        }
-        for (wire, sockets) in targets {
-            // Connections of two namespaces can have the same addresses, and nobody knows whose a segment is.
-            let ([(socket, tuple)], Some(held)) = (sockets.as_slice(), segments.remove(&wire)) else {
-                continue;
-            };
-            if !is_reachable(*socket, tuple) {
-                continue;
-            }
-            let packets = held.list.len();
-            match Way::to(*socket).and_then(|way| forge.replay(&way, tuple, held.list)) {
-                Ok(()) => count += packets,
-                Err(error) => log::debug!("{tuple}: what was held has to be sent again: {}", chain(&error)),
+        let sockets: Vec<_> = sockets.into_iter().collect();
+        let mut release = self.release_to(sockets.iter().map(|(_, tuple)| *tuple));
+        sockets.iter().for_each(|(socket, tuple)| release.bring(*socket, *tuple));
+        release.count()
+    }
+
+    /// The same for sockets that are not all open at once: these are their addresses.
+    #[must_use]
+    pub fn release_to(self, tuples: impl Iterator<Item = FourTuple>) -> Release {
+        let mut segments = self.segments;
+        // Connections of two namespaces can have the same addresses, and nobody knows whose a segment is.
+        if !segments.is_empty() {
+            let mut seen = HashSet::new();
+            for wire in tuples.map(|tuple| tuple.on_wire()) {
+                if !seen.insert(wire) {
+                    segments.remove(&wire);
+                }
             }
         }
-        count
+        Release { segments, forge: Forge::new(), count: 0 }
+    }
+}
+
+/// Held segments on their way to the sockets.
+pub struct Release {
+    segments: HashMap<FourTuple, Segments>,
+    forge: Forge,
+    count: usize,
+}
+
+impl Release {
+    /// Whether there is something for this connection.
+    #[must_use]
+    pub fn has(&self, tuple: &FourTuple) -> bool {
+        self.segments.contains_key(&tuple.on_wire())
+    }
+
+    /// Brings the socket what is there for it.
+    pub fn bring(&mut self, socket: BorrowedFd<'_>, tuple: FourTuple) {
+        let Some(held) = self.segments.remove(&tuple.on_wire()) else { return };
+        if !is_reachable(socket, &tuple) {
+            return;
+        }
+        let packets = held.list.len();
+        match Way::to(socket).and_then(|way| self.forge.replay(&way, &tuple, held.list)) {
+            Ok(()) => self.count += packets,
+            Err(error) => log::debug!("{tuple}: what was held has to be sent again: {}", chain(&error)),
+        }
+    }
+
+    /// How many segments were brought.
+    #[must_use]
+    pub fn count(&self) -> usize {
+        self.count
     }
 }
 

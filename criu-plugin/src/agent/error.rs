@@ -52,6 +52,8 @@ pub enum AgentError {
     Socket { tuple: FourTuple, pid: i32, source: SysError },
     #[error("{tuple} (pid {pid})")]
     SocketNs { tuple: FourTuple, pid: i32, source: NetNsError },
+    #[error("the agent's duplicates of sockets")]
+    Duplicates(#[source] SysError),
     #[error("listener {local} ({place})")]
     Listener { local: SocketAddr, place: Place, source: SysError },
     #[error("{0}: its inode number does not fit CRIU's images")]

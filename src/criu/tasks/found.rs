@@ -5,6 +5,7 @@ use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
 
+use super::duplicates::Slot;
 use crate::four_tuple::FourTuple;
 use crate::kernel::SysError;
 use crate::kernel::netns::{NetNs, NetNsError};
@@ -14,7 +15,7 @@ use crate::kernel::process::RemoteFd;
 #[derive(Debug)]
 pub struct FoundConnection {
     /// Our duplicate of the socket.
-    pub socket: OwnedFd,
+    pub socket: Slot,
     /// Its inode, which names its image.
     pub inode: u32,
     /// The kernel's number for it (`SO_COOKIE`), which no other socket gets until the next boot.

@@ -5,8 +5,8 @@
 
 use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
-use std::os::fd::AsFd;
 
+use super::duplicates::{Duplicates, Opened};
 use super::found::{FindError, FoundConnection, Unconnected};
 use crate::connection::State;
 use crate::kernel::diag::{self, Family, Filter};
@@ -25,12 +25,16 @@ const TRIES: usize = 3;
 
 /// Refuses the first of these sockets that cannot be carried. One dump of the monitor per network namespace, family, and
 /// kind of socket.
-pub(super) fn refuse(found: &[FoundConnection], unconnected: &[Unconnected]) -> Result<(), FindError> {
+pub(super) fn refuse(
+    found: &[FoundConnection],
+    unconnected: &[Unconnected],
+    duplicates: &Duplicates,
+) -> Result<(), FindError> {
     for (ns, sockets) in by_namespace(unconnected.iter().map(|socket| (&socket.ns, socket))) {
         refuse_listeners(ns, &sockets)?;
     }
     for (ns, connections) in by_namespace(found.iter().map(|connection| (&connection.ns, connection))) {
-        refuse_connections(ns, &connections)?;
+        refuse_connections(ns, &connections, duplicates)?;
     }
     Ok(())
 }
@@ -58,9 +62,14 @@ fn refuse_listeners(ns: &NetNs, sockets: &[&Unconnected]) -> Result<(), FindErro
     }
 }
 
-fn refuse_connections(ns: &NetNs, connections: &[&FoundConnection]) -> Result<(), FindError> {
+fn refuse_connections(
+    ns: &NetNs,
+    connections: &[&FoundConnection],
+    duplicates: &Duplicates,
+) -> Result<(), FindError> {
     let mut left: HashMap<u64, &FoundConnection> =
         connections.iter().map(|connection| (connection.cookie, *connection)).collect();
+    let mut opened = Opened::default();
     for _ in 0..TRIES {
         let ends: Vec<SocketAddr> = left.values().map(|connection| connection.tuple.local).collect();
         let mut refused = None;
@@ -74,15 +83,18 @@ fn refuse_connections(ns: &NetNs, connections: &[&FoundConnection]) -> Result<()
             return Err(refuse_one(connection, why));
         }
         // A closed connection is in no table of the kernel, and needs keys no more.
-        for connection in left.values() {
+        let mut closed = HashSet::new();
+        for (cookie, connection) in &left {
             let sys = |error| FindError::Sys(connection.place, error);
-            if tcp::has_upper_layer(connection.socket.as_fd()).map_err(sys)? {
+            let socket = duplicates.get(connection.socket, &mut opened).map_err(sys)?;
+            if tcp::has_upper_layer(socket).map_err(sys)? {
                 return Err(refuse_one(connection, UPPER_LAYER));
             }
+            if tcp::info(socket).is_ok_and(|info| info.state == State::Close as u8) {
+                closed.insert(*cookie);
+            }
         }
-        left.retain(|_, connection| {
-            !tcp::info(connection.socket.as_fd()).is_ok_and(|info| info.state == State::Close as u8)
-        });
+        left.retain(|cookie, _| !closed.contains(cookie));
         if left.is_empty() {
             return Ok(());
         }

@@ -1,5 +1,6 @@
 //! Tasks of this host as `/proc` shows them, and the TCP connections that they hold.
 
+mod duplicates;
 mod found;
 mod identity;
 pub mod in_flight;
@@ -26,6 +27,7 @@ use crate::kernel::SysError;
 use crate::kernel::netns::NetNs;
 use crate::kernel::process::{self, RemoteFd};
 
+pub use duplicates::{Duplicates, Opened, Slot};
 pub use found::{FindError, Found, FoundConnection, Place, Unconnected};
 pub use identity::ProcessId;
 pub use owner::{Owner, OwnerMap};

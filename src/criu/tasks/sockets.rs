@@ -10,6 +10,7 @@ use crate::kernel::netns::{NetNs, NetNsError};
 use crate::kernel::{SysError, addr, ao, options, sockopt};
 use crate::repair::four_tuple;
 
+use super::duplicates::Duplicates;
 use super::found::{FindError, Found, FoundConnection, Place, Unconnected};
 use super::monitored::{Monitored, Table};
 use super::{Task, in_flight, keys};
@@ -103,22 +104,22 @@ impl Finder {
     ///
     /// # Errors
     /// [`FindError`].
-    pub fn of_task(&mut self, task: &Task) -> Result<Found, FindError> {
-        self.of_tasks(std::slice::from_ref(task))
+    pub fn of_task(&mut self, task: &Task, duplicates: &mut Duplicates) -> Result<Found, FindError> {
+        self.of_tasks(std::slice::from_ref(task), duplicates)
     }
 
     /// The sockets of tasks that were not found before.
     ///
     /// # Errors
     /// [`FindError`].
-    pub fn of_tasks(&mut self, tasks: &[Task]) -> Result<Found, FindError> {
+    pub fn of_tasks(&mut self, tasks: &[Task], duplicates: &mut Duplicates) -> Result<Found, FindError> {
         let tables: Vec<Table> = tasks.iter().map(table).collect::<Result<_, _>>()?;
         let mut monitored = Monitored::of(tasks, &tables);
         let (mut found, mut asked) = (Found::default(), Vec::new());
         let mut walker = std::mem::take(&mut self.walker);
         for (task, table) in tasks.iter().zip(tables) {
             walker.walk_table(task, table, &mut |socket, place| {
-                match self.examine(socket, place, &mut monitored)? {
+                match self.examine(socket, place, &mut monitored, duplicates)? {
                     Kind::Monitored(connection) => found.connections.push(connection),
                     Kind::Connection(connection) => asked.push(connection),
                     Kind::Unconnected(socket) => found.unconnected.push(socket),
@@ -129,7 +130,7 @@ impl Finder {
             })?;
         }
         self.walker = walker;
-        keys::refuse(&asked, &found.unconnected)?;
+        keys::refuse(&asked, &found.unconnected, duplicates)?;
         found.connections.append(&mut asked);
         Ok(found)
     }
@@ -149,11 +150,13 @@ impl Finder {
         &mut self,
         socket: OwnedFd,
         place: Place,
+        duplicates: &mut Duplicates,
     ) -> Result<Option<FoundConnection>, FindError> {
-        let Kind::Connection(found) = self.examine(socket, place, &mut Monitored::default())? else {
+        let examined = self.examine(socket, place, &mut Monitored::default(), duplicates)?;
+        let Kind::Connection(found) = examined else {
             return Ok(None);
         };
-        keys::refuse(std::slice::from_ref(&found), &[])?;
+        keys::refuse(std::slice::from_ref(&found), &[], duplicates)?;
         Ok(Some(found))
     }
 
@@ -162,6 +165,7 @@ impl Finder {
         socket: OwnedFd,
         place: Place,
         monitored: &mut Monitored,
+        duplicates: &mut Duplicates,
     ) -> Result<Kind, FindError> {
         let sys = |error| FindError::Sys(place, error);
         let cookie = sockopt::cookie(socket.as_fd()).map_err(sys)?;
@@ -178,19 +182,14 @@ impl Finder {
             options::refused(socket.as_fd()).map_err(sys)?
         };
         let reuse_addr = sockopt::reuse_addr(socket.as_fd()) == Ok(1);
-        let connection = |socket, inode, tuple, ns| FoundConnection {
-            socket,
-            inode,
-            cookie,
-            tuple,
-            reuse_addr,
-            ns,
-            place,
+        let mut connection = |socket, inode, tuple, ns| {
+            let socket = duplicates.add(socket).map_err(sys)?;
+            Ok(FoundConnection { socket, inode, cookie, tuple, reuse_addr, ns, place })
         };
         if let Some((Seen { inode, tuple, md5, upper_layer, .. }, ns)) = told {
             return match refused.or(keys::refused(md5, upper_layer)) {
                 Some(why) => Err(FindError::Refused { tuple, place, why }),
-                None => Ok(Kind::Monitored(connection(socket, inode, tuple, ns))),
+                None => connection(socket, inode, tuple, ns).map(Kind::Monitored),
             };
         }
         let tuple = four_tuple(socket.as_fd()).ok().filter(|tuple| tuple.remote.port() != 0);
@@ -217,7 +216,7 @@ impl Finder {
         };
         match why {
             Some(why) => Err(FindError::Refused { tuple, place, why }),
-            None => Ok(Kind::Connection(connection(socket, inode, tuple, ns))),
+            None => connection(socket, inode, tuple, ns).map(Kind::Connection),
         }
     }
 

@@ -9,7 +9,7 @@ use soccr::chain;
 use soccr::criu::image::ImageDir;
 use soccr::criu::image::inventory::Inventory;
 use soccr::criu::image::side::SideImage;
-use soccr::criu::tasks::{self, FindError, Finder, Found, FoundConnection, OwnerMap, Task};
+use soccr::criu::tasks::{self, Duplicates, FindError, Finder, Found, FoundConnection, OwnerMap, Task};
 
 use super::extras::Extras;
 use crate::agent::error::AgentError;
@@ -77,12 +77,11 @@ impl Beside<'_> {
         let opened: Vec<Task> = pids.iter().map(open).collect::<Result<_, _>>()?;
         self.looked_at.extend(pids);
         self.extras.set_owners(OwnerMap::of(pid).map_err(|error| FindError::Proc(pid, error))?);
-        let Found { connections, unconnected } = Finder::default().of_tasks(&opened)?;
+        let mut held = Duplicates::default();
+        let Found { connections, unconnected } = Finder::default().of_tasks(&opened, &mut held)?;
         self.extras.add_unconnected(unconnected);
-        let mut held = Vec::with_capacity(connections.len());
-        for FoundConnection { socket, inode, tuple, ns, .. } in connections {
-            self.extras.add_connection(inode, ns, held.len(), None);
-            held.push((socket, tuple));
+        for FoundConnection { socket, inode, ns, .. } in connections {
+            self.extras.add_connection(inode, ns, socket, None);
         }
         self.extras.read_all(&held);
         Ok(())

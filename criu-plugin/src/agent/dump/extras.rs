@@ -7,12 +7,14 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use soccr::chain;
-use soccr::connection::{FourTuple, Negotiated, OPT_ECN, OPT_TIMESTAMPS};
+use soccr::connection::{Negotiated, OPT_ECN, OPT_TIMESTAMPS};
 use soccr::criu::image::side::{SocketExtra, Sockets};
-use soccr::criu::tasks::{Owner, OwnerMap, Unconnected};
-use soccr::kernel::netns::{NetNs, NetNsError};
+use soccr::criu::tasks::{Duplicates, Opened, Owner, OwnerMap, Slot, Unconnected};
+use soccr::kernel::netns::NetNs;
 use soccr::kernel::options::{Beside, Reader};
 use soccr::kernel::{SysError, tcp};
+
+use crate::agent::error::AgentError;
 
 /// So many are read before somebody who asks meanwhile gets an answer.
 const AT_ONCE: usize = 16;
@@ -24,6 +26,7 @@ pub struct Extras {
     unread: Vec<Unread>,
     readers: HashMap<NetNs, Reader>,
     owners: Option<OwnerMap>,
+    opened: Opened,
     /// By inode, and why.
     failed: Vec<(u32, String)>,
 }
@@ -37,13 +40,10 @@ struct Unread {
 
 #[derive(Debug)]
 enum Socket {
-    /// At this place among those that the dump holds; and whether it may be unlike others, so that it is worth asking.
-    Connection(usize, bool),
+    /// In this slot of those that the dump holds; and whether it may be unlike others, so that it is worth asking.
+    Connection(Slot, bool),
     Unconnected(Rc<OwnedFd>),
 }
-
-/// The connections that the dump holds.
-type Connections = [(OwnedFd, FourTuple)];
 
 impl Extras {
     /// Numbers of owners are written as this task sees them.
@@ -51,12 +51,12 @@ impl Extras {
         self.owners.get_or_insert(owners);
     }
 
-    /// One more connection, at this place among those that the dump holds. What is `agreed` on, where that is known, tells that
+    /// One more connection, in this slot of those that the dump holds. What is `agreed` on, where that is known, tells that
     /// most are not to be asked for ECN or the unit of their clock.
-    pub fn add_connection(&mut self, inode: u32, ns: NetNs, place: usize, agreed: Option<&Negotiated>) {
+    pub fn add_connection(&mut self, inode: u32, ns: NetNs, slot: Slot, agreed: Option<&Negotiated>) {
         let special =
             agreed.is_none_or(|it| it.mask & OPT_ECN != 0 || it.timestamp.is_some_and(|t| t & 1 != 0));
-        self.unread.push(Unread { inode, ns, socket: Socket::Connection(place, special) });
+        self.unread.push(Unread { inode, ns, socket: Socket::Connection(slot, special) });
     }
 
     /// Sockets without a peer.
@@ -72,7 +72,7 @@ impl Extras {
     }
 
     /// Reads some of them.
-    pub fn read_some(&mut self, held: &Connections) {
+    pub fn read_some(&mut self, held: &Duplicates) {
         let rest = self.unread.len().saturating_sub(AT_ONCE);
         for unread in self.unread.split_off(rest) {
             let inode = unread.inode;
@@ -85,10 +85,11 @@ impl Extras {
     }
 
     /// Reads all that is left.
-    pub fn read_all(&mut self, held: &Connections) {
+    pub fn read_all(&mut self, held: &Duplicates) {
         while self.is_behind() {
             self.read_some(held);
         }
+        self.opened = Opened::default();
     }
 
     /// What was read; says of which sockets that failed.
@@ -99,10 +100,13 @@ impl Extras {
         self.read
     }
 
-    fn extra(&mut self, unread: Unread, held: &Connections) -> Result<SocketExtra, NetNsError> {
+    fn extra(&mut self, unread: Unread, held: &Duplicates) -> Result<SocketExtra, AgentError> {
         let Unread { inode, ns, socket } = unread;
         let (socket, connected, special): (BorrowedFd<'_>, bool, bool) = match &socket {
-            Socket::Connection(place, special) => (held[*place].0.as_fd(), true, *special),
+            Socket::Connection(slot, special) => {
+                let socket = held.get(*slot, &mut self.opened).map_err(AgentError::Duplicates)?;
+                (socket, true, *special)
+            }
             Socket::Unconnected(socket) => (socket.as_fd(), false, false),
         };
         if !self.readers.contains_key(&ns) {

@@ -1,7 +1,7 @@
 //! What a dump holds on this host until its outcome.
 
 use std::collections::HashMap;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 
 use soccr::chain;
 use soccr::connection::FourTuple;
@@ -10,7 +10,7 @@ use soccr::criu::image::side::Accepted;
 use soccr::criu::keeper::Keeper;
 use soccr::criu::record::{NsId, Phase, Recorder, State, Store};
 use soccr::criu::stock;
-use soccr::criu::tasks::Task;
+use soccr::criu::tasks::{Duplicates, Opened, Slot, Task};
 use soccr::kernel::netns::NetNs;
 use soccr::kernel::{sockopt, tcp};
 use soccr::lock::held::Holder;
@@ -38,11 +38,13 @@ pub struct Held {
     /// The network namespace of criu.
     pub criu_ns: NetNs,
     /// The sockets whose connections are saved.
-    pub sockets: Vec<(OwnedFd, FourTuple)>,
+    pub sockets: Vec<(Slot, FourTuple)>,
+    /// Our duplicates of all that were found.
+    pub duplicates: Duplicates,
     /// Those that nobody had accepted, which are in no task, as they stood in their queues.
     pub queued: Vec<Queued>,
     /// The sockets of connections that are not carried, and whose peers hear so.
-    pub reset: Vec<(OwnedFd, FourTuple)>,
+    pub reset: Vec<(Slot, FourTuple)>,
     /// Handshakes that were not over.
     pub requests: Vec<Request>,
     /// What keeps the connections still.
@@ -71,6 +73,7 @@ impl Held {
             tasks: Vec::new(),
             namespaces: Vec::new(),
             sockets: Vec::new(),
+            duplicates: Duplicates::default(),
             queued: Vec::new(),
             reset: Vec::new(),
             requests: Vec::new(),
@@ -168,10 +171,19 @@ impl Held {
         if let Some(root) = self.namespaces.first() {
             held.let_in(root);
         }
-        let sockets = self.sockets.iter().map(|(socket, tuple)| (socket.as_fd(), *tuple));
-        let sockets = sockets.chain(waiting.iter().map(Waiting::end));
-        let sockets = sockets.chain(self.requests.iter().map(Request::target));
-        log::debug!("{} packets were held, {} brought to their sockets", held.len(), held.release(sockets));
+        let others = waiting.iter().map(Waiting::end).chain(self.requests.iter().map(Request::target));
+        let others: Vec<_> = others.collect();
+        let (len, mut opened) = (held.len(), Opened::default());
+        let tuples = self.sockets.iter().map(|(_, tuple)| *tuple);
+        let mut release = held.release_to(tuples.chain(others.iter().map(|(_, tuple)| *tuple)));
+        for (slot, tuple) in self.sockets.iter().filter(|(_, tuple)| release.has(tuple)).collect::<Vec<_>>() {
+            match self.duplicates.get(*slot, &mut opened) {
+                Ok(socket) => release.bring(socket, *tuple),
+                Err(error) => log::debug!("{tuple}: what was held has to be sent again: {error}"),
+            }
+        }
+        others.into_iter().for_each(|(socket, tuple)| release.bring(socket, tuple));
+        log::debug!("{len} packets were held, {} brought to their sockets", release.count());
     }
 
     /// Whether CRIU's own locks are gone.
@@ -258,10 +270,13 @@ impl Held {
 
     /// What would be a FIN, or nothing, at the end of a socket is a RST.
     fn reset(&mut self) {
-        for (socket, tuple) in self.reset.drain(..) {
-            // Past CRIU's lock of a whole namespace, too.
-            let marked = sockopt::set_mark(socket.as_fd(), MARK);
-            if let Err(error) = marked.and_then(|()| tcp::disconnect(socket.as_fd())) {
+        let mut opened = Opened::default();
+        for (slot, tuple) in self.reset.drain(..) {
+            let reset = self.duplicates.get(slot, &mut opened).and_then(|socket| {
+                sockopt::set_mark(socket, MARK)?; // past CRIU's lock of a whole namespace, too
+                tcp::disconnect(socket)
+            });
+            if let Err(error) = reset {
                 log::error!("{tuple}: its peer does not hear that it is closed: {error}");
             }
         }
@@ -272,13 +287,17 @@ impl Held {
         let _ = fault::point("dump.dead");
         let mut profile = Profile::start("dump");
         self.queued.clear(); // they are in repair mode already
-        for (socket, tuple) in self.sockets.drain(..) {
+        let mut opened = Opened::default();
+        for (slot, tuple) in self.sockets.drain(..) {
             let _ = fault::point("dump.closing");
-            match Paused::pause_only(socket.as_fd()) {
+            let socket = self.duplicates.get(slot, &mut opened).map_err(AgentError::Duplicates);
+            match socket.and_then(|socket| Ok(Paused::pause_only(socket)?)) {
                 Ok(paused) => drop(paused.release()),
                 Err(error) => log::error!("{tuple}: its peer hears that it is closed: {}", chain(&error)),
             }
         }
+        drop(opened);
+        self.duplicates = Duplicates::default();
         let _ = fault::point("dump.closed");
         profile.lap("close");
     }

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::ops::Range;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use soccr::accept_queue::Fallback;
 use soccr::chain;
@@ -13,7 +13,7 @@ use soccr::criu::image::inventory::{self, Inventory};
 use soccr::criu::image::side::{self, SideImage, Sockets, TreeListener};
 use soccr::criu::record::{ConnectionRecord, LockRecord, NsId, Phase, Recorder, Store};
 use soccr::criu::rules::{Action, Policy, Rules};
-use soccr::criu::tasks::{self, FindError, Finder, Found, FoundConnection, OwnerMap, Place, Task};
+use soccr::criu::tasks::{self, FindError, Finder, Found, FoundConnection, Opened, OwnerMap, Place, Task};
 use soccr::kernel::netns::NetNs;
 use soccr::kernel::options::{Beside, Reader};
 use soccr::kernel::tcp;
@@ -77,7 +77,7 @@ impl<'a> Saving<'a> {
     /// No further hook comes.
     pub fn into_saved(self) -> Saved {
         let Self { images, lock_name, held, mut extras, .. } = self;
-        extras.read_all(&held.sockets);
+        extras.read_all(&held.duplicates);
         let sockets = extras.into_sockets();
         Saved { images, lock_name, held, sockets }
     }
@@ -95,7 +95,7 @@ impl<'a> Saving<'a> {
     /// Does some of it.
     pub fn read_ahead(&mut self) {
         let _ = fault::point("dump.extras"); // nobody asks, so nobody hears of an error
-        self.extras.read_some(&self.held.sockets);
+        self.extras.read_some(&self.held.duplicates);
     }
 
     /// CHECKPOINT_DEVICES: saves the connections of this task and its descendants.
@@ -116,7 +116,8 @@ impl<'a> Saving<'a> {
         self.add_tree(pid)?;
         fault::point("dump.tree")?;
         let tasks = self.held.tasks.get(first..).unwrap_or_default();
-        let Found { connections: found, unconnected } = self.finder.of_tasks(tasks)?;
+        let Found { connections: found, unconnected } =
+            self.finder.of_tasks(tasks, &mut self.held.duplicates)?;
         let listeners = queues::listeners(&unconnected)?;
         self.extras.add_unconnected(unconnected);
         self.extras.set_owners(OwnerMap::of(pid).map_err(|error| FindError::Proc(pid, error))?);
@@ -333,6 +334,7 @@ impl<'a> Saving<'a> {
 
     fn save(&mut self, found: Vec<FoundConnection>) -> Result<(), AgentError> {
         let Self { criu, images, extras, held, .. } = self;
+        let mut opened = Opened::default();
         writer::writing(images, |writer| {
             for FoundConnection { socket, inode, tuple, reuse_addr, place, ns, .. } in found {
                 // The kernel lets the tasks run as soon as criu is dead: their sockets are theirs then.
@@ -340,9 +342,10 @@ impl<'a> Saving<'a> {
                     return Err(AgentError::Protocol("criu is gone"));
                 }
                 let mut queues = Queues::default();
-                let tcp = read(&socket, reuse_addr, place, &mut queues)?;
+                let duplicate = held.duplicates.get(socket, &mut opened).map_err(AgentError::Duplicates)?;
+                let tcp = read(duplicate, reuse_addr, place, &mut queues)?;
                 fault::point("dump.resumed")?;
-                extras.add_connection(inode, ns, held.sockets.len(), Some(&tcp.negotiated));
+                extras.add_connection(inode, ns, socket, Some(&tcp.negotiated));
                 held.sockets.push((socket, tuple));
                 log::trace!(
                     "{tuple} ({place}): {}, {} bytes to read, {} to send",
@@ -359,7 +362,7 @@ impl<'a> Saving<'a> {
     /// DUMP_EXT_FILE: a connection that criu hands over as an external file.
     pub fn external(&mut self, id: i32, file: Option<OwnedFd>) -> Result<(), AgentError> {
         let socket = file.ok_or(AgentError::Protocol("no descriptor came along"))?;
-        let found = Finder::default().connection(socket, Place::Given)?;
+        let found = Finder::default().connection(socket, Place::Given, &mut self.held.duplicates)?;
         let found = found.ok_or(AgentError::Protocol("the descriptor is not a TCP connection"))?;
         let known = self.held.sockets.iter().any(|(_, tuple)| *tuple == found.tuple);
         if self.held.tasks.is_empty() {
@@ -375,16 +378,18 @@ impl<'a> Saving<'a> {
             self.lock(&ends(std::slice::from_ref(&found)))?;
         }
         let failed = |source| AgentError::Socket { tuple: found.tuple, pid: 0, source };
+        let mut opened = Opened::default();
+        let socket = self.held.duplicates.get(found.socket, &mut opened).map_err(failed)?;
         let mut options = Reader::new(&found.ns, Beside::Nobody)?;
-        let options = options.read(found.socket.as_fd(), true).map_err(failed)?;
+        let options = options.read(socket, true).map_err(failed)?;
         let mut queues = Queues::default();
-        let tcp = read(&found.socket, found.reuse_addr, found.place, &mut queues)?;
+        let tcp = read(socket, found.reuse_addr, found.place, &mut queues)?;
         let image = ExternalImage {
             tuple: found.tuple,
             tcp,
             options,
             shut_rd: false,
-            usec_ts_known: tcp::timestamp_tells_unit(found.socket.as_fd()).map_err(failed)?,
+            usec_ts_known: tcp::timestamp_tells_unit(socket).map_err(failed)?,
             lock_id: Some(self.lock_name.id().to_owned()),
         };
         image
@@ -468,7 +473,8 @@ impl Saved {
         for task in record.tasks.iter().filter(|task| task.lives()) {
             held.add_task(task.pid)?;
         }
-        let Found { connections, unconnected } = Finder::default().of_tasks(&held.tasks)?;
+        let Found { connections, unconnected } =
+            Finder::default().of_tasks(&held.tasks, &mut held.duplicates)?;
         let side = SideImage::read(&images)?.filter(|side| side.id == lock_name.id());
         let accepted = side.map(|side| side.accepted).unwrap_or_default();
         held.queued = queues::of_images(accepted, queues::listeners(&unconnected)?);
@@ -478,7 +484,7 @@ impl Saved {
             extras.set_owners(OwnerMap::of(root.pid).map_err(|error| FindError::Proc(root.pid, error))?);
         }
         for FoundConnection { socket, inode, tuple, ns, .. } in connections {
-            extras.add_connection(inode, ns.clone(), held.sockets.len(), None);
+            extras.add_connection(inode, ns.clone(), socket, None);
             held.adopt_lock(&ns, tuple, &lock_name, &options);
             held.sockets.push((socket, tuple));
         }
@@ -486,7 +492,7 @@ impl Saved {
             held.adopt_lock(&ns, tuple, &lock_name, &options);
         }
         log::warn!("took over from an agent that died: {} connections", held.sockets.len());
-        extras.read_all(&held.sockets);
+        extras.read_all(&held.duplicates);
         let sockets = extras.into_sockets();
         Ok(Self { images, lock_name, held, sockets })
     }
@@ -501,12 +507,12 @@ fn ends(found: &[FoundConnection]) -> Vec<End<'_>> {
 
 /// Reads the connection and leaves the socket as it was.
 fn read(
-    socket: &OwnedFd,
+    socket: BorrowedFd<'_>,
     reuse_addr: bool,
     place: Place,
     queues: &mut Queues,
 ) -> Result<ControlBlock, AgentError> {
-    let mut paused = Paused::pause_only(socket.as_fd())?;
+    let mut paused = Paused::pause_only(socket)?;
     paused.set_reuse_addr(reuse_addr);
     fault::point("dump.paused")?;
     let tcp = paused.save_carriable(queues);

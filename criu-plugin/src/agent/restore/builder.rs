@@ -9,7 +9,7 @@ use soccr::connection::{ControlBlock, FourTuple, Queues, State};
 use soccr::criu::image::index::InetConnection;
 use soccr::criu::image::side::SocketExtra;
 use soccr::criu::image::tcp_stream::TcpStreamImage;
-use soccr::criu::tasks::{Owner, OwnerMap, Task};
+use soccr::criu::tasks::{Owner, OwnerMap, Slot, Task};
 use soccr::forge::Forge;
 use soccr::kernel::netns::NetNs;
 use soccr::kernel::options::{self, When};
@@ -35,8 +35,7 @@ pub enum Made {
 /// A socket of a restored task, and what it is for.
 pub type Wanted = (Made, OwnedFd);
 
-/// A connection that is built, still in repair mode, and waits for the others. Dropping it closes the agent's
-/// descriptor without a word to the peer.
+/// A connection that is built, still in repair mode. Dropping it closes the agent's descriptor without a word to the peer.
 #[derive(Debug)]
 pub struct Built {
     /// Until [`Built::into_paused`] or the drop takes it.
@@ -59,6 +58,16 @@ impl Built {
     fn paused(&self) -> &Paused<OwnedFd> {
         self.paused.as_ref().expect("nobody takes it before")
     }
+}
+
+/// A connection that is built and waits for the others, in repair mode until all are there.
+#[derive(Clone, Copy, Debug)]
+pub struct Standing {
+    pub slot: Slot,
+    pub tuple: FourTuple,
+    pub reuse_addr: bool,
+    pub reuse_port: Option<bool>,
+    pub probe: Probe,
 }
 
 impl Drop for Built {

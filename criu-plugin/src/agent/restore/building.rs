@@ -12,14 +12,14 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use soccr::connection::{FourTuple, Queues};
 use soccr::criu::image::index::Packet;
-use soccr::criu::tasks::{self, Fate, FindError, OwnerMap, SocketNamespaces, Task, in_flight};
+use soccr::criu::tasks::{self, Duplicates, Fate, FindError, OwnerMap, SocketNamespaces, Task, in_flight};
 use soccr::forge::Forge;
 use soccr::kernel::netns::NetNs;
 use soccr::kernel::process::RemoteFd;
 use soccr::kernel::{SysError, address, sockopt, tcp};
 use soccr::repair::{Paused, Probe, four_tuple};
 
-use super::builder::{Begun, Builder, Built, Made, Wanted, must_live};
+use super::builder::{Begun, Builder, Built, Made, Standing, Wanted, must_live};
 use super::locks::Locks;
 use super::parallel;
 use super::plan::Plan;
@@ -43,7 +43,9 @@ pub struct Building<'a> {
     pub missing: Missing,
     namespaces: SocketNamespaces,
     pub forge: Forge,
-    pub built: Vec<Built>,
+    pub built: Vec<Standing>,
+    /// The sockets of those that are built.
+    pub duplicates: Duplicates,
     /// Listeners whose queues were not empty, by their inodes at the dump.
     listeners: HashMap<u32, Rc<OwnedFd>>,
     /// What is in their queues again.
@@ -99,6 +101,7 @@ impl<'a> Building<'a> {
             namespaces,
             forge,
             built: Vec::new(),
+            duplicates: Duplicates::default(),
             listeners: HashMap::new(),
             waiting: Vec::new(),
         }
@@ -217,10 +220,10 @@ impl<'a> Building<'a> {
         let builder = Builder { plan, preloaded, forge, criu, pid, owners };
         let (begun, result) =
             parallel::for_each(wanted, Queues::default, |queues, wanted| builder.build(wanted, queues));
-        let mut opened = Vec::new();
+        let (mut all, mut opened) = (Vec::new(), Vec::new());
         for begun in begun.into_iter().flatten() {
             match begun {
-                Begun::Built(built) => self.built.push(built),
+                Begun::Built(built) => all.push(built),
                 Begun::Opened(ready, opening) => opened.push((ready, opening)),
             }
         }
@@ -229,11 +232,21 @@ impl<'a> Building<'a> {
         let (built, result) = parallel::for_each(opened, Queues::default, |queues, (ready, opening)| {
             builder.build_opened(*ready, opening, queues)
         });
-        self.built.extend(built);
         result?;
+        all.into_iter().chain(built).try_for_each(|built| self.keep(built))?;
         self.adopt_external(&task)?;
         profile.lap("build");
         self.tree.restored.push(task);
+        Ok(())
+    }
+
+    /// Until all are built.
+    fn keep(&mut self, built: Built) -> Result<(), AgentError> {
+        let Built { tuple, reuse_port, probe, .. } = built;
+        let paused = built.into_paused();
+        let reuse_addr = paused.reuse_addr();
+        let slot = self.duplicates.add(paused.release()).map_err(AgentError::Duplicates)?;
+        self.built.push(Standing { slot, tuple, reuse_addr, reuse_port, probe });
         Ok(())
     }
 
@@ -251,6 +264,7 @@ impl<'a> Building<'a> {
     /// The sockets that CRIU has made for connections in this task.
     fn find(&mut self, task: &Task, inner: u32) -> Result<Vec<Wanted>, AgentError> {
         let fds = self.plan.index.tasks.get(&inner).map(|task| task.fds.clone()).unwrap_or_default();
+        self.duplicates.leave_room(fds.len()).map_err(AgentError::Duplicates)?;
         let mut wanted = Vec::new();
         for fd in fds.iter() {
             let Ok(number) = u32::try_from(fd.fd) else { continue };
@@ -316,7 +330,7 @@ impl<'a> Building<'a> {
             if let Some(reuse_addr) = self.missing.external.remove(&tuple) {
                 let mut paused = Paused::pause(socket)?;
                 paused.set_reuse_addr(reuse_addr);
-                self.built.push(Built::new(paused, tuple, None, Probe::Send));
+                self.keep(Built::new(paused, tuple, None, Probe::Send))?;
             }
         }
         Ok(())
@@ -382,8 +396,8 @@ impl<'a> Building<'a> {
 
     /// Closes silently what was built, and leaves the locks as they were before the restore.
     pub fn give_up(self) {
-        let Self { built, locks, .. } = self;
-        drop(built);
+        let Self { duplicates, locks, .. } = self;
+        drop(duplicates);
         locks.put_back();
     }
 }

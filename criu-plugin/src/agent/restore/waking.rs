@@ -1,15 +1,14 @@
 //! The last step: all connections are whole, and go on.
 
 use std::convert::Infallible;
-use std::os::fd::{AsFd, OwnedFd};
 
 use soccr::chain;
-use soccr::connection::FourTuple;
-use soccr::criu::tasks::Task;
+use soccr::criu::tasks::{Duplicates, Opened, Task};
 use soccr::kernel::sockopt;
-use soccr::repair::{self, PauseError, Paused, Probe};
+use soccr::lock::held::HeldPackets;
+use soccr::repair::{self, Paused, Probe};
 
-use super::builder::{Built, must_live};
+use super::builder::{Standing, must_live};
 use super::building::Building;
 use super::parallel;
 use crate::agent::error::AgentError;
@@ -26,14 +25,6 @@ pub struct Failed<'a> {
     pub error: AgentError,
 }
 
-/// A connection that is whole, out of repair mode, and waits to be unlocked.
-struct Whole {
-    socket: OwnedFd,
-    tuple: FourTuple,
-    reuse_addr: bool,
-    probe: Probe,
-}
-
 /// All tasks are complete: leaves repair mode, then unlocks, then wakes who waits. Gives the tasks back.
 #[allow(clippy::result_large_err)] // once in a restore
 pub fn wake(mut building: Building<'_>) -> Result<Vec<Task>, Failed<'_>> {
@@ -43,15 +34,17 @@ pub fn wake(mut building: Building<'_>) -> Result<Vec<Task>, Failed<'_>> {
     let mut profile = Profile::start("restore");
     // Out of repair mode while still locked, and silently: should we die here, all of it can be done again.
     let built = std::mem::take(&mut building.built);
-    let (whole, left) = parallel::for_each(built, || (), |(), built| leave_repair(built));
+    let duplicates = &building.duplicates;
+    let (whole, left) =
+        parallel::for_each(built, Opened::default, |opened, built| leave_repair(built, duplicates, opened));
     if let Err(error) = left.and_then(|()| may_wake(&mut building)) {
-        building.built = whole.into_iter().filter_map(enter_repair).collect();
+        enter_repair(&whole, &building.duplicates);
         return Err(Failed { building, error });
     }
     profile.lap("leave repair");
     // From here on packets pass: the tasks must live, and whatever fails is only told.
     log::commit();
-    let Building { mut locks, tree, plan, waiting, .. } = building;
+    let Building { mut locks, tree, plan, waiting, duplicates, .. } = building;
     if let Err(error) = locks.unlock() {
         ::log::error!("the connections stay locked, see soccr status: {}", chain(&error));
         return Ok(tree.restored);
@@ -60,11 +53,10 @@ pub fn wake(mut building: Building<'_>) -> Result<Vec<Task>, Failed<'_>> {
     profile.lap("unlock");
     let mut held = plan.held;
     held.append(&locks.take_held());
-    let sockets = whole.iter().map(|whole| (whole.socket.as_fd(), whole.tuple));
     held.let_in(locks.home());
-    let count = held.release(sockets.chain(waiting.iter().map(Waiting::end)));
+    let count = release(held, &whole, &duplicates, &waiting);
     let _ = fault::point("restore.released");
-    probe(&whole);
+    probe(&whole, &duplicates);
     let _ = fault::point("restore.awake");
     profile.lap("wake");
     locks.forget_record();
@@ -94,38 +86,59 @@ fn may_wake(building: &mut Building<'_>) -> Result<(), AgentError> {
     Ok(building.locks.record_waking(&building.tree.restored)?)
 }
 
-fn probe(whole: &[Whole]) {
-    let sockets: Vec<&Whole> = whole.iter().filter(|whole| whole.probe == Probe::Send).collect();
-    let (_, _) = parallel::for_each(
-        sockets,
-        || (),
-        |(), Whole { socket, reuse_addr, .. }| {
-            let _ = fault::point("restore.waking");
-            if let Err(error) = repair::probe(socket.as_fd(), *reuse_addr) {
-                ::log::warn!("{}: it waits for its peer to send", chain(&error));
+/// The sockets get what was held for them. Gives the number of packets.
+fn release(held: HeldPackets, whole: &[Standing], duplicates: &Duplicates, waiting: &[Waiting]) -> usize {
+    let tuples = whole.iter().map(|whole| whole.tuple);
+    let mut release = held.release_to(tuples.chain(waiting.iter().map(|waiting| waiting.end().1)));
+    let mut opened = Opened::default();
+    for Standing { slot, tuple, .. } in whole {
+        if release.has(tuple) {
+            match duplicates.get(*slot, &mut opened) {
+                Ok(socket) => release.bring(socket, *tuple),
+                Err(error) => ::log::debug!("{tuple}: what was held has to be sent again: {error}"),
             }
-            Ok::<_, Infallible>(())
-        },
-    );
+        }
+    }
+    waiting.iter().map(Waiting::end).for_each(|(socket, tuple)| release.bring(socket, tuple));
+    release.count()
 }
 
-fn leave_repair(built: Built) -> Result<Whole, AgentError> {
-    let Built { tuple, reuse_port, probe, .. } = built;
-    let paused = built.into_paused();
+fn probe(whole: &[Standing], duplicates: &Duplicates) {
+    let sockets: Vec<&Standing> = whole.iter().filter(|whole| whole.probe == Probe::Send).collect();
+    let (_, _) = parallel::for_each(sockets, Opened::default, |opened, whole| {
+        let _ = fault::point("restore.waking");
+        let Standing { slot, tuple, reuse_addr, .. } = *whole;
+        let socket = duplicates.get(slot, opened).map_err(AgentError::Duplicates);
+        if let Err(error) = socket.and_then(|socket| Ok(repair::probe(socket, reuse_addr)?)) {
+            ::log::warn!("{tuple}: it waits for its peer to send: {}", chain(&error));
+        }
+        Ok::<_, Infallible>(())
+    });
+}
+
+fn leave_repair(
+    built: Standing,
+    duplicates: &Duplicates,
+    opened: &mut Opened,
+) -> Result<Standing, AgentError> {
+    let Standing { slot, tuple, reuse_addr, reuse_port, .. } = built;
     let failed = |source| AgentError::Socket { tuple, pid: 0, source };
+    let socket = duplicates.get(slot, opened).map_err(failed)?;
     if let Some(on) = reuse_port {
-        sockopt::set_reuse_port(paused.socket(), on).map_err(failed)?;
+        sockopt::set_reuse_port(socket, on).map_err(failed)?;
     }
-    let reuse_addr = paused.reuse_addr();
-    let socket = paused.resume(Probe::None)?;
-    Ok(Whole { socket, tuple, reuse_addr, probe })
+    repair::resume(socket, reuse_addr)?;
+    Ok(built)
 }
 
 /// Only in repair mode a socket is closed without a word, and gives its addresses back at once.
-fn enter_repair(whole: Whole) -> Option<Built> {
-    let Whole { socket, tuple, probe, .. } = whole;
-    let told =
-        |error: &PauseError| ::log::error!("{tuple}: its peer hears that it is closed: {}", chain(error));
-    let paused = Paused::pause_only(socket).inspect_err(told).ok()?;
-    Some(Built::new(paused, tuple, None, probe))
+fn enter_repair(whole: &[Standing], duplicates: &Duplicates) {
+    let mut opened = Opened::default();
+    for Standing { slot, tuple, .. } in whole {
+        let socket = duplicates.get(*slot, &mut opened).map_err(AgentError::Duplicates);
+        match socket.and_then(|socket| Ok(Paused::pause_only(socket)?)) {
+            Ok(paused) => drop(paused.release()),
+            Err(error) => ::log::error!("{tuple}: its peer hears that it is closed: {}", chain(&error)),
+        }
+    }
 }
