@@ -47,7 +47,9 @@ impl Parked {
             ([IoSliceMut::new(&mut byte)], MsgFlags::MSG_PEEK | MsgFlags::MSG_CMSG_CLOEXEC);
         let message =
             recvmsg::<()>(self.0.as_raw_fd(), &mut data, Some(&mut control), flags).map_err(failed)?;
-        let files = message.cmsgs().map(received_fds).map_err(failed)?;
-        if message.flags.contains(MsgFlags::MSG_CTRUNC) { Err(failed(Errno::EMFILE)) } else { Ok(files) }
+        if message.flags.contains(MsgFlags::MSG_CTRUNC) {
+            return Err(failed(Errno::EMFILE));
+        }
+        message.cmsgs().map(received_fds).map_err(failed)
     }
 }
