@@ -223,18 +223,13 @@ impl<'a> Dump<'a> {
         }
         let arranged = fault::point("dump.end").map_err(AgentError::from).and_then(|()| {
             let (images, lock, tree) = (&saved.images, &saved.lock_name, saved.held.tree());
-            let arrangement = if taken_over {
-                Some(Arrangement::of_dead_agent(images, lock, &tree)?)
+            if taken_over {
+                Arrangement::of_dead_agent(images, lock, &tree).map(Some)
             } else {
-                Arrangement::make(images, lock, &tree)?
-            };
-            if arrangement.is_some() {
-                saved.complete_requests();
-                saved.write_side_image()?;
+                Arrangement::make(images, lock, &tree)
             }
-            Ok(arrangement)
         });
-        let (arrangement, result) = match arranged {
+        let (arrangement, arranged) = match arranged {
             Ok(Some(arrangement)) => (arrangement, Ok(())),
             Ok(None) => {
                 log::info!("CRIU carries the connections itself");
@@ -243,6 +238,8 @@ impl<'a> Dump<'a> {
             // CRIU kills the tasks all the same: the images are as they are, and the locks are needed.
             Err(error) => (Arrangement::as_it_is(), Err(error)),
         };
+        saved.complete_requests();
+        let result = arranged.and(saved.write_side_image());
         let watching = Watching::begin(saved.held, arrangement, self.tasks_stay_alive);
         (Progress::Watching(watching), result.and(fault::point("dump.arranged").map_err(AgentError::from)))
     }
