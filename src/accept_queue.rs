@@ -23,13 +23,13 @@ use std::sync::OnceLock;
 
 use nix::errno::Errno;
 
-use crate::connection::{ControlBlock, FourTuple, OPT_SACK, State};
+use crate::connection::{ControlBlock, FourTuple, OPT_ECN, OPT_SACK, State};
 use crate::forge::{Forge, ForgeError, Kind, MARK, Segment, Way, header_window};
 use crate::kernel::bpf::{Callee, Insn, Map, MapKind, Program, Register, Width};
 use crate::kernel::btf::Btf;
 use crate::kernel::netlink::NetlinkSocket;
 use crate::kernel::netns::{NetNs, NetNsError};
-use crate::kernel::{SysError, addr, diag, sockopt, tcp};
+use crate::kernel::{SysError, diag, interface, sockopt, tcp};
 use crate::lock::{BadOption, variable};
 
 /// How many connections wait in a listener's queue.
@@ -210,7 +210,7 @@ impl AcceptQueues {
         let (program, requests, listeners) = load()?;
         let (attached, monitor) = ns.run(|| {
             check_settings(ns)?;
-            let attached = program.attach_to_ingress(addr::interface_index("lo")?)?;
+            let attached = program.attach_to_ingress(interface::index("lo")?)?;
             Ok::<_, Unavailable>((attached, NetlinkSocket::sock_diag()?))
         })??;
         Ok(Self { ns: ns.clone(), requests, listeners, monitor, _attached: attached })
@@ -278,7 +278,7 @@ impl Putting<'_> {
         }
         let [a, b, c, d, ..] = said;
         match i32::from_ne_bytes([a, b, c, d]) {
-            NOT_SEEN => Err(self.unfit("a firewall rule drops the forged ACK")),
+            NOT_SEEN => Err(self.unfit("the forged ACK does not pass the loopback interface: a firewall rule drops it, or the listener is in a VRF")),
             0 => Err(self.unfit("the queue is full, or the kernel denies a connection of these addresses")),
             refused => {
                 let errno = Errno::from_raw(refused.wrapping_neg());
@@ -373,7 +373,6 @@ const NOT_SEEN: i32 = 1;
 const FIRST: [u8; 4] = [0; 4];
 
 fn request(tcp: &ControlBlock) -> [u8; REQUEST] {
-    const OPT_ECN: u32 = 8;
     let negotiated = &tcp.negotiated;
     let scale = negotiated.wscale.unwrap_or_default();
     let clock = negotiated.timestamp.unwrap_or(0);

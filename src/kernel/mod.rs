@@ -5,12 +5,12 @@
 #![allow(unsafe_code)]
 
 pub mod addr;
-pub mod address;
 pub mod ao;
 pub mod bpf;
 pub mod btf;
 pub mod diag;
 pub mod ecn;
+pub mod interface;
 pub mod netlink;
 pub mod netns;
 pub mod options;
