@@ -170,7 +170,7 @@ fn a_user_timeout_begins_anew() {
         |text: &str| assert!(Command::new("nft").arg(text).status().expect("nft").success(), "nft {text}");
     in_own_network(|| {
         let deaf = [Deaf::AllAlong, Deaf::Again, Deaf::AgainIdle];
-        for (address, deaf) in FAMILIES.into_iter().flat_map(|address| deaf.map(|deaf| (address, deaf))) {
+        for (address, deaf) in FAMILIES[..2].iter().flat_map(|address| deaf.map(|deaf| (address, deaf))) {
             let (mut ours, mut theirs) = connected(address);
             let set = |level, name, value: i32| {
                 sockopt::set_bytes(ours.as_fd(), level, name, &value.to_ne_bytes()).expect("an option");

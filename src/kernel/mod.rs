@@ -17,6 +17,7 @@ pub mod options;
 mod page;
 pub mod process;
 pub mod raw;
+pub mod reqsk;
 pub mod sockopt;
 pub mod tcp;
 pub(crate) mod wire;
