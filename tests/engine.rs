@@ -19,7 +19,7 @@ use soccr::kernel::netns::NetNs;
 use soccr::kernel::{sockopt, tcp};
 use soccr::lock::{LockName, LockOptions, NetworkLock};
 use soccr::repair::{Paused, Probe, four_tuple};
-use support::{connected, expect_bytes, in_own_network, lacks, pattern};
+use support::{FAMILIES, connected, expect_bytes, in_own_network, lacks, pattern, variants};
 
 struct Saved {
     tuple: FourTuple,
@@ -122,16 +122,6 @@ fn await_state(stream: &TcpStream, state: State) {
 
 fn moved(stream: TcpStream) -> TcpStream {
     build(&save_and_close(stream))
-}
-
-const FAMILIES: [&str; 3] = ["127.0.0.1:0", "[::1]:0", "[::ffff:127.0.0.1]:0"];
-
-/// Each family, first without ECN, then with it.
-fn variants() -> impl Iterator<Item = &'static str> {
-    ["2", "1"].into_iter().flat_map(|ecn| {
-        std::fs::write("/proc/sys/net/ipv4/tcp_ecn", ecn).expect("net.ipv4.tcp_ecn");
-        FAMILIES
-    })
 }
 
 #[test]
@@ -365,32 +355,6 @@ fn the_round_trip_time_is_as_it_was() {
             let mut ours = TcpStream::from(paused.resume(Probe::Send).expect("resume"));
             theirs.write_all(b"on").expect("write");
             expect_bytes(&mut ours, b"on");
-        }
-    });
-}
-
-/// Each socket's clock has an offset of its own, as each host's has, here also one of twelve days: what is told goes on from
-/// where it was all the same, and so the peer believes it (PAWS, RFC 7323).
-#[test]
-fn the_peer_sees_one_clock() {
-    in_own_network(|| {
-        for (address, ahead) in variants().flat_map(|address| [(address, 0), (address, 1 << 30)]) {
-            let (mut ours, mut theirs) = connected(address);
-            tcp::set_repair(ours.as_fd(), tcp::Repair::On).expect("repair mode");
-            let clock = tcp::timestamp(ours.as_fd()).expect("TCP_TIMESTAMP");
-            tcp::set_timestamp(ours.as_fd(), clock.wrapping_add(ahead)).expect("TCP_TIMESTAMP");
-            tcp::set_repair(ours.as_fd(), tcp::Repair::OffNoProbe).expect("repair mode");
-            ours.write_all(b"before").expect("write");
-            expect_bytes(&mut theirs, b"before");
-            let saved = save_and_close(ours);
-            let built = Instant::now();
-            let mut ours = build(&saved);
-            let told = saved.tcp.negotiated.timestamp.expect("timestamps are in use");
-            let tells = tcp::timestamp(ours.as_fd()).expect("TCP_TIMESTAMP");
-            let passed = u32::try_from(built.elapsed().as_millis()).expect("short");
-            assert!(tells.wrapping_sub(told) <= passed + 2, "{told}, {passed} ms later {tells}");
-            ours.write_all(b"after").expect("write");
-            expect_bytes(&mut theirs, b"after");
         }
     });
 }

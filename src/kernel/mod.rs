@@ -5,18 +5,19 @@
 #![allow(unsafe_code)]
 
 pub mod addr;
-pub mod address;
 pub mod ao;
 pub mod bpf;
 pub mod btf;
 pub mod diag;
 pub mod ecn;
+pub mod interface;
 pub mod netlink;
 pub mod netns;
 pub mod options;
 mod page;
 pub mod process;
 pub mod raw;
+pub mod reqsk;
 pub mod sockopt;
 pub mod tcp;
 pub(crate) mod wire;

@@ -66,7 +66,7 @@ impl Peers {
         self.gone = Instant::now();
     }
 
-    /// No server is there: from now on others connect. (A dump does not take those along whom the server has yet to accept.)
+    /// No server is there: from now on others connect. Who had come before, and was not accepted, is the dump's.
     pub fn call(&mut self) -> Result<()> {
         self.calls = Some(Calls::start(self.ns.try_clone()?, self.server));
         Ok(())

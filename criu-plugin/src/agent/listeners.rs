@@ -8,7 +8,7 @@ use nix::ifaddrs::getifaddrs;
 use nix::sys::socket::SockaddrStorage;
 use soccr::chain;
 use soccr::kernel::netns::NetNs;
-use soccr::kernel::{addr, diag};
+use soccr::kernel::{diag, interface};
 use soccr::lock::{Listener, NetworkLock};
 
 /// Those in `ns` that are the tree's alone, by their inodes. Where others listen at the same port, nobody can tell from a SYN
@@ -31,7 +31,7 @@ pub fn that_are_away(ns: &NetNs, listeners: &[Listener]) -> Vec<Listener> {
 /// Their addresses of IPv4 that `ns` does not have. CRIU makes listeners itself, and sets IP_FREEBIND after the bind() that
 /// this fails at (of IPv6 ones before it); IP_TRANSPARENT comes with the extras, later still.
 pub fn without_address(ns: &NetNs, listeners: &[Listener]) -> Vec<SocketAddr> {
-    let away = |local: &SocketAddr| ns.run(|| !addr::can_be_bound(local.ip())).unwrap_or(false);
+    let away = |local: &SocketAddr| matches!(ns.run(|| interface::is_local(local.ip())), Ok(Ok(false)));
     listeners.iter().map(|listener| listener.local).filter(|local| local.is_ipv4() && away(local)).collect()
 }
 

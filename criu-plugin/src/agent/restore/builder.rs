@@ -14,7 +14,7 @@ use soccr::forge::Forge;
 use soccr::kernel::netns::NetNs;
 use soccr::kernel::options::{self, When};
 use soccr::kernel::tcp::Direction;
-use soccr::kernel::{SysError, addr, sockopt, tcp};
+use soccr::kernel::{SysError, addr, interface, sockopt, tcp};
 use soccr::repair::{Paused, Probe};
 use soccr::restore::{Opened, Opening, RestoreError};
 
@@ -326,7 +326,7 @@ fn scoped(connection: &InetConnection, socket: &OwnedFd, pid: i32) -> Result<Fou
         && local.ip().is_unicast_link_local()
     {
         let index = NetNs::of_socket(socket.as_fd())?
-            .run(|| addr::interface_index(name))?
+            .run(|| interface::index(name))?
             .map_err(|source| AgentError::Socket { tuple: connection.tuple, pid, source })?;
         local.set_scope_id(index);
         remote.set_scope_id(index);

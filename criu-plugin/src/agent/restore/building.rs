@@ -16,7 +16,7 @@ use soccr::criu::tasks::{self, Fate, FindError, OwnerMap, SocketNamespaces, Task
 use soccr::forge::Forge;
 use soccr::kernel::netns::NetNs;
 use soccr::kernel::process::RemoteFd;
-use soccr::kernel::{SysError, address, sockopt, tcp};
+use soccr::kernel::{SysError, interface, sockopt, tcp};
 use soccr::repair::{Paused, Probe, four_tuple};
 
 use super::builder::{Begun, Builder, Built, Made, Wanted, must_live};
@@ -141,7 +141,7 @@ impl<'a> Building<'a> {
 
     fn is_local(&self, ns: &NetNs, ip: IpAddr, until: Instant) -> Result<bool, AgentError> {
         let failed = |source| AgentError::Task { pid: self.criu.pid, source };
-        ns.run(|| address::await_local(ip, until))?.map_err(failed)
+        ns.run(|| interface::await_local(ip, until))?.map_err(failed)
     }
 
     /// init(): where CRIU does not make the tree's namespace itself, it was given it as a descriptor (`--inherit-fd`): peers
