@@ -122,7 +122,7 @@ fn newcomers_wait(address: &str) -> Result<()> {
     peers.call()?;
     lan.carry(&copies, true)?;
     peers.wait(AWAY);
-    lan.thaw(&copies, PLUGIN)?;
+    let _task = lan.thaw(&copies, PLUGIN)?;
     let noticed = peers.finish()?;
     lan.release(&copies)?;
     let (absence, made, refused) = (noticed.absence, noticed.calls.len(), noticed.refused());
