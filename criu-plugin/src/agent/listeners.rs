@@ -21,11 +21,9 @@ pub fn of_tree(ns: &NetNs, is_ours: impl Fn(u64) -> bool) -> Vec<Listener> {
     alone.map(|diag::Listener { local, v6only, .. }| Listener { local, v6only }).collect()
 }
 
-/// Those at whose ports nobody listens in `ns`. Images can name any: what somebody else accepts he shall accept.
-pub fn that_are_away(ns: &NetNs, listeners: &[Listener]) -> Vec<Listener> {
-    let there = of_all(ns);
-    let taken = |port: u16| there.iter().any(|other| other.local.port() == port);
-    listeners.iter().copied().filter(|listener| !taken(listener.local.port())).collect()
+/// The ports at which somebody listens in `ns`. Images can name any: what somebody else accepts he shall accept.
+pub fn taken_ports(ns: &NetNs) -> HashSet<u16> {
+    of_all(ns).iter().map(|listener| listener.local.port()).collect()
 }
 
 /// Their addresses of IPv4 that `ns` does not have. CRIU makes listeners itself, and sets IP_FREEBIND after the bind() that
