@@ -19,6 +19,7 @@ pub mod process;
 pub mod raw;
 pub mod sockopt;
 pub mod tcp;
+pub mod warm;
 pub(crate) mod wire;
 
 use nix::errno::Errno;
