@@ -20,6 +20,7 @@ pub mod raw;
 pub mod reqsk;
 pub mod sockopt;
 pub mod tcp;
+pub mod warm;
 pub(crate) mod wire;
 
 use nix::errno::Errno;

@@ -49,7 +49,8 @@ State, sequences, windows, segment size, window scaling, SACK, timestamps, queue
 |---|---|---|---|---|
 | ECN | 5.7, or net.ipv4.tcp_ecn=1 | lost | carried | `ecn::over_ipv4` and others, `marked_segments_are_echoed` |
 | the smoothed round trip time | any | lost | carried with ECN, up to 0.9 s; otherwise measured anew with the first bytes that are acknowledged; what was sent before, and is lost, is sent again after a second (as a probe), then after 3 | `ecn::the_round_trip_time_comes_back` |
-| the congestion window | any | ten segments, as in a new connection | the same; what that costs: docs/RELIABILITY.md, \"The first burst after a restore\" | |
+| the congestion window | 5.14 | ten segments, as in a new connection | carried on the same host, but for what it loses in a silence as long; elsewhere by `SOCCR_WARM`: docs/RELIABILITY.md, \"The first burst after a restore\" | `warm::a_window_is_as_it_was` and others, `a_burst_begins_with_the_window_that_was_given` |
+| the slow start threshold | any | as in a new connection | the same: no call sets it but for one that limits the window for good | |
 | the unit of the timestamps' clock | 6.7 | carried; by chance from images of older kernels | carried | `a_clock_keeps_its_unit` |
 | the clock itself, on a host with another uptime | 3.9 | carried | carried: the peer's PAWS takes what is sent | `the_timestamp_clock_goes_on` |
 | the peer's clock (ts_recent), for PAWS | any | 0 until the peer sends | the same: from its first segment on old duplicates are refused | `old_duplicates_are_refused_after_a_restore` |

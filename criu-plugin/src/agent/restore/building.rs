@@ -13,13 +13,14 @@ use nix::unistd::Pid;
 use soccr::connection::{FourTuple, Queues};
 use soccr::criu::image::index::Packet;
 use soccr::criu::tasks::{self, Fate, FindError, OwnerMap, SocketNamespaces, Task, in_flight};
+use soccr::criu::warm::Warmth;
 use soccr::forge::Forge;
 use soccr::kernel::netns::NetNs;
 use soccr::kernel::process::RemoteFd;
 use soccr::kernel::{SysError, interface, sockopt, tcp};
 use soccr::repair::{Paused, Probe, four_tuple};
 
-use super::builder::{Begun, Builder, Built, Made, Wanted, must_live};
+use super::builder::{Begun, Builder, Built, Made, Wanted, Windows, must_live};
 use super::locks::Locks;
 use super::parallel;
 use super::plan::Plan;
@@ -43,6 +44,7 @@ pub struct Building<'a> {
     pub missing: Missing,
     namespaces: SocketNamespaces,
     pub forge: Forge,
+    windows: Windows,
     pub built: Vec<Built>,
     /// Listeners whose queues were not empty, by their inodes at the dump.
     listeners: HashMap<u32, Rc<OwnedFd>>,
@@ -86,6 +88,8 @@ impl<'a> Building<'a> {
             external: plan.external.clone(),
         };
         let (namespaces, forge) = (SocketNamespaces::default(), Forge::behind(locks.method()));
+        let usual = if locks.are_of_dump() { Warmth::Keep } else { Warmth::Fresh };
+        let windows = Windows::new(plan.rules.warm.unwrap_or(usual));
         let preloaded = Preloaded::none_of(&plan.index);
         let locked = plan.index.root_net_ns_id.into_iter().collect();
         Self {
@@ -98,6 +102,7 @@ impl<'a> Building<'a> {
             missing,
             namespaces,
             forge,
+            windows,
             built: Vec::new(),
             listeners: HashMap::new(),
             waiting: Vec::new(),
@@ -212,9 +217,9 @@ impl<'a> Building<'a> {
         self.lock_sockets(&wanted, pid)?;
         profile.lap("lock");
         self.keep_listeners(&wanted, pid)?;
-        let Self { criu, plan, preloaded, forge, .. } = self;
+        let Self { criu, plan, preloaded, forge, windows, .. } = self;
         let owners = OwnerMap::of(pid).map_err(|error| FindError::Proc(pid, error))?;
-        let builder = Builder { plan, preloaded, forge, criu, pid, owners };
+        let builder = Builder { plan, preloaded, forge, windows, criu, pid, owners };
         let (begun, result) =
             parallel::for_each(wanted, Queues::default, |queues, wanted| builder.build(wanted, queues));
         let mut opened = Vec::new();

@@ -115,6 +115,11 @@ impl Locks {
         self.options.method
     }
 
+    /// Whether there are locks of the dump, or of an earlier try: it was made on this host.
+    pub fn are_of_dump(&self) -> bool {
+        self.left.waits
+    }
+
     /// Whether this one is.
     pub fn has(&self, ns: &NetNs, tuple: &FourTuple) -> bool {
         self.held.get(ns).is_some_and(|locked| locked.tuples.contains(tuple))

@@ -368,6 +368,7 @@ mod tests {
 
     use super::*;
     use crate::criu::tasks::Owner;
+    use crate::criu::warm::{CongestionWindow, Silence};
     use crate::kernel::options::SocketOption;
 
     fn direction(source: &str, destination: &str) -> Direction {
@@ -394,6 +395,13 @@ mod tests {
             options: vec![option],
             rtt: Some(Duration::from_micros(80_001)),
             usec_ts: true,
+            cwnd: Some(CongestionWindow {
+                segments: 345,
+                silence: Some(Silence {
+                    since: Duration::from_secs(1 << 31),
+                    rto: Duration::from_millis(250),
+                }),
+            }),
         };
         sockets.add(8, &SocketExtra::default());
         sockets.add(7, &extra);
