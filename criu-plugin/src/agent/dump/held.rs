@@ -137,8 +137,16 @@ impl Held {
         self.end_record(unlocked)
     }
 
-    /// CRIU carries the connections itself, and needs its own lock for that.
+    /// CRIU carries the connections itself, and needs its own lock for that. Those that nobody has accepted it would have
+    /// refused, had we not emptied their queues; it is too late to fail the dump for them.
     pub fn stand_aside(mut self) -> Vec<Task> {
+        for Queued { accepted, .. } in &self.queued {
+            log::error!(
+                "{}, which nobody has accepted, is not dumped, and ends with its listener: tcp-close (soccr enable) has the \
+                 plugin carry it",
+                accepted.tuple
+            );
+        }
         self.put_back_queued();
         let unlocked = self.unlock();
         self.end_record(unlocked)

@@ -427,8 +427,11 @@ impl Saved {
     fn take_all(&mut self, listener: &Listener) -> Result<(), AgentError> {
         let mut queues = Queues::default();
         while let Some(mut taken) = listener.take(&self.policy)? {
-            taken.save(&self.images, &mut queues)?;
-            self.held.queued.push(taken);
+            // Whatever becomes of one, those behind it are still to be taken.
+            match taken.save(&self.images, &mut queues) {
+                Ok(()) => self.held.queued.push(taken),
+                Err(error) => log::error!("a connection that came meanwhile is lost: {}", chain(&error)),
+            }
         }
         Ok(())
     }
