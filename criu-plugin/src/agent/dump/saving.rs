@@ -493,7 +493,6 @@ impl Saved {
             extras.add_connection(inode, ns, held.sockets.len(), None);
             held.sockets.push((socket, tuple));
         }
-        log::warn!("took over from an agent that died: {} connections", held.sockets.len());
         extras.read_all(&held.sockets);
         let sockets = extras.into_sockets();
         Ok(Self { images, lock_name, held, policy, sockets })
