@@ -215,7 +215,10 @@ impl<'a> Dump<'a> {
     fn end<'d>(&self, progress: Progress<'d>, ret: i32) -> (Progress<'d>, Result<(), AgentError>) {
         let (mut saved, taken_over) = match progress {
             Progress::Saving(saving) => (saving.into_saved(), false),
-            Progress::TakenOver(saved) => (saved, true),
+            Progress::TakenOver(saved) => {
+                log::warn!("took over from an agent that died: {} connections", saved.held.sockets.len());
+                (saved, true)
+            }
             other => return (other, Ok(())),
         };
         if ret != 0 {

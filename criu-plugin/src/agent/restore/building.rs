@@ -12,6 +12,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use soccr::connection::{FourTuple, Queues};
 use soccr::criu::image::index::Packet;
+use soccr::criu::rules::Action;
 use soccr::criu::tasks::{self, Fate, FindError, OwnerMap, SocketNamespaces, Task, in_flight};
 use soccr::criu::warm::Warmth;
 use soccr::forge::Forge;
@@ -344,7 +345,7 @@ impl<'a> Building<'a> {
             let listener = listener.cloned().ok_or_else(|| AgentError::NotFound(tuple.to_string()))?;
             let ns = self.namespaces.of(listener.as_fd());
             let ns = ns.map_err(|source| AgentError::SocketNs { tuple, pid: 0, source })?;
-            queued.push(Queued { listener, ns, accepted, source: Source::Image });
+            queued.push(Queued { listener, ns, accepted, source: Source::Image, action: Action::Keep });
         }
         if queued.is_empty() {
             return Ok(());
