@@ -2,34 +2,31 @@
 //!
 //! A listener holds them in the order in which they came. Each can be [taken](take) out and read as any other connection.
 //! No call puts one back, but since Linux 6.9 a BPF program that sees a packet arrive may say that it is the ACK which
-//! ends a handshake, and of which listener (`bpf_sk_assign_tcp_reqsk`, made for SYN cookies of one's own). The kernel
-//! then makes a connection of that segment, with the options that the program names, and appends it to the queue:
+//! ends a handshake, and of which listener (module `kernel::reqsk`). The kernel then makes a connection of that segment,
+//! with the options that the program names, and appends it to the queue:
 //!
-//! 1. the program is shown what arrives at the loopback interface (tcx, Linux 6.6), where a raw socket's packets to an
-//!    address of the host itself pass. It looks only at packets with our [`MARK`], and takes exactly those that a map
-//!    tells it of;
+//! 1. the program is shown what arrives at the loopback interface, where a raw socket's packets to an address of the
+//!    host itself pass;
 //! 2. the forged ACK (module `forge`): its acknowledgement becomes snd_una, its sequence rcv_nxt less the unread bytes;
 //! 3. the unread bytes, and the peer's FIN, as further forged segments, each when the one before has arrived, which
 //!    the socket monitor tells.
 //!
-//! The program is made here of a few instructions, and gone with its descriptor. The connection must be locked from the
+//! The program is gone with its descriptor. The connection must be locked from the
 //! network, and no other socket may have its addresses.
 
 use std::fs;
 use std::io;
-use std::net::{IpAddr, SocketAddr};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::net::IpAddr;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::OnceLock;
 
-use nix::errno::Errno;
-
-use crate::connection::{ControlBlock, FourTuple, OPT_SACK, State};
+use crate::connection::{ControlBlock, FourTuple, State};
 use crate::forge::{Forge, ForgeError, Kind, MARK, Segment, Way, header_window};
-use crate::kernel::bpf::{Callee, Insn, Map, MapKind, Program, Register, Width};
 use crate::kernel::btf::Btf;
 use crate::kernel::netlink::NetlinkSocket;
 use crate::kernel::netns::{NetNs, NetNsError};
-use crate::kernel::{SysError, addr, diag, sockopt, tcp};
+use crate::kernel::reqsk::{self, Ack, Answer, Requests};
+use crate::kernel::{SysError, diag, interface, sockopt, tcp};
 use crate::lock::{BadOption, variable};
 
 /// How many connections wait in a listener's queue.
@@ -176,10 +173,7 @@ pub enum PutError {
 #[derive(Debug)]
 pub struct AcceptQueues {
     ns: NetNs,
-    /// The segment that is to become a connection, and what of.
-    requests: Map,
-    /// Its listener.
-    listeners: Map,
+    requests: Requests,
     monitor: NetlinkSocket,
     _attached: OwnedFd,
 }
@@ -207,13 +201,13 @@ impl AcceptQueues {
     /// # Errors
     /// [`Unavailable`].
     pub fn open(ns: &NetNs) -> Result<Self, Unavailable> {
-        let (program, requests, listeners) = load()?;
+        let requests = load()?;
         let (attached, monitor) = ns.run(|| {
             check_settings(ns)?;
-            let attached = program.attach_to_ingress(addr::interface_index("lo")?)?;
+            let attached = requests.attach(interface::index("lo")?)?;
             Ok::<_, Unavailable>((attached, NetlinkSocket::sock_diag()?))
         })??;
-        Ok(Self { ns: ns.clone(), requests, listeners, monitor, _attached: attached })
+        Ok(Self { ns: ns.clone(), requests, monitor, _attached: attached })
     }
 
     /// Appends a connection to the queue of `listener`, a socket of this namespace. `unread` are the bytes of its receive
@@ -252,10 +246,9 @@ struct Putting<'a> {
 
 impl Putting<'_> {
     fn run(&self, listener: BorrowedFd<'_>, unread: &[u8]) -> Result<(), PutError> {
-        self.sys(self.queues.listeners.insert(&FIRST, &listener.as_raw_fd().to_ne_bytes()))?;
+        self.sys(self.queues.requests.choose(listener))?;
         let put = self.handshake();
-        // It stays a plain listener: in the map it would have operations of its own.
-        put.and(self.sys(self.queues.listeners.remove(&FIRST)))?;
+        put.and(self.sys(self.queues.requests.leave()))?;
         self.fill(unread)?;
         if self.tcp.state.fin_received() { self.fin() } else { Ok(()) }
     }
@@ -267,21 +260,22 @@ impl Putting<'_> {
     /// The ACK that ends a handshake.
     fn handshake(&self) -> Result<(), PutError> {
         let ack = self.segment(self.first_seq(), &[]);
-        let key = key(&ack);
-        self.sys(self.queues.requests.insert(&key, &request(self.tcp)))?;
+        let Segment { tuple, seq, ack: acked, .. } = ack;
+        let expected = Ack { tuple, seq, ack: acked, negotiated: &self.tcp.negotiated };
+        self.sys(self.queues.requests.expect(&expected))?;
         let sent = self.forge.bring(&self.way, &ack, || Ok(self.receiving()?.is_some()));
-        let mut said = [0; REQUEST];
-        let read = self.queues.requests.read(&key, &mut said);
-        self.sys(read.and(self.queues.requests.remove(&key)))?;
+        let answer = self.sys(self.queues.requests.answer(&expected))?;
         if sent.map_err(|source| PutError::Forge { tuple: *self.tuple, source })? {
             return Ok(());
         }
-        let [a, b, c, d, ..] = said;
-        match i32::from_ne_bytes([a, b, c, d]) {
-            NOT_SEEN => Err(self.unfit("a firewall rule drops the forged ACK")),
-            0 => Err(self.unfit("the queue is full, or the kernel denies a connection of these addresses")),
-            refused => {
-                let errno = Errno::from_raw(refused.wrapping_neg());
+        match answer {
+            Answer::NotSeen => Err(self.unfit(
+                "the forged ACK does not pass the loopback interface: a firewall rule drops it, or the listener is in a VRF",
+            )),
+            Answer::Taken => {
+                Err(self.unfit("the queue is full, or the kernel denies a connection of these addresses"))
+            }
+            Answer::Refused(errno) => {
                 self.sys(Err(SysError { call: "make a connection of the forged ACK", errno }))
             }
         }
@@ -346,62 +340,8 @@ impl Putting<'_> {
     }
 }
 
-/// What the program knows a packet by: addresses, ports, sequence and acknowledgement, as they lie in it.
-const KEY: usize = KEY_V6 as usize;
-const KEY_V4: u8 = 20;
-const KEY_V6: u8 = 44;
-
-fn key(segment: &Segment<'_>) -> [u8; KEY] {
-    let (from, to) = (segment.tuple.remote, segment.tuple.local);
-    let address = |end: SocketAddr| match end.ip() {
-        IpAddr::V4(ip) => ip.octets().to_vec(),
-        IpAddr::V6(ip) => ip.octets().to_vec(),
-    };
-    let ports = [from.port(), to.port()].map(u16::to_be_bytes);
-    let numbers = [segment.seq, segment.ack].map(u32::to_be_bytes);
-    let mut key = [0; KEY];
-    let bytes = [address(from), address(to), ports.concat(), numbers.concat()].concat();
-    key[..bytes.len()].copy_from_slice(&bytes);
-    key
-}
-
-/// What the program has to say of a packet, then `struct bpf_tcp_req_attrs`.
-const REQUEST: usize = 4 + ATTRIBUTES as usize;
-const ATTRIBUTES: u8 = 20;
-const NOT_SEEN: i32 = 1;
-/// The only element of `listeners`.
-const FIRST: [u8; 4] = [0; 4];
-
-fn request(tcp: &ControlBlock) -> [u8; REQUEST] {
-    const OPT_ECN: u32 = 8;
-    let negotiated = &tcp.negotiated;
-    let scale = negotiated.wscale.unwrap_or_default();
-    let clock = negotiated.timestamp.unwrap_or(0);
-    let flag = |on: bool| u8::from(on);
-    let mut request = [0; REQUEST];
-    request[..4].copy_from_slice(&NOT_SEEN.to_ne_bytes());
-    // rcv_tsval, the peer's clock, is not known: 0 stands for any.
-    request[8..12].copy_from_slice(&clock.to_ne_bytes());
-    let mss = u16::try_from(negotiated.mss_clamp).unwrap_or(u16::MAX);
-    request[12..14].copy_from_slice(&mss.to_ne_bytes());
-    request[14..21].copy_from_slice(&[
-        scale.rcv,
-        scale.snd,
-        flag(negotiated.mask & OPT_ECN != 0),
-        flag(negotiated.wscale.is_some()),
-        flag(negotiated.mask & OPT_SACK != 0),
-        flag(negotiated.timestamp.is_some()),
-        flag(clock & 1 != 0), // a kernel that has the function shows the clock's unit here
-    ]);
-    request
-}
-
-fn load() -> Result<(Program, Map, Map), Unavailable> {
-    let function = function()?;
-    let requests = Map::new(MapKind::Hash, KEY, REQUEST, 1)?;
-    let listeners = Map::new(MapKind::Sockets, FIRST.len(), size_of::<i32>(), 1)?;
-    let program = Program::of_packets(&program(function, &requests, &listeners))?;
-    Ok((program, requests, listeners))
+fn load() -> Result<Requests, Unavailable> {
+    Ok(Requests::load(function()?, MARK)?)
 }
 
 /// The kernel's number of the function; its description is read once.
@@ -411,48 +351,6 @@ fn function() -> Result<u32, Unavailable> {
         return Ok(*number);
     }
     let btf = Btf::of_kernel().map_err(Unavailable::Btf)?;
-    let number = btf.function("bpf_sk_assign_tcp_reqsk").ok_or(Unavailable::Function)?;
+    let number = btf.function(reqsk::FUNCTION).ok_or(Unavailable::Function)?;
     Ok(*NUMBER.get_or_init(|| number))
-}
-
-fn program(function: u32, requests: &Map, listeners: &Map) -> Vec<Insn> {
-    use Register::{R0, R1, R2, R3, R4, R6, R7, R8, R10};
-    use Width::{Double, Word};
-    const MAP_LOOKUP: Callee = Callee::Helper(1);
-    const LOAD_BYTES: Callee = Callee::Helper(26);
-    const SK_RELEASE: Callee = Callee::Helper(86);
-    // Of `struct __sk_buff`.
-    const SKB_MARK: i16 = 8;
-    const SKB_PROTOCOL: i16 = 16;
-    // Where the addresses begin, behind the Ethernet header.
-    const ADDRESSES_V4: i32 = 14 + 12;
-    const ADDRESSES_V6: i32 = 14 + 8;
-    // In the frame: the key, with a word to fill its last double, and a key of `listeners`.
-    const FRAME_KEY: i16 = -48;
-    const FRAME_FIRST: i16 = -52;
-    let ipv6 = u32::from(u16::from_ne_bytes([0x86, 0xdd]));
-    let [leave, exit] = [Insn::set(R0, -1), Insn::exit()]; // TCX_NEXT: as if nobody had looked
-    let mut code = vec![Insn::copy(R6, R1)];
-    code.extend([Insn::load(Word, R0, R6, SKB_MARK), Insn::skip_if(R0, MARK, 2), leave, exit]);
-
-    code.extend((0..6).map(|double| Insn::store_number(Double, R10, FRAME_KEY + 8 * double, 0)));
-    code.extend([Insn::set(R2, ADDRESSES_V4), Insn::set(R4, KEY_V4.into())]);
-    code.extend([Insn::load(Word, R0, R6, SKB_PROTOCOL), Insn::skip_unless(R0, ipv6, 2)]);
-    code.extend([Insn::set(R2, ADDRESSES_V6), Insn::set(R4, KEY_V6.into())]);
-    code.extend([Insn::copy(R1, R6), Insn::copy(R3, R10), Insn::add(R3, FRAME_KEY.into())]);
-    code.extend([Insn::call(LOAD_BYTES), Insn::skip_if(R0, 0, 2), leave, exit]);
-
-    code.extend(Insn::map(R1, requests));
-    code.extend([Insn::copy(R2, R10), Insn::add(R2, FRAME_KEY.into()), Insn::call(MAP_LOOKUP)]);
-    code.extend([Insn::skip_unless_null(R0, 2), leave, exit, Insn::copy(R7, R0)]);
-
-    code.extend(Insn::map(R1, listeners));
-    code.push(Insn::store_number(Word, R10, FRAME_FIRST, 0));
-    code.extend([Insn::copy(R2, R10), Insn::add(R2, FRAME_FIRST.into()), Insn::call(MAP_LOOKUP)]);
-    code.extend([Insn::skip_unless_null(R0, 2), leave, exit, Insn::copy(R8, R0)]);
-
-    code.extend([Insn::copy(R1, R6), Insn::copy(R2, R8), Insn::copy(R3, R7), Insn::add(R3, 4)]);
-    code.extend([Insn::set(R4, ATTRIBUTES.into()), Insn::call(Callee::Kernel(function))]);
-    code.extend([Insn::store(Word, R7, 0, R0), Insn::copy(R1, R8), Insn::call(SK_RELEASE), leave, exit]);
-    code
 }

@@ -28,7 +28,7 @@ use crate::connection::{ControlBlock, FourTuple, OPT_ECN, OPT_SACK, State, Windo
 use crate::forge::{self, Forge, ForgeError, Kind, Segment};
 use crate::kernel::netns::NetNs;
 use crate::kernel::tcp::{Direction, Queue, Repair, RepairOption};
-use crate::kernel::{SysError, addr, diag, sockopt, tcp};
+use crate::kernel::{SysError, addr, diag, interface, sockopt, tcp};
 use crate::repair::Paused;
 
 /// A connection could not be built.
@@ -417,8 +417,8 @@ impl Restoring<'_> {
             return error;
         }
         let local = self.tuple.on_wire().local.ip();
-        match NetNs::of_socket(self.fd).map(|ns| ns.run(|| addr::can_be_bound(local))) {
-            Ok(Ok(false)) => SysError { call: CALL, errno: Errno::EADDRNOTAVAIL },
+        match NetNs::of_socket(self.fd).map(|ns| ns.run(|| interface::is_local(local))) {
+            Ok(Ok(Ok(false))) => SysError { call: CALL, errno: Errno::EADDRNOTAVAIL },
             _ => error,
         }
     }

@@ -8,41 +8,80 @@ use std::os::fd::AsFd;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use nix::errno::Errno;
+use soccr::Connection;
 use soccr::kernel::tcp::{self, Queue, Repair};
 use soccr::kernel::{raw, sockopt};
-use support::{connected, expect_bytes, in_own_network};
+use support::{FAMILIES, connected, expect_bytes, in_own_network, variants};
 
 /// From one socket to another, as to another host.
 fn moved(stream: TcpStream) -> TcpStream {
     let (frozen, refused) = soccr::freeze([stream]);
     assert!(refused.is_empty(), "{refused:?}");
-    let connections: Vec<_> = frozen.connections().cloned().collect();
+    let bytes = frozen.connections().map(Connection::to_bytes);
+    let connections: Vec<_> =
+        bytes.map(|bytes| Connection::from_bytes(&bytes).expect("a connection")).collect();
     drop(frozen.release());
-    let mut sockets = soccr::thaw(&connections).unwrap_or_else(|error| panic!("{}", soccr::chain(&error)));
+    thawed(&connections)
+}
+
+fn thawed(connections: &[Connection]) -> TcpStream {
+    let mut sockets = soccr::thaw(connections).unwrap_or_else(|error| panic!("{}", soccr::chain(&error)));
     TcpStream::from(sockets.remove(0))
+}
+
+fn clock(of: &TcpStream) -> u32 {
+    tcp::timestamp(of.as_fd()).expect("TCP_TIMESTAMP")
+}
+
+fn set_clock(of: &TcpStream, to: u32) {
+    tcp::set_repair(of.as_fd(), Repair::On).expect("TCP_REPAIR");
+    tcp::set_timestamp(of.as_fd(), to).expect("TCP_TIMESTAMP");
+    tcp::set_repair(of.as_fd(), Repair::OffNoProbe).expect("TCP_REPAIR");
 }
 
 /// Every connection's clock has an offset of its own, that of the host's uptime included: it is carried, and goes on.
 #[test]
 fn the_timestamp_clock_goes_on() {
     in_own_network(|| {
-        let (mut ours, mut theirs) = connected("127.0.0.1:0");
-        // As on a host with an uptime of another month.
-        let shifted = tcp::timestamp(ours.as_fd()).expect("TCP_TIMESTAMP").wrapping_add(0x7000_0000) & !1;
-        tcp::set_repair(ours.as_fd(), Repair::On).expect("TCP_REPAIR");
-        tcp::set_timestamp(ours.as_fd(), shifted).expect("TCP_TIMESTAMP");
-        tcp::set_repair(ours.as_fd(), Repair::OffNoProbe).expect("TCP_REPAIR");
-        ours.write_all(b"before").expect("write");
-        expect_bytes(&mut theirs, b"before");
-        let (before, since) = (tcp::timestamp(ours.as_fd()).expect("TCP_TIMESTAMP"), Instant::now());
-        let mut ours = moved(ours);
-        let passed = tcp::timestamp(ours.as_fd()).expect("TCP_TIMESTAMP").wrapping_sub(before);
-        // The time between a save and its restore does not count, and need not: only back it must not go.
-        let most = u32::try_from(since.elapsed().as_millis()).expect("a short test") + 1;
-        assert!(passed <= most, "{passed} ms in {most}");
-        ours.write_all(b"after").expect("write");
-        expect_bytes(&mut theirs, b"after"); // the peer's PAWS takes it
+        // As on the same host, and on one with an uptime of another fortnight or month.
+        for (address, ahead) in
+            variants().flat_map(|address| [0, 1 << 30, 0x7000_0000].map(|ahead| (address, ahead)))
+        {
+            let (mut ours, mut theirs) = connected(address);
+            set_clock(&ours, clock(&ours).wrapping_add(ahead) & !1);
+            ours.write_all(b"before").expect("write");
+            expect_bytes(&mut theirs, b"before");
+            let (before, since) = (clock(&ours), Instant::now());
+            let mut ours = moved(ours);
+            let passed = clock(&ours).wrapping_sub(before);
+            // The time between a save and its restore does not count, and need not: only back it must not go.
+            let most = u32::try_from(since.elapsed().as_millis()).expect("a short test") + 1;
+            assert!(passed <= most, "{address}: {passed} ms in {most}");
+            ours.write_all(b"after").expect("write");
+            expect_bytes(&mut theirs, b"after"); // the peer's PAWS takes it
+        }
+    });
+}
+
+/// A clock that ticks in microseconds goes on so, whatever the route says (Linux 6.7).
+#[test]
+fn a_clock_keeps_its_unit() {
+    in_own_network(|| {
+        for (address, unit) in FAMILIES.into_iter().flat_map(|address| [(address, 0), (address, 1)]) {
+            let (ours, mut theirs) = connected(address);
+            if !tcp::timestamp_tells_unit(ours.as_fd()).expect("TCP_INFO") {
+                return support::lacks("timestamps in microseconds");
+            }
+            // Not before what the peer has heard already.
+            set_clock(&ours, clock(&ours).wrapping_add(2) & !1 | unit);
+            let mut ours = moved(ours);
+            // A bit that is always so, while the other 31 go on.
+            for _ in 0..100 {
+                assert_eq!(clock(&ours) & 1, unit, "{address}");
+            }
+            ours.write_all(b"on").expect("write");
+            expect_bytes(&mut theirs, b"on");
+        }
     });
 }
 
@@ -108,33 +147,67 @@ fn sequences(stream: &TcpStream) -> (u32, u32) {
     (rcv_nxt, write_seq)
 }
 
-/// Bytes that the peer does not acknowledge end a connection after its TCP_USER_TIMEOUT, and not after the quarter of an hour
-/// that the kernel tries else. The time begins anew with the first retransmission after the restore: until then the round
-/// trip time is unknown, so that this comes one probe of a second and a timeout of three later (RFC 6298, 5.7).
+/// Who does not hear any more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Deaf {
+    /// The peer, before the freeze and ever after.
+    AllAlong,
+    /// The same, but for a while after the thaw; then bytes wait to be acknowledged.
+    Again,
+    /// The same, when there are no bytes: keepalive asks.
+    AgainIdle,
+}
+
+/// The time that a program gives its peer (TCP_USER_TIMEOUT) does not run during a freeze, however long that takes. After it a
+/// peer that is gone is noticed as before, and not after the quarter of an hour that the kernel tries else. For bytes that were
+/// sent before, the time begins anew with the first retransmission: until then the round trip time is unknown, so that this
+/// comes one probe of a second and a timeout of three later (RFC 6298, 5.7).
 #[test]
-fn a_user_timeout_ends_after_a_restore() {
-    const TIMEOUT: Duration = Duration::from_millis(1500);
+fn a_user_timeout_begins_anew() {
+    const LIMIT: Duration = Duration::from_millis(400);
     const FIRST_RETRANSMISSION: Duration = Duration::from_secs(4);
+    let nft =
+        |text: &str| assert!(Command::new("nft").arg(text).status().expect("nft").success(), "nft {text}");
     in_own_network(|| {
-        let (mut ours, theirs) = connected("127.0.0.1:0");
-        let milliseconds = 1500_i32.to_ne_bytes();
-        sockopt::set_bytes(ours.as_fd(), libc::SOL_TCP, libc::TCP_USER_TIMEOUT, &milliseconds)
-            .expect("TCP_USER_TIMEOUT");
-        let port = theirs.local_addr().expect("address").port();
-        let rule = format!(
-            "add table inet deaf; add chain inet deaf in {{ type filter hook input priority 0; }}; \
-             add rule inet deaf in tcp dport {port} drop"
-        );
-        assert!(Command::new("nft").arg(rule).status().expect("nft runs").success());
-        ours.write_all(b"unheard").expect("write");
-        ours.set_read_timeout(Some(TIMEOUT / 2)).expect("timeout");
-        assert_eq!(ours.read(&mut [0]).expect_err("half of it").kind(), ErrorKind::WouldBlock);
-        let mut ours = moved(ours);
-        ours.set_read_timeout(Some(Duration::from_secs(20))).expect("timeout");
-        let restored = Instant::now();
-        let error = ours.read(&mut [0]).expect_err("the peer hears nothing");
-        let took = restored.elapsed();
-        assert_eq!(error.raw_os_error(), Some(Errno::ETIMEDOUT as i32), "{error} after {took:?}");
-        assert!(took >= TIMEOUT / 2 && took < FIRST_RETRANSMISSION + TIMEOUT * 2, "it took {took:?}");
+        let deaf = [Deaf::AllAlong, Deaf::Again, Deaf::AgainIdle];
+        for (address, deaf) in FAMILIES[..2].iter().flat_map(|address| deaf.map(|deaf| (address, deaf))) {
+            let (mut ours, mut theirs) = connected(address);
+            let set = |level, name, value: i32| {
+                sockopt::set_bytes(ours.as_fd(), level, name, &value.to_ne_bytes()).expect("an option");
+            };
+            set(libc::SOL_TCP, libc::TCP_USER_TIMEOUT, i32::try_from(LIMIT.as_millis()).expect("short"));
+            if deaf == Deaf::AgainIdle {
+                set(libc::SOL_TCP, libc::TCP_KEEPIDLE, 1);
+                set(libc::SOL_TCP, libc::TCP_KEEPINTVL, 1);
+                set(libc::SOL_SOCKET, libc::SO_KEEPALIVE, 1);
+            }
+            let port = theirs.local_addr().expect("its address").port();
+            let drop_all = format!(
+                "add table inet path; add chain inet path in {{ type filter hook input priority 0; }}; \
+                 add rule inet path in tcp dport {port} drop"
+            );
+            nft(&drop_all);
+            ours.write_all(b"not acknowledged").expect("write");
+            let (frozen, _) = soccr::freeze([ours]);
+            let connections: Vec<_> = frozen.connections().cloned().collect();
+            drop(frozen.release());
+            std::thread::sleep(2 * LIMIT); // the time is what this is about
+            let mut ours = thawed(&connections);
+            if deaf != Deaf::AllAlong {
+                nft("delete table inet path");
+                expect_bytes(&mut theirs, b"not acknowledged");
+                nft(&drop_all);
+            }
+            if deaf == Deaf::Again {
+                ours.write_all(b"nobody hears it").expect("write");
+            }
+            ours.set_read_timeout(Some(Duration::from_secs(20))).expect("SO_RCVTIMEO");
+            let since = Instant::now();
+            let ended = ours.read(&mut [0]).expect_err("nobody sends");
+            let took = since.elapsed();
+            assert_eq!(ended.kind(), ErrorKind::TimedOut, "{address}, {deaf:?}: {ended} after {took:?}");
+            assert!(took < FIRST_RETRANSMISSION + 3 * LIMIT, "{address}, {deaf:?}: it took {took:?}");
+            nft("delete table inet path");
+        }
     });
 }

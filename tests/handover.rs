@@ -5,16 +5,12 @@ mod support;
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::os::fd::{AsFd, OwnedFd};
-use std::process::Command;
-use std::time::Duration;
 
 use soccr::connection::State;
 use soccr::kernel::netns::NetNs;
 use soccr::kernel::{sockopt, tcp};
 use soccr::{Connection, FreezeError, Frozen, Refused, ThawError, lock};
-use support::{connected, expect_bytes, in_own_network, pattern};
-
-const FAMILIES: [&str; 3] = ["127.0.0.1:0", "[::1]:0", "[::ffff:127.0.0.1]:0"];
+use support::{FAMILIES, connected, expect_bytes, in_own_network, pattern};
 
 /// Locks in this namespace, and the elements in each.
 fn locks() -> Vec<usize> {
@@ -268,88 +264,6 @@ fn a_non_local_source_comes_back() {
             let ours = &mut early.unwrap_or_else(|| thawed(&bytes))[0];
             ours.write_all(b"on").expect("write");
             expect_bytes(&mut TcpStream::from(theirs), b"on");
-        }
-    });
-}
-
-/// A clock that ticks in microseconds goes on so, whatever the route says (Linux 6.7).
-#[test]
-fn a_clock_keeps_its_unit() {
-    in_own_network(|| {
-        for (address, unit) in FAMILIES.into_iter().flat_map(|address| [(address, 0), (address, 1)]) {
-            let (ours, mut theirs) = connected(address);
-            if !tcp::timestamp_tells_unit(ours.as_fd()).expect("TCP_INFO") {
-                return support::lacks("timestamps in microseconds");
-            }
-            tcp::set_repair(ours.as_fd(), tcp::Repair::On).expect("repair mode");
-            // Not before what the peer has heard already.
-            let now = tcp::timestamp(ours.as_fd()).expect("TCP_TIMESTAMP").wrapping_add(2) & !1;
-            tcp::set_timestamp(ours.as_fd(), now | unit).expect("TCP_TIMESTAMP");
-            tcp::set_repair(ours.as_fd(), tcp::Repair::OffNoProbe).expect("repair mode");
-            let frozen = frozen(soccr::freeze([ours]));
-            let bytes = bytes(&frozen);
-            drop(frozen.release());
-            let ours = &mut thawed(&bytes)[0];
-            // A bit that is always so, while the other 31 go on.
-            for _ in 0..100 {
-                assert_eq!(tcp::timestamp(ours.as_fd()).expect("TCP_TIMESTAMP") & 1, unit, "{address}");
-            }
-            ours.write_all(b"on").expect("write");
-            expect_bytes(&mut theirs, b"on");
-        }
-    });
-}
-
-/// The time that a program gives its peer (TCP_USER_TIMEOUT) does not run during a freeze, however long that takes. After it a
-/// peer that is gone is noticed as before: by what is not acknowledged, or by keepalive.
-#[test]
-fn timers_go_on() {
-    const LIMIT: Duration = Duration::from_millis(400);
-    let nft =
-        |text: &str| assert!(Command::new("nft").arg(text).status().expect("nft").success(), "nft {text}");
-    in_own_network(|| {
-        for (address, keepalive) in
-            FAMILIES[..2].iter().flat_map(|address| [(address, false), (address, true)])
-        {
-            let (mut ours, mut theirs) = connected(address);
-            let set = |level, name, value: i32| {
-                sockopt::set_bytes(ours.as_fd(), level, name, &value.to_ne_bytes()).expect("an option");
-            };
-            set(libc::SOL_TCP, libc::TCP_USER_TIMEOUT, i32::try_from(LIMIT.as_millis()).expect("short"));
-            if keepalive {
-                set(libc::SOL_TCP, libc::TCP_KEEPIDLE, 1);
-                set(libc::SOL_TCP, libc::TCP_KEEPINTVL, 1);
-                set(libc::SOL_SOCKET, libc::SO_KEEPALIVE, 1);
-            }
-            let port = theirs.local_addr().expect("its address").port();
-            let unreachable = || {
-                nft(&format!(
-                    "add table inet path; add chain inet path in {{ type filter hook input priority 0; }}; \
-                     add rule inet path in tcp dport {port} drop"
-                ));
-            };
-            unreachable();
-            ours.write_all(b"not acknowledged").expect("write");
-            let frozen = frozen(soccr::freeze([ours]));
-            let bytes = bytes(&frozen);
-            drop(frozen.release());
-            std::thread::sleep(2 * LIMIT); // the time is what this is about
-            nft("delete table inet path");
-            let ours = &mut thawed(&bytes)[0];
-            expect_bytes(&mut theirs, b"not acknowledged");
-
-            unreachable();
-            if !keepalive {
-                ours.write_all(b"nobody hears it").expect("write");
-            }
-            ours.set_read_timeout(Some(Duration::from_secs(20))).expect("SO_RCVTIMEO");
-            let ended = ours.read(&mut [0]).expect_err("nobody sends");
-            assert_eq!(
-                ended.kind(),
-                std::io::ErrorKind::TimedOut,
-                "{address}, keepalive {keepalive}: {ended}"
-            );
-            nft("delete table inet path");
         }
     });
 }

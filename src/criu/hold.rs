@@ -3,23 +3,29 @@
 //! Where a restore comes from another host, or into a container's new network, packets reach this host as soon as it
 //! has the address: before criu runs, and so before anybody has locked. They meet no socket and are answered with
 //! RST. So the connections are locked beforehand, where their packets will pass, and the record of that is what a dump
-//! on this host would have left: the restore takes it over, and unlocks.
+//! on this host would have left: the restore takes it over, and unlocks. Who would connect waits as after such a dump.
 
+use std::collections::HashSet;
 use std::os::fd::AsFd;
+use std::time::Duration;
 
 use super::image::external::ExternalImage;
 use super::image::index::Index;
-use super::image::side::{Accepted, SideImage};
+use super::image::side::{Accepted, Place, SideImage, TreeListener};
 use super::image::{ImageDir, ImageError, inventory};
 use super::keeper::Keeper;
 use super::record::{
     ConnectionRecord, LockRecord, NsId, Phase, RECORD_VARIABLE, RecordError, RecordId, Recorder, Store,
 };
+use crate::chain;
 use crate::four_tuple::FourTuple;
+use crate::kernel::diag;
 use crate::kernel::netns::NetNs;
 use crate::lock::conntrack::Translation;
 use crate::lock::held::Holder;
-use crate::lock::{BadOption, LockError, LockName, LockOptions, METHOD_VARIABLE, Method, NetworkLock};
+use crate::lock::{
+    BadOption, Listener, LockError, LockName, LockOptions, METHOD_VARIABLE, Method, NetworkLock,
+};
 
 /// What is held.
 #[derive(Debug)]
@@ -77,11 +83,10 @@ pub fn hold(images: &ImageDir, ns: &NetNs, options: &LockOptions) -> Result<Hold
         return Err(HoldError::Method);
     }
     let held = Held::read(images)?;
-    let packets = held.packets();
-    if packets.is_empty() {
+    if held.packets().is_empty() {
         return Err(HoldError::Nothing);
     }
-    let (id, name) = (held.id()?, held.name()?.on_path());
+    let (id, name) = (held.id()?, held.name()?);
     if known(&id)? {
         return Err(HoldError::Known(id));
     }
@@ -89,8 +94,13 @@ pub fn hold(images: &ImageDir, ns: &NetNs, options: &LockOptions) -> Result<Hold
     let mut recorder = Recorder::new(id.as_str(), Phase::Dumped, images.as_fd(), own)?;
     let connections = held.connections.len();
     let tuples: Vec<FourTuple> = held.connections.iter().map(ConnectionRecord::tuple).collect();
-    recorder.add_connections(held.connections);
-    recorder.add_lock(LockRecord { ns: NsId::from(ns), name: name.clone(), method: options.method });
+    let newcomers = if holder.newcomers.is_zero() { Vec::new() } else { held.listeners_away(ns) };
+    let mut names = vec![name.on_path()];
+    names.extend((!newcomers.is_empty()).then(|| name.clone()));
+    recorder.add_connections(held.connections.iter().cloned());
+    for name in &names {
+        recorder.add_lock(LockRecord { ns: NsId::from(ns), name: name.clone(), method: options.method });
+    }
     recorder.set_translations(&held.translations);
     recorder.save(Phase::Dumped)?;
     if !known(&id)? {
@@ -98,20 +108,27 @@ pub fn hold(images: &ImageDir, ns: &NetNs, options: &LockOptions) -> Result<Hold
     }
     holder.expect(tuples);
     holder.expect_translated(&held.translations);
-    match NetworkLock::lock_on_path(ns, &name, &packets, &holder.options(ns, options)) {
-        Ok(lock) => lock.map(NetworkLock::keep).ok_or(HoldError::Method)?,
-        Err(error) => {
-            recorder.remove()?;
-            return Err(error.into());
-        }
+    holder.expect_newcomers(&newcomers);
+    let time = options.lease.map_or(holder.newcomers, |lease| lease.min(holder.newcomers));
+    let options = holder.options(ns, options);
+    if let Err(error) = held.lock(ns, &newcomers, time, &options) {
+        recorder.remove()?;
+        return Err(error);
     }
     let door = recorder.held().filter(|_| holder.listens());
-    let keeper = door.map(|door| Keeper::new(holder, ns, vec![name], door, &id));
+    let keeper = door.map(|door| Keeper::new(holder, ns, names, door, &id));
     let keeper = keeper.transpose().unwrap_or_else(|error| {
         log::warn!("what peers send until the restore is dropped: {error}");
         None
     });
     Ok(Hold { id, connections, keeper })
+}
+
+/// Has who would connect wait. Where that is not possible they are refused, as they would be without us.
+fn stop_newcomers(lock: &NetworkLock, listeners: &[Listener], time: Duration) {
+    if let Err(error) = lock.stop_newcomers(listeners, time, !lock.name().is_on_path()) {
+        log::warn!("who connects until the restore is refused: {}", chain(&error));
+    }
 }
 
 /// The record that a hold of these images has, or their dump on this host, and whether they have no connection at all;
@@ -140,6 +157,7 @@ struct Held {
     /// Those that nobody has accepted.
     accepted: Vec<Accepted>,
     translations: Vec<Translation>,
+    listeners: Vec<TreeListener>,
     name: Option<LockName>,
 }
 
@@ -154,9 +172,10 @@ impl Held {
             let reuse_addr = crate::kernel::options::reuse_addr(&image.options);
             connections.push(ConnectionRecord::of_external(image.tuple, reuse_addr));
         })?;
+        let listeners = side.as_ref().map(|side| side.listeners.clone()).unwrap_or_default();
         let translations = side.as_ref().map(|side| side.translations_of(&index)).unwrap_or_default();
         let accepted = side.map(|side| side.accepted_of(&index, images)).unwrap_or_default();
-        Ok(Self { connections, accepted, translations, name })
+        Ok(Self { connections, accepted, translations, listeners, name })
     }
 
     fn id(&self) -> Result<RecordId, HoldError> {
@@ -169,10 +188,54 @@ impl Held {
 
     /// The addresses of all packets, as the sockets see them and before and behind a translation.
     fn packets(&self) -> Vec<FourTuple> {
+        let sides = self.translations.iter().flat_map(|t| [t.original.tuple(), t.reply.tuple()]);
+        self.sockets().into_iter().chain(sides).collect()
+    }
+
+    /// The connections, as the sockets see them.
+    fn sockets(&self) -> Vec<FourTuple> {
         let accepted = self.accepted.iter().map(|accepted| accepted.tuple);
         let sockets = self.connections.iter().map(ConnectionRecord::tuple).chain(accepted);
-        let reachable = sockets.filter(|tuple| tuple.local.port() != 0 && tuple.leaves_its_host());
-        let sides = self.translations.iter().flat_map(|t| [t.original.tuple(), t.reply.tuple()]);
-        reachable.chain(sides).collect()
+        sockets.filter(|tuple| tuple.local.port() != 0 && tuple.leaves_its_host()).collect()
+    }
+
+    /// Locks them on the way, and at the sockets where it is here that `newcomers` would be accepted: on the way a
+    /// listener at any address would stop what goes anywhere else by the same port.
+    fn lock(
+        &self,
+        ns: &NetNs,
+        newcomers: &[Listener],
+        time: Duration,
+        options: &LockOptions,
+    ) -> Result<(), HoldError> {
+        let name = self.name()?;
+        let on_path = NetworkLock::lock_on_path(ns, &name.on_path(), &self.packets(), options)?;
+        let on_path = on_path.ok_or(HoldError::Method)?;
+        if !newcomers.is_empty() {
+            let at_sockets = NetworkLock::lock(ns, name, &self.sockets(), options)?;
+            stop_newcomers(&at_sockets, newcomers, time);
+            at_sockets.keep();
+        }
+        stop_newcomers(&on_path, &self.listeners_at(Place::OnPath), time);
+        on_path.keep();
+        Ok(())
+    }
+
+    fn listeners_at(&self, place: Place) -> Vec<Listener> {
+        let there = self.listeners.iter().filter(|listener| listener.place == place);
+        there.map(|listener| listener.listener).collect()
+    }
+
+    /// Those beside criu at whose ports nobody listens in `ns`. Images can name any: what somebody else accepts he shall
+    /// accept.
+    fn listeners_away(&self, ns: &NetNs) -> Vec<Listener> {
+        let Ok(Ok(others)) = ns.run(diag::listeners) else {
+            log::warn!("{ns}: who connects until the restore is refused: its listeners are unknown");
+            return Vec::new();
+        };
+        let taken: HashSet<u16> = others.iter().map(|other| other.local.port()).collect();
+        let mut listeners = self.listeners_at(Place::BesideCriu);
+        listeners.retain(|listener| !taken.contains(&listener.local.port()));
+        listeners
     }
 }

@@ -8,3 +8,4 @@ pub mod record;
 pub mod rules;
 pub mod stock;
 pub mod tasks;
+pub mod warm;

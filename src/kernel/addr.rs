@@ -1,12 +1,12 @@
 //! Socket addresses to and from the kernel's structures.
 
 use std::mem::{MaybeUninit, size_of};
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6};
+use std::os::fd::{AsRawFd, BorrowedFd};
 
 use nix::errno::Errno;
 
-use super::{SysError, SysResult, check, sockopt, tcp};
+use super::{SysError, SysResult, check};
 
 #[allow(clippy::cast_possible_truncation)] // 16 and 28
 const V4_LEN: libc::socklen_t = size_of::<libc::sockaddr_in>() as libc::socklen_t;
@@ -50,14 +50,6 @@ pub fn from_sockaddr_in(sa: &libc::sockaddr_in) -> SocketAddr {
 pub fn from_sockaddr_in6(sa: &libc::sockaddr_in6) -> SocketAddr {
     let ip = Ipv6Addr::from(sa.sin6_addr.s6_addr);
     SocketAddrV6::new(ip, u16::from_be(sa.sin6_port), sa.sin6_flowinfo, sa.sin6_scope_id).into()
-}
-
-/// Whether an ordinary socket of the current network namespace can be bound to the address.
-#[must_use]
-pub fn can_be_bound(ip: IpAddr) -> bool {
-    let bound = sockopt::tcp_socket(ip.is_ipv6())
-        .and_then(|socket| tcp::bind(socket.as_fd(), SocketAddr::new(ip, 0)));
-    !matches!(bound, Err(SysError { errno: Errno::EADDRNOTAVAIL, .. }))
 }
 
 /// Calls `f` with the kernel's form of `addr` and its length.
@@ -118,13 +110,4 @@ fn read(
         libc::AF_INET6 if len >= V6_LEN => Ok(from_sockaddr_in6(&sa6)),
         _ => Err(SysError { call, errno: Errno::EAFNOSUPPORT }),
     }
-}
-
-/// The index of a network interface of the current network namespace.
-///
-/// # Errors
-/// ENODEV when there is no such interface.
-pub fn interface_index(name: &str) -> SysResult<u32> {
-    nix::net::if_::if_nametoindex(name)
-        .map_err(|errno| SysError { call: "find the network interface", errno })
 }

@@ -30,7 +30,8 @@ pub enum Register {
     R2,
     R3,
     R4,
-    R6 = 6,
+    R5,
+    R6,
     R7,
     R8,
     R10 = 10,
@@ -176,7 +177,7 @@ impl Map {
             |len: usize| u32::try_from(len).map_err(|_| SysError { call: CALL, errno: Errno::E2BIG });
         let attributes =
             Attributes { kind: kind as u32, key: length(key)?, value: length(value)?, most, flags: 0 };
-        Ok(Self { fd: owned(CALL, bpf(CALL, 0, &attributes)?)?, key, value })
+        Ok(Self { fd: owned(CALL, bpf(CALL, Command::MapCreate, &attributes)?)?, key, value })
     }
 
     /// Adds or replaces an element.
@@ -184,7 +185,13 @@ impl Map {
     /// # Errors
     /// E2BIG: the map is full. Of a map of sockets: what the kernel says of the socket.
     pub fn insert(&self, key: &[u8], value: &[u8]) -> SysResult<()> {
-        self.element("put an element into a BPF map", 2, key, value.as_ptr().cast_mut(), value.len())
+        self.element(
+            "put an element into a BPF map",
+            Command::MapUpdate,
+            key,
+            value.as_ptr().cast_mut(),
+            value.len(),
+        )
     }
 
     /// Reads an element.
@@ -192,7 +199,7 @@ impl Map {
     /// # Errors
     /// ENOENT.
     pub fn read(&self, key: &[u8], value: &mut [u8]) -> SysResult<()> {
-        self.element("read an element of a BPF map", 1, key, value.as_mut_ptr(), value.len())
+        self.element("read an element of a BPF map", Command::MapLookUp, key, value.as_mut_ptr(), value.len())
     }
 
     /// Removes an element.
@@ -200,13 +207,19 @@ impl Map {
     /// # Errors
     /// ENOENT.
     pub fn remove(&self, key: &[u8]) -> SysResult<()> {
-        self.element("remove an element of a BPF map", 3, key, std::ptr::null_mut(), self.value)
+        self.element(
+            "remove an element of a BPF map",
+            Command::MapDelete,
+            key,
+            std::ptr::null_mut(),
+            self.value,
+        )
     }
 
     fn element(
         &self,
         call: &'static str,
-        command: libc::c_int,
+        command: Command,
         key: &[u8],
         value: *mut u8,
         value_len: usize,
@@ -244,8 +257,22 @@ impl Program {
     /// EPERM without CAP_BPF and CAP_NET_ADMIN in the first user namespace; EINVAL and EACCES for what the kernel's
     /// verifier refuses, which is also what an older kernel does with what it does not know.
     pub fn of_packets(instructions: &[Insn]) -> SysResult<Self> {
-        const CALL: &str = "load a BPF program";
         const SCHED_CLS: u32 = 3;
+        Self::load("load a BPF program of packets", SCHED_CLS, instructions)
+    }
+
+    /// Loads a program that hears of what becomes of sockets, and has a say in it (`BPF_PROG_TYPE_SOCK_OPS`).
+    ///
+    /// # Errors
+    /// As [`Program::of_packets`].
+    pub fn of_socket_events(instructions: &[Insn]) -> SysResult<Self> {
+        const SOCK_OPS: u32 = 13;
+        Self::load("load a BPF program of socket events", SOCK_OPS, instructions)
+    }
+
+    fn load(call: &'static str, kind: u32, instructions: &[Insn]) -> SysResult<Self> {
+        /// The verifier leaves off where a signal waits for the thread.
+        const TRIES: usize = 5;
         #[repr(C)]
         struct Attributes {
             kind: u32,
@@ -253,15 +280,22 @@ impl Program {
             instructions: u64,
             license: u64,
         }
-        let count =
-            u32::try_from(instructions.len()).map_err(|_| SysError { call: CALL, errno: Errno::E2BIG })?;
+        let count = u32::try_from(instructions.len()).map_err(|_| SysError { call, errno: Errno::E2BIG })?;
         let attributes = Attributes {
-            kind: SCHED_CLS,
+            kind,
             count,
             instructions: address(instructions.as_ptr()),
             license: address(c"Dual MIT/GPL".as_ptr()),
         };
-        Ok(Self(owned(CALL, bpf(CALL, 5, &attributes)?)?))
+        let load = || bpf(call, Command::ProgramLoad, &attributes);
+        let mut loaded = load();
+        for _ in 1..TRIES {
+            if !matches!(loaded, Err(SysError { errno: Errno::EAGAIN, .. })) {
+                break;
+            }
+            loaded = load();
+        }
+        Ok(Self(owned(call, loaded?)?))
     }
 
     /// Shows it what arrives at an interface of the calling thread's network namespace (tcx, Linux 6.6), as long as the
@@ -270,18 +304,30 @@ impl Program {
     /// # Errors
     /// EINVAL on an older kernel, EPERM without CAP_NET_ADMIN.
     pub fn attach_to_ingress(&self, interface: u32) -> SysResult<OwnedFd> {
-        const CALL: &str = "attach a BPF program";
         const TCX_INGRESS: u32 = 46;
+        self.attach("attach a BPF program to an interface", interface, TCX_INGRESS)
+    }
+
+    /// Has it hear of the sockets of a control group, and of all below (Linux 5.7), as long as the answer is open.
+    ///
+    /// # Errors
+    /// EINVAL on an older kernel, EPERM without CAP_NET_ADMIN.
+    pub fn attach_to_group(&self, group: BorrowedFd<'_>) -> SysResult<OwnedFd> {
+        const CGROUP_SOCK_OPS: u32 = 3;
+        let group = group.as_raw_fd().cast_unsigned();
+        self.attach("attach a BPF program to a control group", group, CGROUP_SOCK_OPS)
+    }
+
+    fn attach(&self, call: &'static str, target: u32, place: u32) -> SysResult<OwnedFd> {
         #[repr(C)]
         struct Attributes {
             program: u32,
-            interface: u32,
+            target: u32,
             place: u32,
             flags: u32,
         }
         let program = self.0.as_raw_fd().cast_unsigned();
-        let attributes = Attributes { program, interface, place: TCX_INGRESS, flags: 0 };
-        owned(CALL, bpf(CALL, 28, &attributes)?)
+        owned(call, bpf(call, Command::LinkCreate, &Attributes { program, target, place, flags: 0 })?)
     }
 }
 
@@ -295,13 +341,26 @@ fn address<T>(pointer: *const T) -> u64 {
     pointer.expose_provenance() as u64
 }
 
+/// `enum bpf_cmd`.
+#[derive(Clone, Copy)]
+#[repr(i32)]
+enum Command {
+    MapCreate = 0,
+    MapLookUp = 1,
+    MapUpdate = 2,
+    MapDelete = 3,
+    ProgramLoad = 5,
+    LinkCreate = 28,
+}
+
 /// Calls bpf(). Attributes that are longer in the kernel are 0 there; each structure here has no padding, and its pointers
 /// lead to what the command says, as long as it says.
-fn bpf<A>(call: &'static str, command: libc::c_int, attributes: &A) -> SysResult<libc::c_long> {
+fn bpf<A>(call: &'static str, command: Command, attributes: &A) -> SysResult<libc::c_long> {
     // SAFETY: the kernel reads `size_of::<A>()` bytes of a live structure; the callers in this module answer for its
     // pointers, whose targets are live for the call and as long as the map's lengths, which they check, or a count says.
-    let ret =
-        unsafe { libc::syscall(libc::SYS_bpf, command, std::ptr::from_ref(attributes), size_of::<A>()) };
+    let ret = unsafe {
+        libc::syscall(libc::SYS_bpf, command as i32, std::ptr::from_ref(attributes), size_of::<A>())
+    };
     if ret < 0 { Err(SysError::last(call)) } else { Ok(ret) }
 }
 
@@ -309,50 +368,4 @@ fn owned(call: &'static str, fd: libc::c_long) -> SysResult<OwnedFd> {
     let fd = i32::try_from(fd).map_err(|_| SysError { call, errno: Errno::EBADF })?;
     // SAFETY: a descriptor the kernel just gave us; nobody else owns it.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
-}
-
-impl Program {
-    /// Loads a program that hears of what becomes of sockets, and has a say in it (`BPF_PROG_TYPE_SOCK_OPS`).
-    ///
-    /// # Errors
-    /// As [`Program::of_packets`].
-    pub fn of_socket_events(instructions: &[Insn]) -> SysResult<Self> {
-        const CALL: &str = "load a BPF program of socket events";
-        const SOCK_OPS: u32 = 13;
-        #[repr(C)]
-        struct Attributes {
-            kind: u32,
-            count: u32,
-            instructions: u64,
-            license: u64,
-        }
-        let count =
-            u32::try_from(instructions.len()).map_err(|_| SysError { call: CALL, errno: Errno::E2BIG })?;
-        let attributes = Attributes {
-            kind: SOCK_OPS,
-            count,
-            instructions: address(instructions.as_ptr()),
-            license: address(c"Dual MIT/GPL".as_ptr()),
-        };
-        Ok(Self(owned(CALL, bpf(CALL, 5, &attributes)?)?))
-    }
-
-    /// Has it hear of the sockets of a control group, and of all below (Linux 5.7), as long as the answer is open.
-    ///
-    /// # Errors
-    /// EINVAL on an older kernel, EPERM without CAP_NET_ADMIN.
-    pub fn attach_to_group(&self, group: BorrowedFd<'_>) -> SysResult<OwnedFd> {
-        const CALL: &str = "attach a BPF program to a control group";
-        const CGROUP_SOCK_OPS: u32 = 3;
-        #[repr(C)]
-        struct Attributes {
-            program: u32,
-            group: u32,
-            place: u32,
-            flags: u32,
-        }
-        let [program, group] = [self.0.as_raw_fd(), group.as_raw_fd()].map(i32::cast_unsigned);
-        let attributes = Attributes { program, group, place: CGROUP_SOCK_OPS, flags: 0 };
-        owned(CALL, bpf(CALL, 28, &attributes)?)
-    }
 }

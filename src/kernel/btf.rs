@@ -56,7 +56,8 @@ fn word(bytes: &[u8], at: usize) -> Option<u32> {
 fn next_type(types: &[u8]) -> Option<(u32, u32, &[u8])> {
     const HEAD: usize = 12;
     let info = word(types, 4)?;
-    let (kind, members) = (info >> 24 & 0x1f, usize::try_from(info & 0xffff).ok()?);
+    // Of 24 and seven bits; most kernels use only 16 and five, and leave the others 0.
+    let (kind, members) = (info >> 24 & 0x7f, usize::try_from(info & 0x00ff_ffff).ok()?);
     let more = match kind {
         2 | 7..=12 | 16 | 18 => 0, // pointers, names for other types, functions, floats
         1 | 14 | 17 => 4,          // integers, variables, tags of declarations

@@ -84,7 +84,7 @@ fn program(chosen: &Map) -> [Insn; 17] {
 }
 
 /// The root of the control groups (version 2), mounted for nobody but this descriptor (Linux 5.2).
-fn root_group() -> SysResult<OwnedFd> {
+pub(super) fn root_group() -> SysResult<OwnedFd> {
     const CALL: &str = "mount the control groups";
     const FSOPEN_CLOEXEC: libc::c_uint = 1;
     const FSCONFIG_CMD_CREATE: libc::c_uint = 6;

@@ -5,12 +5,12 @@
 #![allow(unsafe_code)]
 
 pub mod addr;
-pub mod address;
 pub mod ao;
 pub mod bpf;
 pub mod btf;
 pub mod diag;
 pub mod ecn;
+pub mod interface;
 pub mod netlink;
 pub mod netns;
 pub mod options;
@@ -18,8 +18,10 @@ mod page;
 pub mod parked;
 pub mod process;
 pub mod raw;
+pub mod reqsk;
 pub mod sockopt;
 pub mod tcp;
+pub mod warm;
 pub(crate) mod wire;
 
 use nix::errno::Errno;

@@ -291,6 +291,12 @@ pub struct Info {
     pub unsent: Option<u32>,
     /// The smoothed round trip time; 0 before the first one is measured.
     pub rtt: Duration,
+    /// After so long what was sent, and not acknowledged, is sent again.
+    pub rto: Duration,
+    /// Since data was sent last, or since the connection began.
+    pub last_data_sent: Duration,
+    /// The congestion window, in segments.
+    pub snd_cwnd: u32,
 }
 
 /// The head of `struct tcp_info`, as far as `tcpi_notsent_bytes`.
@@ -318,9 +324,12 @@ const _: () = assert!(offset_of!(TcpInfo, notsent_bytes) == 144);
 /// The kernel's answer; EMSGSIZE if it knows less than the state.
 pub fn info(fd: BorrowedFd<'_>) -> SysResult<Info> {
     const CALL: &str = "get TCP_INFO";
-    const UNACKED: usize = 4; // tcpi_rto, tcpi_ato, tcpi_snd_mss and tcpi_rcv_mss come before it
+    const RTO: usize = 0;
+    const UNACKED: usize = 4; // tcpi_ato, tcpi_snd_mss and tcpi_rcv_mss come before it
+    const LAST_DATA_SENT: usize = 9; // behind tcpi_fackets
     const RTT: usize = 15; // behind tcpi_rcv_ssthresh
-    const NEEDED: usize = offset_of!(TcpInfo, words) + (RTT + 1) * size_of::<u32>();
+    const SND_CWND: usize = 18; // behind tcpi_snd_ssthresh
+    const NEEDED: usize = offset_of!(TcpInfo, words) + (SND_CWND + 1) * size_of::<u32>();
     const WITH_UNSENT: usize = offset_of!(TcpInfo, notsent_bytes) + size_of::<u32>();
     let mut value = MaybeUninit::<TcpInfo>::zeroed();
     #[allow(clippy::cast_possible_truncation)] // 148
@@ -353,6 +362,9 @@ pub fn info(fd: BorrowedFd<'_>) -> SysResult<Info> {
         unacked: value.words[UNACKED],
         unsent: (len >= WITH_UNSENT).then_some(value.notsent_bytes),
         rtt: Duration::from_micros(value.words[RTT].into()),
+        rto: Duration::from_micros(value.words[RTO].into()),
+        last_data_sent: Duration::from_millis(value.words[LAST_DATA_SENT].into()),
+        snd_cwnd: value.words[SND_CWND],
     })
 }
 

@@ -294,6 +294,13 @@ impl HeldPackets {
         opens
     }
 
+    /// Adds what somebody else has held, a SYN as that of a newcomer.
+    pub fn add_any(&mut self, tuple: FourTuple, segment: &[u8]) {
+        if !self.add_newcomer(tuple, segment) {
+            self.add(tuple, segment);
+        }
+    }
+
     /// Adds a segment that somebody else has held. One that is there already, sent once more, adds nothing.
     pub fn add(&mut self, tuple: FourTuple, segment: &[u8]) {
         let Some(head) = Head::of(segment) else { return };

@@ -66,17 +66,10 @@ impl Peers {
         self.gone = Instant::now();
     }
 
-    /// No server is there: from now on others connect. (A dump does not take those along whom the server has yet to accept.)
+    /// No server is there: from now on, until it is back, others connect. Who had come before, and was not accepted, is the dump's.
     pub fn call(&mut self) -> Result<()> {
         self.calls = Some(Calls::start(self.ns.try_clone()?, self.server));
         Ok(())
-    }
-
-    /// Nobody connects any more. Without this, others do so until the end.
-    pub fn hang_up(&mut self) {
-        if let Some(calls) = &self.calls {
-            calls.over.store(true, Ordering::Relaxed);
-        }
     }
 
     /// Waits until so much time has gone by since the absence began: that is what is measured.

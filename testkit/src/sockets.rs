@@ -138,6 +138,12 @@ impl TaskSocket {
         Ok(Duration::from_micros(u32::from_ne_bytes(info[68..72].try_into()?).into()))
     }
 
+    /// The congestion window, in segments.
+    pub fn snd_cwnd(&self) -> Result<u32> {
+        let info = self.info()?;
+        Ok(u32::from_ne_bytes(info[80..84].try_into()?))
+    }
+
     /// Whether the socket is in repair mode, where nothing of it works for its program.
     pub fn in_repair(&self) -> Result<bool> {
         let on: i32 = get(&self.socket, libc::IPPROTO_TCP, libc::TCP_REPAIR).context("TCP_REPAIR")?;
@@ -188,7 +194,7 @@ impl TaskSocket {
 
     /// `struct tcp_info` as far as `tcpi_rtt`: `tcpi_state` is its first byte, `tcpi_options` the sixth, `tcpi_snd_mss` begins at
     /// the sixteenth, and `tcpi_unacked`, the backlog of a listener, at the 24th.
-    fn info(&self) -> Result<[u8; 72]> {
+    fn info(&self) -> Result<[u8; 84]> {
         get(&self.socket, libc::IPPROTO_TCP, libc::TCP_INFO).context("TCP_INFO")
     }
 }
@@ -226,7 +232,7 @@ const SIOCOUTQNSD: libc::Ioctl = 0x894B;
 pub(crate) trait Plain: Copy {}
 impl Plain for i32 {}
 impl Plain for [u32; 2] {}
-impl Plain for [u8; 72] {}
+impl Plain for [u8; 84] {}
 
 pub(crate) fn get<T: Plain>(socket: &OwnedFd, level: i32, name: i32) -> io::Result<T> {
     let mut value = MaybeUninit::<T>::zeroed();

@@ -14,6 +14,7 @@ use soccr::criu::image::ImageDir;
 use soccr::criu::image::external::ExternalImage;
 use soccr::criu::image::side::{self, SideImage, SocketExtra, Sockets};
 use soccr::criu::tasks::Owner;
+use soccr::criu::warm::CongestionWindow;
 use soccr::kernel::netns::NetNs;
 use soccr::kernel::options::SocketOption;
 use soccr::lock::conntrack::{Direction, Translation};
@@ -95,6 +96,7 @@ fn side_bytes() -> Vec<u8> {
                 options,
                 rtt: Some(Duration::from_millis(inode.into())),
                 usec_ts: true,
+                cwnd: Some(CongestionWindow { segments: 345, silence: None }),
             },
         );
     }

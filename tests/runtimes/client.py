@@ -25,8 +25,9 @@ DRIP = 128
 WINDOW = 128 << 10  # bytes on the way at most
 PROOF = 4 << 10
 TICK = 0.01
-PATIENCE = 20
-CONNECTING = 20
+SLOWER = int(os.environ.get("SOCCR_RUNTIMES_SLOWER", "1"))
+PATIENCE = 20 * SLOWER
+CONNECTING = 20 * SLOWER
 TCP_RTO_MAX_MS, TCP_RTO_MIN_US = 44, 45  # since Linux 6.15 and 6.17
 
 

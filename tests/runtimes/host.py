@@ -20,7 +20,7 @@ import threading
 import time
 from pathlib import Path
 
-from kinds import CASES, RUNTIMES, sh
+from kinds import CASES, RUNTIMES, SLOWER, sh
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 HERE = ROOT / "target/runtimes"
@@ -29,7 +29,7 @@ STREAMS = 50
 BUILT_IN = re.compile(
     r"table ip6? (filter|nat|mangle|raw|security) {|chain (INPUT|OUTPUT|FORWARD|PREROUTING|POSTROUTING) {|type .*|}|"
 )
-PATIENCE = 10  # seconds for what goes a little later than the container does
+PATIENCE = 10 * SLOWER  # seconds for what goes a little later than the container does
 
 
 def main():

@@ -14,7 +14,8 @@ ROOTFS = ROOT / "target/runtimes/rootfs"
 PORT = 7000
 PUBLISHED = 7100
 IMAGE = "localhost/server:1"
-LIMIT = 30  # seconds for one command
+SLOWER = int(os.environ.get("SOCCR_RUNTIMES_SLOWER", "1"))  # than a real machine, in emulation
+LIMIT = 30 * SLOWER  # seconds for one command
 HOST = {4: "10.77.0.1", 6: "fd77::1"}
 
 
@@ -60,6 +61,7 @@ CASES = {
     "published, IPv6": Case("published", to="host", families=(6,)),
     "export, rm, import": Case("bridge", dump="export"),
     "keep": Case("bridge", dump="keep"),
+    "pre-checkpoint": Case("bridge", dump="pre"),
     "leave running": Case("bridge", dump="leave"),
     "leave running, host": Case("host", to="host", dump="leave"),
     "leave running, own": Case("own", dump="leave"),
@@ -126,6 +128,7 @@ class Clock:
 class Runtime:
     userland = ["stable"]
     hybrid = True  # whether it can have cgroup version 2 beside version 1
+    unified = False  # whether it must not see version 1 at all
     conf = "runc.conf"  # what it has criu read, in /etc/criu
     criu = {}  # lines in there, by the kind of network
 
@@ -134,6 +137,7 @@ class Runtime:
 
 
 class Podman(Runtime):
+    oci = "runc"
     backend = "netavark"
     cases = [name for name, case in CASES.items() if case.network != "own" and not name.startswith("leave running, ")]
 
@@ -149,10 +153,11 @@ class Podman(Runtime):
         Path("/etc/containers/containers.conf").write_text(
             "[containers]\n"
             'default_ulimits = ["nofile=20000:20000", "nproc=30000:30000"]\n'
+            "pids_limit = 0\n"  # a round's group of version 2 has processes, and so no controllers for groups below it
             "[engine]\n"
             'cgroup_manager = "cgroupfs"\n'
             'events_logger = "file"\n'
-            'runtime = "runc"\n'
+            f'runtime = "{self.oci}"\n'
             "[network]\n"
             f'network_backend = "{self.backend}"\n'
         )
@@ -204,7 +209,10 @@ class Podman(Runtime):
             self.bring_in(archive)
             clock.mark("import")
             return clock.marks
-        more = {"plain": [], "keep": ["--keep"], "leave": ["--leave-running"]}[case.dump]
+        if case.dump == "pre":
+            run("podman", "container", "checkpoint", "--tcp-established", "--pre-checkpoint", "c")
+            clock.mark("pre-checkpoint")
+        more = {"plain": [], "keep": ["--keep"], "leave": ["--leave-running"], "pre": ["--with-previous"]}[case.dump]
         run("podman", "container", "checkpoint", "--tcp-established", *more, "c")
         clock.mark("dump")
         if case.dump != "leave":
@@ -230,6 +238,16 @@ class Podman(Runtime):
 class PodmanCni(Podman):
     backend = "cni"
     cases = [name for name in Podman.cases if CASES[name].families == (4,)]
+
+
+class PodmanCrun(Podman):
+    """Debian sid's. On cgroup version 1 this pair has put a restored container into the root group, and killed all of a
+    machine's processes."""
+
+    userland = ["podman", "sid", "stable"]
+    oci = "crun"
+    conf = "crun.conf"
+    unified = True
 
 
 class Oci(Runtime):
@@ -441,6 +459,14 @@ class Ctr(Runtime):
         pass
 
 
-RUNTIMES = {"podman-runc": Podman, "podman-cni": PodmanCni, "runc": Runc, "crun": Crun, "lxc": Lxc, "ctr": Ctr}
+RUNTIMES = {
+    "podman-runc": Podman,
+    "podman-cni": PodmanCni,
+    "podman-crun": PodmanCrun,
+    "runc": Runc,
+    "crun": Crun,
+    "lxc": Lxc,
+    "ctr": Ctr,
+}
 
 assert os.geteuid() == 0, "a container runtime needs root"

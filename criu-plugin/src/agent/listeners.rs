@@ -8,7 +8,7 @@ use nix::ifaddrs::getifaddrs;
 use nix::sys::socket::SockaddrStorage;
 use soccr::chain;
 use soccr::kernel::netns::NetNs;
-use soccr::kernel::{addr, diag};
+use soccr::kernel::{diag, interface};
 use soccr::lock::{Listener, NetworkLock};
 
 /// Those in `ns` that are the tree's alone, by their inodes. Where others listen at the same port, nobody can tell from a SYN
@@ -21,17 +21,15 @@ pub fn of_tree(ns: &NetNs, is_ours: impl Fn(u64) -> bool) -> Vec<Listener> {
     alone.map(|diag::Listener { local, v6only, .. }| Listener { local, v6only }).collect()
 }
 
-/// Those at whose ports nobody listens in `ns`. Images can name any: what somebody else accepts he shall accept.
-pub fn that_are_away(ns: &NetNs, listeners: &[Listener]) -> Vec<Listener> {
-    let there = of_all(ns);
-    let taken = |port: u16| there.iter().any(|other| other.local.port() == port);
-    listeners.iter().copied().filter(|listener| !taken(listener.local.port())).collect()
+/// The ports at which somebody listens in `ns`. Images can name any: what somebody else accepts he shall accept.
+pub fn taken_ports(ns: &NetNs) -> HashSet<u16> {
+    of_all(ns).iter().map(|listener| listener.local.port()).collect()
 }
 
 /// Their addresses of IPv4 that `ns` does not have. CRIU makes listeners itself, and sets IP_FREEBIND after the bind() that
 /// this fails at (of IPv6 ones before it); IP_TRANSPARENT comes with the extras, later still.
 pub fn without_address(ns: &NetNs, listeners: &[Listener]) -> Vec<SocketAddr> {
-    let away = |local: &SocketAddr| ns.run(|| !addr::can_be_bound(local.ip())).unwrap_or(false);
+    let away = |local: &SocketAddr| matches!(ns.run(|| interface::is_local(local.ip())), Ok(Ok(false)));
     listeners.iter().map(|listener| listener.local).filter(|local| local.is_ipv4() && away(local)).collect()
 }
 

@@ -12,7 +12,7 @@ pub const KEPT: [Capability; 8] = [
     Capability::CAP_NET_RAW,
     // Restored sockets bind to the ports that they had, also below 1024.
     Capability::CAP_NET_BIND_SERVICE,
-    // Entering the network namespaces of the sockets; the BPF program that has a SYN ask for ECN.
+    // Entering the network namespaces of the sockets; BPF programs (ECN, accept queues).
     Capability::CAP_SYS_ADMIN,
     // Descriptors of the tasks: pidfd_getfd() and /proc/PID/fd.
     Capability::CAP_SYS_PTRACE,

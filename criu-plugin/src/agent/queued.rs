@@ -10,9 +10,10 @@ use soccr::connection::{ControlBlock, FourTuple, Queues};
 use soccr::criu::image::ImageDir;
 use soccr::criu::image::side::Accepted;
 use soccr::criu::image::tcp_stream::TcpStreamImage;
+use soccr::criu::rules::Action;
 use soccr::forge::Forge;
 use soccr::kernel::netns::NetNs;
-use soccr::repair::Paused;
+use soccr::repair::{Paused, Probe};
 
 use crate::agent::error::AgentError;
 use crate::fault;
@@ -25,6 +26,8 @@ pub struct Queued {
     pub ns: NetNs,
     pub accepted: Accepted,
     pub source: Source,
+    /// Whether it is carried, or how it ends with the tasks.
+    pub action: Action,
 }
 
 /// A connection that waits to be accepted again, known by its listener.
@@ -71,6 +74,16 @@ impl Queued {
         TcpStreamImage::write(images, ino, &tcp, &queues.recv, &queues.send)
             .map_err(|source| AgentError::QueuedImage { tuple, source })
     }
+
+    /// Its socket out of repair mode, in which its peer would hear of nothing.
+    pub fn into_open(self) -> Option<(OwnedFd, FourTuple)> {
+        let Source::Socket(socket) = self.source else { return None };
+        let tuple = self.accepted.tuple;
+        let open = Paused::pause(socket).map_err(AgentError::from);
+        let open = open.and_then(|paused| Ok(paused.resume(Probe::None)?));
+        let told = |error: &AgentError| log::error!("{tuple}: its peer does not hear: {}", chain(error));
+        open.inspect_err(told).ok().map(|socket| (socket, tuple))
+    }
 }
 
 /// Puts connections back, one after the other, as they stood in their queues.
@@ -84,7 +97,7 @@ pub struct Putter {
 impl Putter {
     /// Puts one back. Its namespace is locked for it.
     pub fn put(&mut self, queued: Queued, images: &ImageDir, forge: &Forge) -> Result<Waiting, AgentError> {
-        let Queued { listener, ns, accepted, source } = queued;
+        let Queued { listener, ns, accepted, source, .. } = queued;
         let tuple = accepted.tuple;
         let failed = |source| AgentError::AcceptQueue { tuple, source };
         if !self.ways.contains_key(&ns) {

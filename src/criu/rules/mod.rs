@@ -6,6 +6,7 @@
 //! policy refuse local :22
 //! remap 10.0.0.5=10.0.0.9
 //! wait-address 5s
+//! warm half
 //! ```
 
 mod block;
@@ -19,12 +20,14 @@ use std::time::Duration;
 pub use policy::{Action, Policy};
 pub use remap::{End, Remap};
 
+use super::warm::Warmth;
 use crate::lock::{LockOptions, variable};
 
 /// Where the file is, unless `SOCCR_CONF` names another one.
 pub const FILE: &str = "/etc/criu/soccr.conf";
 const FILE_VARIABLE: &str = "SOCCR_CONF";
 const WAIT_VARIABLE: &str = "SOCCR_WAIT_ADDRESS";
+const WARM_VARIABLE: &str = "SOCCR_WARM";
 
 /// A rule makes no sense.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -64,6 +67,8 @@ pub struct Rules {
     pub remap: Remap,
     /// How long a restore waits for an address that is not there yet.
     pub wait_address: Option<Duration>,
+    /// What becomes of congestion windows.
+    pub warm: Option<Warmth>,
 }
 
 impl Rules {
@@ -73,9 +78,12 @@ impl Rules {
     /// [`RulesError`], which names variable or line.
     pub fn read() -> Result<Self, RulesError> {
         let mut rules = Self::default();
-        for (kind, name) in
-            [("policy", policy::VARIABLE), ("remap", remap::VARIABLE), ("wait-address", WAIT_VARIABLE)]
-        {
+        for (kind, name) in [
+            ("policy", policy::VARIABLE),
+            ("remap", remap::VARIABLE),
+            ("wait-address", WAIT_VARIABLE),
+            ("warm", WARM_VARIABLE),
+        ] {
             rules.add(kind, &variable(name), name)?;
         }
         let path = match variable(FILE_VARIABLE) {
@@ -120,7 +128,18 @@ impl Rules {
                 self.wait_address = self.wait_address.or(time);
                 Ok(())
             }
-            _ => Err(bad("a line begins with policy, remap or wait-address")),
+            "warm" => {
+                let warm = match text.trim() {
+                    "" => None, // the variable is not set
+                    "keep" => Some(Warmth::Keep),
+                    "half" => Some(Warmth::Half),
+                    "fresh" => Some(Warmth::Fresh),
+                    _ => return Err(bad("keep, half or fresh is wanted")),
+                };
+                self.warm = self.warm.or(warm);
+                Ok(())
+            }
+            _ => Err(bad("a line begins with policy, remap, wait-address or warm")),
         }
     }
 }
@@ -136,9 +155,10 @@ mod tests {
     #[test]
     fn a_file_has_lines_of_all_kinds() {
         let all = rules(
-            "# a comment\n\n policy close local :22 # ssh\nremap 10.0.0.5=10.0.0.9\nwait-address 5s\nwait-address 9s\n",
+            "# a comment\n\n policy close local :22 # ssh\nremap 10.0.0.5=10.0.0.9\nwait-address 5s\nwait-address 9s\nwarm half\n",
         )
         .unwrap();
+        assert_eq!(all.warm, Some(Warmth::Half));
         assert_eq!(all.wait_address, Some(Duration::from_secs(5)));
         assert!(!all.remap.is_empty());
         let tuple = crate::four_tuple::FourTuple {
@@ -150,7 +170,7 @@ mod tests {
 
     #[test]
     fn errors_name_the_line() {
-        for text in ["\n\nfoo", "\n\npolicy drop", "\n\nremap x=y", "\n\nwait-address soon"] {
+        for text in ["\n\nfoo", "\n\npolicy drop", "\n\nremap x=y", "\n\nwait-address soon", "\n\nwarm up"] {
             let said = rules(text).unwrap_err().to_string();
             assert!(said.starts_with("soccr.conf:3: "), "{said}");
         }

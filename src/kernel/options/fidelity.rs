@@ -49,9 +49,10 @@ State, sequences, windows, segment size, window scaling, SACK, timestamps, queue
 |---|---|---|---|---|
 | ECN | 5.7, or net.ipv4.tcp_ecn=1 | lost | carried | `ecn::over_ipv4` and others, `marked_segments_are_echoed` |
 | the smoothed round trip time | any | lost | carried with ECN, up to 0.9 s; otherwise measured anew with the first bytes that are acknowledged; what was sent before, and is lost, is sent again after a second (as a probe), then after 3 | `ecn::the_round_trip_time_comes_back` |
-| the congestion window | any | ten segments, as in a new connection | the same; what that costs: docs/RELIABILITY.md, \"The first burst after a restore\" | |
+| the congestion window | 5.14 | ten segments, as in a new connection | carried on the same host, but for what it loses in a silence as long; elsewhere by `SOCCR_WARM`: docs/RELIABILITY.md, \"The first burst after a restore\" | `warm::a_window_is_as_it_was` and others, `a_burst_begins_with_the_window_that_was_given` |
+| the slow start threshold | any | as in a new connection | the same: no call sets it but for one that limits the window for good | |
 | the unit of the timestamps' clock | 6.7 | carried; by chance from images of older kernels | carried | `a_clock_keeps_its_unit` |
-| the clock itself, on a host with another uptime | 3.9 | carried | carried: the peer's PAWS takes what is sent | `the_timestamp_clock_goes_on`, `the_peer_sees_one_clock` |
+| the clock itself, on a host with another uptime | 3.9 | carried | carried: the peer's PAWS takes what is sent | `the_timestamp_clock_goes_on` |
 | the peer's clock (ts_recent), for PAWS | any | 0 until the peer sends | the same: from its first segment on old duplicates are refused | `old_duplicates_are_refused_after_a_restore` |
 | the size of a buffer that the kernel tunes, and that it goes on doing so | any | carried | carried; the largest window, too | `options::buffers_come_back`, `a_receive_buffer_is_as_it_was_and_grows_as_before` |
 | how fast the program has read, from which the kernel tunes a receive buffer (rcvq_space) | any | lost | measured anew, as in a new connection: TCP_REPAIR does not tell or take it | |
@@ -59,8 +60,8 @@ State, sequences, windows, segment size, window scaling, SACK, timestamps, queue
 | queues of 64 MiB each | any | not tried | carried | `content::queues_of_64_mib_each` |
 | segments that came before their turn | any | lost: the peer sends them again | lost: the peer sends them again | `segments_out_of_order_are_sent_again` |
 | where a program peeks next (SO_PEEK_OFF) in a queue | 6.9 | lost | carried | `options::a_peek_offset_comes_back_with_its_queue` |
-| the time of the keepalive timer that has run | any | begins anew | begins anew | `options::keepalive_goes_on`, `timers_go_on` |
-| the time of TCP_USER_TIMEOUT that has run | any | the option is lost | begins anew with the first retransmission after the restore | `a_user_timeout_ends_after_a_restore` |
+| the time of the keepalive timer that has run | any | begins anew | begins anew | `options::keepalive_goes_on`, `a_user_timeout_begins_anew` |
+| the time of TCP_USER_TIMEOUT that has run | any | the option is lost | begins anew with the first retransmission after the restore | `a_user_timeout_begins_anew` |
 | a congestion control algorithm that the target does not have | any | lost | named in the log, and the connection goes on with the target's default | `what_the_target_lacks_is_named` |
 | the interface of a link-local address, by its name | any | the restore fails | carried | `content::a_link_local_address_finds_its_interface` |
 | CLOSE, where its address is not there any more | any | the restore fails | carried | `content::a_closed_connection_needs_no_address` |

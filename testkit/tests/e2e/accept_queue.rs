@@ -209,3 +209,67 @@ fn a_handshake_that_ends_during_the_dump() -> Result<()> {
 fn a_handshake_that_ends_during_a_dump_that_leaves_the_server_running() -> Result<()> {
     handshake_ends_meanwhile(true)
 }
+
+/// A policy means them, too: by name, and whether the client hears of it.
+#[test]
+fn a_policy_holds_for_them() -> Result<()> {
+    let Some(mut stage) = stage(Place::Host, &[PLUGIN])? else { return Ok(()) };
+    let Some((server, mut clients)) = server_with_queue(&stage, SERVER_V4, &[])? else { return Ok(()) };
+    let images = stage.images()?;
+    let dump = stage.dump(PLUGIN, server.pid(), &images);
+    ensure!(dump.env("SOCCR_POLICY", "refuse remote 10.9.0.2").run().is_err(), "the queue was dumped");
+    let log = fs::read_to_string(images.join("dump.log"))?;
+    ensure!(log.contains("is not to be carried, says SOCCR_POLICY (nobody has accepted it)"), "{log}");
+    stage.wait_until_clean(Some(&server))?;
+    wait_for_queue(&server)?;
+
+    let (policy, images) = ("reset remote 10.9.0.2", stage.images()?);
+    let dump = stage.dump(PLUGIN, server.pid(), &images).env("SOCCR_POLICY", policy);
+    dump.arg("--leave-running").run()?;
+    stage.wait_until_clean(Some(&server))?;
+    wait_for_queue(&server)?;
+
+    let (address, images) = (server.address, stage.images()?);
+    stage.dump(PLUGIN, server.pid(), &images).env("SOCCR_POLICY", policy).dump_and_wait(server.task)?;
+    for client in &mut clients {
+        let error = client.read().err().map(|error| error.kind());
+        ensure!(error == Some(std::io::ErrorKind::ConnectionReset), "a client sees {error:?}");
+    }
+    let server = stage.thaw(address, PLUGIN, &images)?;
+    stage.wait_until_clean(Some(&server))?;
+    all_wait(&server, 0)
+}
+
+/// The restore leaves them out of what was dumped whole.
+#[test]
+fn a_restore_leaves_them_out() -> Result<()> {
+    let Some(mut stage) = stage(Place::Host, &[PLUGIN])? else { return Ok(()) };
+    let Some((server, _clients)) = server_with_queue(&stage, SERVER_V4, &[])? else { return Ok(()) };
+    let images = stage.images()?;
+    let address = stage.freeze(server, PLUGIN, &images)?;
+    let (task, _) = stage.restore(PLUGIN, &images)?.env("SOCCR_POLICY", "close").restore()?;
+    let server = Server::restored(address, task, stage.dir());
+    stage.wait_until_clean(Some(&server))?;
+    all_wait(&server, 0)
+}
+
+/// They have the address that their listener has now.
+#[test]
+fn they_move_with_their_listener() -> Result<()> {
+    let Some(mut stage) = stage(Place::Host, &[PLUGIN])? else { return Ok(()) };
+    let Some((server, _clients)) = server_with_queue(&stage, SERVER_V4, &[])? else { return Ok(()) };
+    let images = stage.images()?;
+    let mut address = stage.freeze(server, PLUGIN, &images)?;
+    stage.host().ip("addr add 10.9.0.9/24 dev eth0")?;
+    let (task, _) = stage.restore(PLUGIN, &images)?.env("SOCCR_REMAP", "10.9.0.1=10.9.0.9").restore()?;
+    address.set_ip("10.9.0.9".parse()?);
+    let server = Server::restored(address, task, stage.dir());
+    stage.wait_until_clean(Some(&server))?;
+    wait_for_queue(&server)?;
+    // As the kernel shows them: 10.9.0.9, and any state but LISTEN.
+    let table = stage.host().run(|| fs::read_to_string("/proc/thread-self/net/tcp"))?;
+    let local = format!(" 0900090A:{:04X} ", address.port());
+    let moved = table.lines().filter(|line| line.contains(&local) && !line.contains(" 0A ")).count();
+    ensure!(moved == usize::from(CLIENTS), "{moved} are at {address}:\n{table}");
+    Ok(())
+}

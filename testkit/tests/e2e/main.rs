@@ -19,4 +19,5 @@ mod pluginhost;
 mod promises;
 mod rules;
 mod silence;
+mod warm;
 mod world;

@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
+use soccr_testkit::peers::Peers;
 use soccr_testkit::stage::{V4, V6};
 use soccr_testkit::task::wait_until;
 use soccr_testkit::{Capture, Client, Fleet, Lan, NetNs, Server, Way};
@@ -108,6 +109,31 @@ fn catches_up(busy: &Fleet<Client>) -> Result<()> {
     Ok(())
 }
 
+/// Whoever connects while the server moves, to either host, waits for no longer than it is away. (What the first host holds
+/// after the dump stays there: its SYN comes again after a second, of which the server is away for longer.)
+fn newcomers_wait(address: &str) -> Result<()> {
+    let Some(criu) = criu(&[PLUGIN])? else { return Ok(()) };
+    let dir = TempDir::with_prefix("soccr-test-")?;
+    let mut lan = Lan::new(&criu, dir.path())?;
+    let server = lan.here().serve(address, &["--mode", "echo"])?;
+    let mut peers = Peers::start(&lan.client, server.address, CLIENTS, BUSY)?;
+    peers.leave();
+    let copies = lan.freeze(server.task, PLUGIN)?;
+    peers.call()?;
+    lan.carry(&copies, true)?;
+    peers.wait(AWAY);
+    let _task = lan.thaw(&copies, PLUGIN)?;
+    let noticed = peers.finish()?;
+    lan.release(&copies)?;
+    let (absence, made, refused) = (noticed.absence, noticed.calls.len(), noticed.refused());
+    let longest = noticed.longest_call().map_or(Duration::ZERO, |call| call.took);
+    println!("away for {absence:?}: {refused} of {made} refused, the longest call took {longest:?}");
+    ensure!(noticed.lost.is_empty(), "lost: {:?}", noticed.lost);
+    ensure!(made > 0 && refused == 0, "{refused} of {made} were refused: {:?}", noticed.calls);
+    ensure!(longest <= absence + SLACK, "away for {absence:?}: a call took {longest:?}");
+    is_clean(&lan)
+}
+
 /// What a hold is for.
 fn moves_unheld(address: &str) -> Result<()> {
     let Some(Scene { mut lan, server, busy, capture, dir: _dir }) = scene(address)? else { return Ok(()) };
@@ -148,6 +174,16 @@ fn connections_held_at_the_target_live_over_ipv4() -> Result<()> {
 #[test]
 fn connections_held_at_the_target_live_over_ipv6() -> Result<()> {
     moves_held(&format!("[{V6}]:0"))
+}
+
+#[test]
+fn newcomers_wait_over_ipv4() -> Result<()> {
+    newcomers_wait(&format!("{V4}:0"))
+}
+
+#[test]
+fn newcomers_wait_over_ipv6() -> Result<()> {
+    newcomers_wait(&format!("[{V6}]:0"))
 }
 
 #[test]

@@ -326,3 +326,23 @@ fn sign(socket: &impl AsFd, peer: SocketAddr) -> Result<bool> {
         Err(error) => Err(error).context("TCP_MD5SIG"),
     }
 }
+
+/// An agent dies when all is saved, and the next one unlocks also where the tree only listens.
+#[test]
+fn a_second_agent_unlocks_a_listener_without_connections() -> Result<()> {
+    for place in [Place::Host, Place::External] {
+        let Some(mut stage) = stage(place, &[PLUGIN])? else { return Ok(()) };
+        let Some(faulty) = faulty(&stage)? else { return Ok(()) };
+        let server = stage.serve(SERVER_V4, &["--mode", "echo"])?;
+        let images = stage.images()?;
+        let plain = std::mem::replace(&mut stage.criu, faulty);
+        let dump = stage.dump(PLUGIN, server.pid(), &images).arg("--leave-running");
+        dump.env("SOCCR_FAULT", "dump.end:kill-agent").run()?;
+        stage.criu = plain;
+        let log = std::fs::read_to_string(images.join("dump.log"))?;
+        ensure!(log.contains("took over from an agent that died"), "nobody took over:\n{log}");
+        stage.wait_until_clean(Some(&server))?;
+        stage.connect(server.address)?.ping(1000)?;
+    }
+    Ok(())
+}

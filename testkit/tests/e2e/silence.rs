@@ -25,8 +25,6 @@ fn absence(away: Duration, (name, value): (&'static str, &str)) -> Result<Option
     stage.dump(PLUGIN, server.pid(), &images).env(name, value).dump_and_wait(server.task)?;
     peers.call()?;
     peers.wait(away);
-    // Of those that connect while the restore runs `make bench` tells.
-    peers.hang_up();
     let (task, _) = stage.restore(PLUGIN, &images)?.env(name, value).restore()?;
     let noticed = peers.finish()?;
     ensure!(noticed.lost.is_empty(), "lost: {:?}", noticed.lost);

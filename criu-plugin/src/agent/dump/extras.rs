@@ -10,6 +10,7 @@ use soccr::chain;
 use soccr::connection::{Negotiated, OPT_ECN, OPT_TIMESTAMPS};
 use soccr::criu::image::side::{SocketExtra, Sockets};
 use soccr::criu::tasks::{Duplicates, Opened, Owner, OwnerMap, Slot, Unconnected};
+use soccr::criu::warm::CongestionWindow;
 use soccr::kernel::netns::NetNs;
 use soccr::kernel::options::{Beside, Reader};
 use soccr::kernel::{SysError, tcp};
@@ -24,7 +25,7 @@ const AT_ONCE: usize = 16;
 pub struct Extras {
     read: Sockets,
     unread: Vec<Unread>,
-    readers: HashMap<NetNs, Reader>,
+    readers: HashMap<NetNs, (Reader, Restarts)>,
     owners: Option<OwnerMap>,
     opened: Opened,
     /// By inode, and why.
@@ -110,9 +111,10 @@ impl Extras {
             Socket::Unconnected(socket) => (socket.as_fd(), false, false),
         };
         if !self.readers.contains_key(&ns) {
-            self.readers.insert(ns.clone(), Reader::new(&ns, Beside::Criu)?);
+            let looked_at = (Reader::new(&ns, Beside::Criu)?, ns.run(Restarts::read)?);
+            self.readers.insert(ns.clone(), looked_at);
         }
-        let reader = self.readers.get_mut(&ns).expect("inserted");
+        let (reader, restarts) = self.readers.get_mut(&ns).expect("inserted");
         let options = reader.read(socket, connected).unwrap_or_else(|error| {
             self.failed.push((inode, chain(&error)));
             Vec::new()
@@ -120,18 +122,38 @@ impl Extras {
         let inside = |owner| self.owners.as_ref()?.inside(owner);
         let owner = Owner::of_socket(socket).ok().and_then(inside).unwrap_or_default();
         let mut extra = SocketExtra { owner, options, ..SocketExtra::default() };
-        if special && let Err(error) = of_connection(socket, &mut extra) {
+        if connected && let Err(error) = of_connection(socket, special, *restarts, &mut extra) {
             self.failed.push((inode, chain(&error)));
         }
         Ok(extra)
     }
 }
 
+/// Whether a connection begins with a small window again after a silence, in this namespace.
+#[derive(Clone, Copy, Debug)]
+struct Restarts(bool);
+
+impl Restarts {
+    /// What cannot be read is the kernel's default.
+    fn read() -> Self {
+        let value = std::fs::read("/proc/sys/net/ipv4/tcp_slow_start_after_idle");
+        Self(!value.is_ok_and(|value| value.starts_with(b"0")))
+    }
+}
+
 /// A round trip below a millisecond makes no difference.
-fn of_connection(socket: BorrowedFd<'_>, extra: &mut SocketExtra) -> Result<(), SysError> {
+fn of_connection(
+    socket: BorrowedFd<'_>,
+    special: bool,
+    Restarts(restarts): Restarts,
+    extra: &mut SocketExtra,
+) -> Result<(), SysError> {
     let info = tcp::info(socket)?;
-    let agreed_on = |option| u32::from(info.options) & option != 0;
-    extra.rtt = Some(info.rtt).filter(|rtt| agreed_on(OPT_ECN) && *rtt >= Duration::from_millis(1));
-    extra.usec_ts = agreed_on(OPT_TIMESTAMPS) && tcp::ticks_in_microseconds(socket)?;
+    extra.cwnd = CongestionWindow::of_connection(&info, restarts);
+    if special {
+        let agreed_on = |option| u32::from(info.options) & option != 0;
+        extra.rtt = Some(info.rtt).filter(|rtt| agreed_on(OPT_ECN) && *rtt >= Duration::from_millis(1));
+        extra.usec_ts = agreed_on(OPT_TIMESTAMPS) && tcp::ticks_in_microseconds(socket)?;
+    }
     Ok(())
 }

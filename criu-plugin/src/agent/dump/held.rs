@@ -1,18 +1,19 @@
 //! What a dump holds on this host until its outcome.
 
 use std::collections::HashMap;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 
 use soccr::chain;
 use soccr::connection::FourTuple;
 use soccr::criu::image::ImageDir;
 use soccr::criu::image::side::Accepted;
 use soccr::criu::keeper::Keeper;
-use soccr::criu::record::{NsId, Phase, Recorder, State, Store};
+use soccr::criu::record::{self, NsId, Phase, Recorder, State, Store};
+use soccr::criu::rules::Action;
 use soccr::criu::stock;
 use soccr::criu::tasks::{Duplicates, Opened, Slot, Task};
 use soccr::kernel::netns::NetNs;
-use soccr::kernel::{sockopt, tcp};
+use soccr::kernel::{SysResult, sockopt, tcp};
 use soccr::lock::held::Holder;
 use soccr::lock::{self, Listener, LockName, LockOptions, MARK, Method, NetworkLock};
 use soccr::repair::Paused;
@@ -108,17 +109,19 @@ impl Held {
         Ok(())
     }
 
-    /// An agent that died has locked this connection.
-    pub fn adopt_lock(&mut self, ns: &NetNs, tuple: FourTuple, name: &LockName, options: &LockOptions) {
-        self.locks.entry(ns.clone()).or_insert_with(|| NetworkLock::adopt(ns, name, options));
-        if *ns != self.criu_ns {
-            self.path.add([tuple]);
+    /// An agent that died has locked all that the record tells: also where the tree only listens.
+    pub fn adopt_locks(&mut self, name: &LockName, options: &LockOptions) {
+        let there = record::all_namespaces();
+        let ours = self.recorder.record().locks.iter().filter(|lock| lock.name == *name);
+        for ns in ours.filter_map(|lock| there.get(lock.ns)) {
+            self.locks.entry(ns.clone()).or_insert_with(|| NetworkLock::adopt(ns, name, options));
         }
     }
 
-    /// What was taken out of accept queues.
+    /// What was taken out of accept queues and is carried.
     pub fn accepted(&self) -> Vec<Accepted> {
-        self.queued.iter().map(|queued| queued.accepted).collect()
+        let carried = self.queued.iter().filter(|queued| queued.action == Action::Keep);
+        carried.map(|queued| queued.accepted).collect()
     }
 
     /// The record follows. What it told before is enough to find and undo all, so this may fail.
@@ -137,8 +140,16 @@ impl Held {
         self.end_record(unlocked)
     }
 
-    /// CRIU carries the connections itself, and needs its own lock for that.
+    /// CRIU carries the connections itself, and needs its own lock for that. Those that nobody has accepted it would have
+    /// refused, had we not emptied their queues; it is too late to fail the dump for them.
     pub fn stand_aside(mut self) -> Vec<Task> {
+        for Queued { accepted, .. } in &self.queued {
+            log::error!(
+                "{}, which nobody has accepted, is not dumped, and ends with its listener: tcp-close (soccr enable) has the \
+                 plugin carry it",
+                accepted.tuple
+            );
+        }
         self.put_back_queued();
         let unlocked = self.unlock();
         self.end_record(unlocked)
@@ -270,15 +281,18 @@ impl Held {
 
     /// What would be a FIN, or nothing, at the end of a socket is a RST.
     fn reset(&mut self) {
-        let mut opened = Opened::default();
-        for (slot, tuple) in self.reset.drain(..) {
-            let reset = self.duplicates.get(slot, &mut opened).and_then(|socket| {
-                sockopt::set_mark(socket, MARK)?; // past CRIU's lock of a whole namespace, too
-                tcp::disconnect(socket)
-            });
-            if let Err(error) = reset {
+        let told = |tuple: FourTuple, result: SysResult<()>| {
+            if let Err(error) = result {
                 log::error!("{tuple}: its peer does not hear that it is closed: {error}");
             }
+        };
+        let mut opened = Opened::default();
+        for (slot, tuple) in self.reset.drain(..) {
+            told(tuple, self.duplicates.get(slot, &mut opened).and_then(reset));
+        }
+        let queued = self.queued.extract_if(.., |queued| queued.action == Action::Reset);
+        for (socket, tuple) in queued.filter_map(Queued::into_open) {
+            told(tuple, reset(socket.as_fd()));
         }
     }
 
@@ -307,4 +321,9 @@ impl Held {
             log::error!("{}", chain(&error));
         }
     }
+}
+
+fn reset(socket: BorrowedFd<'_>) -> SysResult<()> {
+    sockopt::set_mark(socket, MARK)?; // past CRIU's lock of a whole namespace, too
+    tcp::disconnect(socket)
 }

@@ -215,7 +215,10 @@ impl<'a> Dump<'a> {
     fn end<'d>(&self, progress: Progress<'d>, ret: i32) -> (Progress<'d>, Result<(), AgentError>) {
         let (mut saved, taken_over) = match progress {
             Progress::Saving(saving) => (saving.into_saved(), false),
-            Progress::TakenOver(saved) => (saved, true),
+            Progress::TakenOver(saved) => {
+                log::warn!("took over from an agent that died: {} connections", saved.held.sockets.len());
+                (saved, true)
+            }
             other => return (other, Ok(())),
         };
         if ret != 0 {
@@ -223,18 +226,13 @@ impl<'a> Dump<'a> {
         }
         let arranged = fault::point("dump.end").map_err(AgentError::from).and_then(|()| {
             let (images, lock, tree) = (&saved.images, &saved.lock_name, saved.held.tree());
-            let arrangement = if taken_over {
-                Some(Arrangement::of_dead_agent(images, lock, &tree)?)
+            if taken_over {
+                Arrangement::of_dead_agent(images, lock, &tree).map(Some)
             } else {
-                Arrangement::make(images, lock, &tree)?
-            };
-            if arrangement.is_some() {
-                saved.complete_requests();
-                saved.write_side_image()?;
+                Arrangement::make(images, lock, &tree)
             }
-            Ok(arrangement)
         });
-        let (arrangement, result) = match arranged {
+        let (arrangement, arranged) = match arranged {
             Ok(Some(arrangement)) => (arrangement, Ok(())),
             Ok(None) => {
                 log::info!("CRIU carries the connections itself");
@@ -243,6 +241,8 @@ impl<'a> Dump<'a> {
             // CRIU kills the tasks all the same: the images are as they are, and the locks are needed.
             Err(error) => (Arrangement::as_it_is(), Err(error)),
         };
+        saved.complete_requests();
+        let result = arranged.and(saved.write_side_image());
         let watching = Watching::begin(saved.held, arrangement, self.tasks_stay_alive);
         (Progress::Watching(watching), result.and(fault::point("dump.arranged").map_err(AgentError::from)))
     }

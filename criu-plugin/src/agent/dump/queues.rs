@@ -12,6 +12,7 @@ use soccr::chain;
 use soccr::connection::{FourTuple, State};
 use soccr::criu::image::side::Accepted;
 use soccr::criu::record::QueueRecord;
+use soccr::criu::rules::{Action, Policy};
 use soccr::criu::tasks::{Place, Unconnected};
 use soccr::kernel::netns::NetNs;
 use soccr::kernel::{SysError, diag, tcp};
@@ -104,7 +105,8 @@ pub fn of_images(accepted: Vec<Accepted>, listeners: Vec<Listener>) -> Vec<Queue
             log::error!("{}, which nobody had accepted: its listener is gone", accepted.tuple);
             return None;
         };
-        Some(Queued { listener: Rc::clone(listener), ns: ns.clone(), accepted, source: Source::Image })
+        let (listener, ns) = (Rc::clone(listener), ns.clone());
+        Some(Queued { listener, ns, accepted, source: Source::Image, action: Action::Keep })
     };
     accepted.into_iter().filter_map(queued).collect()
 }
@@ -155,7 +157,7 @@ impl Listener {
 
     /// Takes out the next connection; `None`: the queue is empty. One that its peer has reset meanwhile is of no use to
     /// anybody.
-    pub fn take(&self) -> Result<Option<Queued>, AgentError> {
+    pub fn take(&self, policy: &Policy) -> Result<Option<Queued>, AgentError> {
         let failed = |source| self.failed(source);
         while let Some(socket) = accept_queue::take(self.socket.as_fd()).map_err(failed)? {
             let tuple = four_tuple(socket.as_fd()).map_err(failed)?;
@@ -171,12 +173,9 @@ impl Listener {
             let Ok(ino) = u32::try_from(inode) else { return Err(AgentError::Inode(tuple)) };
             let source = Source::Socket(Paused::pause(socket)?.release());
             let accepted = Accepted { listener: self.inode, ino, tuple, state };
-            return Ok(Some(Queued {
-                listener: Rc::clone(&self.socket),
-                ns: self.ns.clone(),
-                accepted,
-                source,
-            }));
+            let (listener, ns) = (Rc::clone(&self.socket), self.ns.clone());
+            let action = policy.of(&tuple).0;
+            return Ok(Some(Queued { listener, ns, accepted, source, action }));
         }
         Ok(None)
     }

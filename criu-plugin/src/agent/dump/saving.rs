@@ -1,6 +1,7 @@
 //! The first phase of a dump: the connections of frozen tasks are found, locked and saved.
 
 use std::collections::HashMap;
+use std::fmt::Display;
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
@@ -56,6 +57,7 @@ pub struct Saved {
     pub lock_name: LockName,
     /// What is held until the outcome.
     pub held: Held,
+    policy: Policy,
     /// What CRIU's images do not tell of sockets.
     sockets: Sockets,
 }
@@ -76,10 +78,10 @@ impl<'a> Saving<'a> {
 
     /// No further hook comes.
     pub fn into_saved(self) -> Saved {
-        let Self { images, lock_name, held, mut extras, .. } = self;
+        let Self { images, lock_name, policy, held, mut extras, .. } = self;
         extras.read_all(&held.duplicates);
         let sockets = extras.into_sockets();
-        Saved { images, lock_name, held, sockets }
+        Saved { images, lock_name, held, policy, sockets }
     }
 
     /// No further hook comes, and nobody needs the images.
@@ -122,7 +124,8 @@ impl<'a> Saving<'a> {
         self.extras.add_unconnected(unconnected);
         self.extras.set_owners(OwnerMap::of(pid).map_err(|error| FindError::Proc(pid, error))?);
         fault::point("dump.found")?;
-        let found = self.sort_out(found)?;
+        found.iter().try_for_each(|connection| self.refuse(connection.tuple, &connection.place))?;
+        let found = set_apart(found, &self.policy, &mut self.held);
         self.add_to_path(&ends(&found));
         self.find_listeners(&found);
         profile.lap("find");
@@ -144,22 +147,12 @@ impl<'a> Saving<'a> {
         Ok(())
     }
 
-    /// The connections that are to be carried.
-    fn sort_out(&mut self, mut found: Vec<FoundConnection>) -> Result<Vec<FoundConnection>, AgentError> {
-        let policy = &self.policy;
-        if let Some(FoundConnection { tuple, place, .. }) =
-            found.iter().find(|connection| policy.of(&connection.tuple).0 == Action::Refuse)
-        {
-            let rule = format!("{} ({place})", policy.of(tuple).1);
-            return Err(AgentError::Refused { tuple: *tuple, rule });
+    /// Fails where the policy says that a dump does.
+    fn refuse(&self, tuple: FourTuple, place: &dyn Display) -> Result<(), AgentError> {
+        match self.policy.of(&tuple) {
+            (Action::Refuse, rule) => Err(AgentError::Refused { tuple, rule: format!("{rule} ({place})") }),
+            _ => Ok(()),
         }
-        for connection in found.extract_if(.., |connection| policy.of(&connection.tuple).0 != Action::Keep) {
-            let (action, rule) = policy.of(&connection.tuple);
-            log::info!("{} ({}) ends with its task, says {rule}", connection.tuple, connection.place);
-            let ends = if action == Action::Reset { &mut self.held.reset } else { &mut self.held.sockets };
-            ends.push((connection.socket, connection.tuple));
-        }
-        Ok(found)
     }
 
     /// Of each namespace once.
@@ -273,7 +266,7 @@ impl<'a> Saving<'a> {
         // Whatever fails, a queue is emptied as far as can be: what goes back into it comes behind what is there.
         let mut result = Ok(());
         for listener in full {
-            while let Some(taken) = listener.take().unwrap_or_else(|error| {
+            while let Some(taken) = listener.take(&self.policy).unwrap_or_else(|error| {
                 result = Err(error);
                 None
             }) {
@@ -286,7 +279,10 @@ impl<'a> Saving<'a> {
         let queued = first..self.held.queued.len();
         self.lock_late(&self.held.queued[queued.clone()].iter().map(Queued::end).collect::<Vec<_>>())?;
         fault::point("dump.queue-locked")?;
-        result.map(|()| queued)
+        result?;
+        let mut taken = self.held.queued[queued.clone()].iter().map(|taken| taken.accepted.tuple);
+        taken.try_for_each(|tuple| self.refuse(tuple, &"nobody has accepted it"))?;
+        Ok(queued)
     }
 
     /// What the clients of handshakes that are not over send is held, so that none gets into a queue any more.
@@ -295,6 +291,7 @@ impl<'a> Saving<'a> {
             return Ok(());
         }
         let requests = queues::requests(listeners);
+        requests.iter().try_for_each(|it| self.refuse(it.tuple, &"its handshake is not over"))?;
         if !requests.is_empty() {
             self.held.tasks.iter().for_each(|task| self.held.recorder.add_task(task.pid));
             self.lock_late(&requests.iter().map(Request::end).collect::<Vec<_>>())?;
@@ -318,8 +315,8 @@ impl<'a> Saving<'a> {
         if queued.is_empty() {
             return Ok(());
         }
-        let (count, mut queues) = (queued.len(), Queues::default());
-        for queued in &mut self.held.queued[queued] {
+        let mut queues = Queues::default();
+        for queued in self.held.queued[queued].iter_mut().filter(|queued| queued.action == Action::Keep) {
             if self.criu.gone() {
                 return Err(AgentError::Protocol("criu is gone"));
             }
@@ -327,6 +324,7 @@ impl<'a> Saving<'a> {
             fault::point("dump.queue-written")?;
         }
         let (id, accepted) = (self.lock_name.id().to_owned(), self.held.accepted());
+        let count = accepted.len();
         SideImage { id, accepted, ..SideImage::default() }.write(&self.images)?;
         log::info!("{count} connections that nobody had accepted saved");
         Ok(())
@@ -406,7 +404,8 @@ impl Saved {
     /// Handshakes whose last ACK was held meanwhile end at their old listeners, and their connections are saved like those
     /// that nobody had accepted.
     pub fn complete_requests(&mut self) {
-        let requests = std::mem::take(&mut self.held.requests);
+        let carried = |request: &mut Request| self.policy.of(&request.tuple).0 == Action::Keep;
+        let requests: Vec<Request> = self.held.requests.extract_if(.., carried).collect();
         if requests.is_empty() {
             return;
         }
@@ -432,9 +431,12 @@ impl Saved {
 
     fn take_all(&mut self, listener: &Listener) -> Result<(), AgentError> {
         let mut queues = Queues::default();
-        while let Some(mut taken) = listener.take()? {
-            taken.save(&self.images, &mut queues)?;
-            self.held.queued.push(taken);
+        while let Some(mut taken) = listener.take(&self.policy)? {
+            // Whatever becomes of one, those behind it are still to be taken.
+            match taken.save(&self.images, &mut queues) {
+                Ok(()) => self.held.queued.push(taken),
+                Err(error) => log::error!("a connection that came meanwhile is lost: {}", chain(&error)),
+            }
         }
         Ok(())
     }
@@ -473,6 +475,7 @@ impl Saved {
         for task in record.tasks.iter().filter(|task| task.lives()) {
             held.add_task(task.pid)?;
         }
+        held.adopt_locks(&lock_name, &options);
         let Found { connections, unconnected } =
             Finder::default().of_tasks(&held.tasks, &mut held.duplicates)?;
         let side = SideImage::read(&images)?.filter(|side| side.id == lock_name.id());
@@ -483,19 +486,37 @@ impl Saved {
         if let Some(root) = held.tasks.first() {
             extras.set_owners(OwnerMap::of(root.pid).map_err(|error| FindError::Proc(root.pid, error))?);
         }
+        // All is saved: rules that nobody can read any more are no reason to fail.
+        let policy = Rules::read().map(|rules| rules.policy);
+        let policy = policy.inspect_err(|error| log::error!("{}", chain(error))).unwrap_or_default();
+        let connections = set_apart(connections, &policy, &mut held);
+        let queued = held.queued.iter().map(Queued::end);
+        let ends = queued.chain(connections.iter().map(|it| (it.ns.clone(), it.tuple)));
+        let passing: Vec<FourTuple> =
+            ends.filter(|(ns, _)| *ns != held.criu_ns).map(|(_, tuple)| tuple).collect();
+        held.path.add(passing);
         for FoundConnection { socket, inode, tuple, ns, .. } in connections {
-            extras.add_connection(inode, ns.clone(), socket, None);
-            held.adopt_lock(&ns, tuple, &lock_name, &options);
+            extras.add_connection(inode, ns, socket, None);
             held.sockets.push((socket, tuple));
         }
-        for (ns, tuple) in held.queued.iter().map(Queued::end).collect::<Vec<_>>() {
-            held.adopt_lock(&ns, tuple, &lock_name, &options);
-        }
-        log::warn!("took over from an agent that died: {} connections", held.sockets.len());
         extras.read_all(&held.duplicates);
         let sockets = extras.into_sockets();
-        Ok(Self { images, lock_name, held, sockets })
+        Ok(Self { images, lock_name, held, policy, sockets })
     }
+}
+
+/// The connections that are to be carried; the others end with their tasks.
+fn set_apart(mut found: Vec<FoundConnection>, policy: &Policy, held: &mut Held) -> Vec<FoundConnection> {
+    let ends_with_task = |connection: &mut FoundConnection| {
+        matches!(policy.of(&connection.tuple).0, Action::Close | Action::Reset)
+    };
+    for FoundConnection { socket, tuple, place, .. } in found.extract_if(.., ends_with_task) {
+        let (action, rule) = policy.of(&tuple);
+        log::info!("{tuple} ({place}) ends with its task, says {rule}");
+        let ends = if action == Action::Reset { &mut held.reset } else { &mut held.sockets };
+        ends.push((socket, tuple));
+    }
+    found
 }
 
 /// A connection's namespace and addresses.

@@ -2,6 +2,7 @@
 
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::OnceLock;
 
 use nix::errno::Errno;
 use soccr::chain;
@@ -10,11 +11,13 @@ use soccr::criu::image::index::InetConnection;
 use soccr::criu::image::side::SocketExtra;
 use soccr::criu::image::tcp_stream::TcpStreamImage;
 use soccr::criu::tasks::{Owner, OwnerMap, Slot, Task};
+use soccr::criu::warm::Warmth;
 use soccr::forge::Forge;
 use soccr::kernel::netns::NetNs;
 use soccr::kernel::options::{self, When};
 use soccr::kernel::tcp::Direction;
-use soccr::kernel::{SysError, addr, sockopt, tcp};
+use soccr::kernel::warm::{Chosen, SetWindow};
+use soccr::kernel::{SysError, addr, interface, sockopt, tcp};
 use soccr::repair::{Paused, Probe};
 use soccr::restore::{Opened, Opening, RestoreError};
 
@@ -82,9 +85,38 @@ pub struct Builder<'a> {
     pub plan: &'a Plan,
     pub preloaded: &'a Preloaded,
     pub forge: &'a Forge,
+    pub windows: &'a Windows,
     pub criu: &'a Task,
     pub pid: i32,
     pub owners: OwnerMap,
+}
+
+/// Gives connections the congestion windows that they had. Most have none to give, and then nothing is loaded.
+#[derive(Debug)]
+pub struct Windows {
+    warmth: Warmth,
+    set: OnceLock<Option<SetWindow>>,
+}
+
+impl Windows {
+    pub fn new(warmth: Warmth) -> Self {
+        Self { warmth, set: OnceLock::new() }
+    }
+
+    /// Until the answer is dropped the connection is to be made.
+    fn choose<'r>(&'r self, ready: &'r Ready<'_>) -> Option<Chosen<'r>> {
+        let Ready { image, extra, built, .. } = ready;
+        let segments = extra.cwnd?.now(self.warmth, &image.tcp)?;
+        let attach = || SetWindow::attach().map_err(Self::not_allowed).ok();
+        let chosen = self.set.get_or_init(attach).as_ref()?.choose(built.paused().socket(), segments);
+        chosen
+            .inspect_err(|error| log::trace!("{}: the window of a new connection: {error}", built.tuple))
+            .ok()
+    }
+
+    fn not_allowed(error: SysError) {
+        log::info!("the congestion windows are those of new connections: {error}");
+    }
 }
 
 /// A connection whose task's socket is ready for it.
@@ -225,8 +257,11 @@ impl<'a> Builder<'a> {
         queues: &mut Queues,
     ) -> Result<Built, AgentError> {
         let (_, queues) = self.load(ready.connection, queues)?;
-        let Ready { image, built, .. } = &ready;
-        let opened = built.paused().answer(opening, &built.tuple, &image.tcp, self.forge);
+        let opened = {
+            let _window = self.windows.choose(&ready);
+            let Ready { image, built, .. } = &ready;
+            built.paused().answer(opening, &built.tuple, &image.tcp, self.forge)
+        };
         fault::point("restore.syn-acked")?;
         self.finish(ready, Some(opened), queues)
     }
@@ -246,15 +281,19 @@ impl<'a> Builder<'a> {
     }
 
     fn finish(&self, ready: Ready<'_>, opened: Option<Opened>, queues: &Queues) -> Result<Built, AgentError> {
-        let Ready { connection, image, extra, built } = ready;
-        let (tuple, pid) = (built.tuple, self.pid);
+        let (tuple, pid) = (ready.built.tuple, self.pid);
         let failed = |source| AgentError::Socket { tuple, pid, source };
-        let (paused, Queues { recv, send }) = (built.paused(), queues);
-        let socket = paused.socket();
-        let restored = match opened {
-            None => paused.restore(&tuple, &image.tcp, recv, send, self.forge),
-            Some(opened) => paused.restore_opened(opened, &tuple, &image.tcp, recv, send, self.forge),
+        let restored = {
+            let _window = self.windows.choose(&ready);
+            let (paused, tcp, Queues { recv, send }) = (ready.built.paused(), &ready.image.tcp, queues);
+            match opened {
+                None => paused.restore(&tuple, tcp, recv, send, self.forge),
+                Some(opened) => paused.restore_opened(opened, &tuple, tcp, recv, send, self.forge),
+            }
         };
+        let Ready { connection, image, extra, built } = ready;
+        let paused = built.paused();
+        let socket = paused.socket();
         match restored {
             // It has nothing to give or to take, and needs no address that is another's now, or nobody's.
             Err(error) if image.tcp.state == State::Close && image.tcp.recv_len == 0 => {
@@ -335,7 +374,7 @@ fn scoped(connection: &InetConnection, socket: &OwnedFd, pid: i32) -> Result<Fou
         && local.ip().is_unicast_link_local()
     {
         let index = NetNs::of_socket(socket.as_fd())?
-            .run(|| addr::interface_index(name))?
+            .run(|| interface::index(name))?
             .map_err(|source| AgentError::Socket { tuple: connection.tuple, pid, source })?;
         local.set_scope_id(index);
         remote.set_scope_id(index);

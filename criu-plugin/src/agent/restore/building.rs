@@ -12,14 +12,16 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use soccr::connection::{FourTuple, Queues};
 use soccr::criu::image::index::Packet;
+use soccr::criu::rules::Action;
 use soccr::criu::tasks::{self, Duplicates, Fate, FindError, OwnerMap, SocketNamespaces, Task, in_flight};
+use soccr::criu::warm::Warmth;
 use soccr::forge::Forge;
 use soccr::kernel::netns::NetNs;
 use soccr::kernel::process::RemoteFd;
-use soccr::kernel::{SysError, address, sockopt, tcp};
+use soccr::kernel::{SysError, interface, sockopt, tcp};
 use soccr::repair::{Paused, Probe, four_tuple};
 
-use super::builder::{Begun, Builder, Built, Made, Standing, Wanted, must_live};
+use super::builder::{Begun, Builder, Built, Made, Standing, Wanted, Windows, must_live};
 use super::locks::Locks;
 use super::parallel;
 use super::plan::Plan;
@@ -43,6 +45,7 @@ pub struct Building<'a> {
     pub missing: Missing,
     namespaces: SocketNamespaces,
     pub forge: Forge,
+    windows: Windows,
     pub built: Vec<Standing>,
     /// The sockets of those that are built.
     pub duplicates: Duplicates,
@@ -88,6 +91,8 @@ impl<'a> Building<'a> {
             external: plan.external.clone(),
         };
         let (namespaces, forge) = (SocketNamespaces::default(), Forge::behind(locks.method()));
+        let usual = if locks.are_of_dump() { Warmth::Keep } else { Warmth::Fresh };
+        let windows = Windows::new(plan.rules.warm.unwrap_or(usual));
         let preloaded = Preloaded::none_of(&plan.index);
         let locked = plan.index.root_net_ns_id.into_iter().collect();
         Self {
@@ -100,6 +105,7 @@ impl<'a> Building<'a> {
             missing,
             namespaces,
             forge,
+            windows,
             built: Vec::new(),
             duplicates: Duplicates::default(),
             listeners: HashMap::new(),
@@ -144,7 +150,7 @@ impl<'a> Building<'a> {
 
     fn is_local(&self, ns: &NetNs, ip: IpAddr, until: Instant) -> Result<bool, AgentError> {
         let failed = |source| AgentError::Task { pid: self.criu.pid, source };
-        ns.run(|| address::await_local(ip, until))?.map_err(failed)
+        ns.run(|| interface::await_local(ip, until))?.map_err(failed)
     }
 
     /// init(): where CRIU does not make the tree's namespace itself, it was given it as a descriptor (`--inherit-fd`): peers
@@ -215,9 +221,9 @@ impl<'a> Building<'a> {
         self.lock_sockets(&wanted, pid)?;
         profile.lap("lock");
         self.keep_listeners(&wanted, pid)?;
-        let Self { criu, plan, preloaded, forge, .. } = self;
+        let Self { criu, plan, preloaded, forge, windows, .. } = self;
         let owners = OwnerMap::of(pid).map_err(|error| FindError::Proc(pid, error))?;
-        let builder = Builder { plan, preloaded, forge, criu, pid, owners };
+        let builder = Builder { plan, preloaded, forge, windows, criu, pid, owners };
         let (begun, result) =
             parallel::for_each(wanted, Queues::default, |queues, wanted| builder.build(wanted, queues));
         let (mut all, mut opened) = (Vec::new(), Vec::new());
@@ -353,7 +359,7 @@ impl<'a> Building<'a> {
             let listener = listener.cloned().ok_or_else(|| AgentError::NotFound(tuple.to_string()))?;
             let ns = self.namespaces.of(listener.as_fd());
             let ns = ns.map_err(|source| AgentError::SocketNs { tuple, pid: 0, source })?;
-            queued.push(Queued { listener, ns, accepted, source: Source::Image });
+            queued.push(Queued { listener, ns, accepted, source: Source::Image, action: Action::Keep });
         }
         if queued.is_empty() {
             return Ok(());

@@ -39,6 +39,8 @@ pub struct Locks {
     /// What the locks keep from the sockets.
     pub holder: Holder,
     listeners: Vec<TreeListener>,
+    /// The ports at which others listen, where that was known before CRIU could listen at ours.
+    taken: HashMap<NetNs, HashSet<u16>>,
     /// What conntrack is still to know as established before it is unlocked.
     unknown: Vec<(NetNs, Vec<FourTuple>)>,
 }
@@ -67,7 +69,7 @@ struct LeftByDump {
 
 impl Locks {
     /// Nothing is locked yet.
-    pub fn new(plan: &Plan, criu: &Task) -> Result<Self, AgentError> {
+    pub fn new(plan: &Plan, criu: &Task, taken: HashMap<NetNs, HashSet<u16>>) -> Result<Self, AgentError> {
         let name = plan.lock_name()?;
         let recorder = plan.recorder(&name, criu.pid)?;
         let waits = !recorder.record().locks.is_empty();
@@ -92,12 +94,30 @@ impl Locks {
         path.add_translations(recorded.chain(&plan.translations).copied());
         let (held, holder, listeners) = (HashMap::new(), Holder::from_env()?, plan.listeners.clone());
         let (root_ns, unknown) = (None, Vec::new());
-        Ok(Self { criu_ns, root_ns, options, name, left, recorder, held, path, holder, listeners, unknown })
+        Ok(Self {
+            criu_ns,
+            root_ns,
+            options,
+            name,
+            left,
+            recorder,
+            held,
+            path,
+            holder,
+            listeners,
+            taken,
+            unknown,
+        })
     }
 
     /// What keeps packets away.
     pub fn method(&self) -> Method {
         self.options.method
+    }
+
+    /// Whether there are locks of the dump, or of an earlier try: it was made on this host.
+    pub fn are_of_dump(&self) -> bool {
+        self.left.waits
     }
 
     /// Whether this one is.
@@ -174,7 +194,9 @@ impl Locks {
         } else {
             let options = self.holder.options(&ns, &self.options);
             let lock = NetworkLock::lock(&ns, &self.name, &tuples, &options)?;
-            let listeners = listeners::that_are_away(&ns, &self.listeners_in(&ns));
+            let taken = self.taken.remove(&ns).unwrap_or_else(|| listeners::taken_ports(&ns));
+            let mut listeners = self.listeners_in(&ns);
+            listeners.retain(|listener| !taken.contains(&listener.local.port()));
             let held = *self.home() == ns;
             if held {
                 self.holder.expect_newcomers(&listeners);

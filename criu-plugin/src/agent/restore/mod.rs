@@ -33,8 +33,10 @@ use soccr::criu::image::ImageDir;
 use soccr::criu::image::external::ExternalImage;
 use soccr::criu::rules::Rules;
 use soccr::criu::tasks::Task;
+use soccr::kernel::netns::NetNs;
 
 use crate::agent::error::AgentError;
+use crate::agent::listeners;
 use crate::agent::log::{self, answering};
 use crate::agent::profile::Profile;
 use crate::agent::server::{Asked, Server};
@@ -212,6 +214,10 @@ fn prepare<'a>(images: &ImageDir, criu: &'a Task) -> Result<Building<'a>, AgentE
         ::log::warn!("a namespace that criu was given is locked late: cannot list its descriptors: {error}");
         Vec::new()
     });
+    // As soon as CRIU goes on, it listens itself, and nobody could tell its listeners from others'.
+    let criu_ns = NetNs::of_task(criu.pid.cast_unsigned())?;
+    let namespaces = inherited.iter().cloned().chain([criu_ns]);
+    let taken = namespaces.map(|ns| (ns.clone(), listeners::taken_ports(&ns))).collect();
     let rules = Rules::read()?;
     let mut profile = Profile::start("restore");
     let external_ids = ExternalImage::ids(images)?;
@@ -220,7 +226,7 @@ fn prepare<'a>(images: &ImageDir, criu: &'a Task) -> Result<Building<'a>, AgentE
     }
     let plan = Plan::read(images, &external_ids, rules)?;
     profile.lap("load");
-    let locks = Locks::new(&plan, criu)?;
+    let locks = Locks::new(&plan, criu, taken)?;
     fault::point("restore.prepared")?;
     let mut building = Building::begin(plan, locks, criu);
     profile.lap("record");

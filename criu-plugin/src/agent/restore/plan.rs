@@ -76,6 +76,7 @@ impl Plan {
         let translations = side.as_ref().map(|side| side.translations_of(&index)).unwrap_or_default();
         let side = side.filter(|side| side.belongs_to(&index));
         let accepted = side.as_ref().map(|side| side.accepted_of(&index, &images)).unwrap_or_default();
+        let accepted = under_rules(accepted, &rules)?;
         let (sockets, held, mut listeners) =
             side.map(|side| (side.sockets, side.held, side.listeners)).unwrap_or_default();
         let held = held.readdressed(|tuple| rules.remap.four_tuple(tuple));
@@ -185,7 +186,9 @@ impl Plan {
 
     fn take_over(&self, id: &RecordId, criu: i32) -> Result<Option<Recorder>, RecordError> {
         let carried = self.index.carried().map(|connection| connection.tuple);
-        let dumped = carried.chain(self.left_out.iter().chain(self.external.keys()).copied());
+        // External files keep their addresses; those of the record are given new ones before they are compared.
+        let external = self.external.keys().map(|tuple| self.rules.remap.four_tuple(*tuple));
+        let dumped = carried.chain(self.left_out.iter().copied()).chain(external);
         match Recorder::take_over_for(id, criu, dumped, &self.rules.remap) {
             // The images have all that a restore needs.
             Err(error) if error.is_unreadable() => {
@@ -201,15 +204,33 @@ impl Plan {
 fn leave_out(index: &mut Index, policy: &Policy) -> Result<Vec<FourTuple>, AgentError> {
     let mut left_out = Vec::new();
     for &InetConnection { tuple, .. } in index.carried() {
-        match policy.of(&tuple) {
-            (Action::Keep, _) => continue,
-            (Action::Refuse, rule) => return Err(AgentError::Refused { tuple, rule: rule.to_owned() }),
-            (Action::Close | Action::Reset, rule) => log::info!("{tuple}: stays closed, says {rule}"),
+        if !is_carried(tuple, policy)? {
+            left_out.push(tuple);
         }
-        left_out.push(tuple);
     }
     index.leave_out(|connection| policy.of(&connection.tuple).0 != Action::Keep);
     Ok(left_out)
+}
+
+/// Those that are to be carried, with the addresses that their listeners have now.
+fn under_rules(accepted: Vec<Accepted>, rules: &Rules) -> Result<Vec<Accepted>, AgentError> {
+    let mut carried = Vec::with_capacity(accepted.len());
+    for accepted in accepted {
+        let tuple = rules.remap.four_tuple(accepted.tuple);
+        if is_carried(tuple, &rules.policy)? {
+            carried.push(Accepted { tuple, ..accepted });
+        }
+    }
+    Ok(carried)
+}
+
+fn is_carried(tuple: FourTuple, policy: &Policy) -> Result<bool, AgentError> {
+    match policy.of(&tuple) {
+        (Action::Keep, _) => return Ok(true),
+        (Action::Refuse, rule) => return Err(AgentError::Refused { tuple, rule: rule.to_owned() }),
+        (Action::Close | Action::Reset, rule) => log::info!("{tuple}: stays closed, says {rule}"),
+    }
+    Ok(false)
 }
 
 #[cfg(test)]

@@ -58,7 +58,7 @@ pub(super) fn read(
 pub type BoundAddress = (Option<u32>, IpAddr);
 
 /// The addresses that TCP sockets are bound to, listeners too; but those of closed sockets, which need none, and those that may
-/// be bound before they are there.
+/// be bound before they are there: IP_FREEBIND, which CRIU sets only after it has bound a listener of IPv4.
 ///
 /// # Errors
 /// What is wrong with the file.
@@ -68,7 +68,8 @@ pub fn bound_addresses(dir: &ImageDir) -> Result<BTreeSet<BoundAddress>, ImageEr
     for_each(dir, |reader, entry, length| {
         let local = address(&entry, &entry.src_addr, entry.src_port(), "src_addr");
         let local = local.map_err(|fault| reader.bad_message(fault))?.ip().to_canonical();
-        if !local.is_unspecified() && entry.state() != CLOSE && !entry.ip_opts.freebind() {
+        let freebind = entry.ip_opts.freebind() && (local.is_ipv6() || entry.dst_port() != 0);
+        if !local.is_unspecified() && entry.state() != CLOSE && !freebind {
             let memory = allowance.take(in_tree::<BoundAddress>(), length);
             memory.map_err(|fault| reader.bad_message(fault))?;
             addresses.insert((entry.ns_id, local));

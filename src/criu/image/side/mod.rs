@@ -186,7 +186,7 @@ impl SideImage {
             listener: MessageField::some(to_listener(listener)),
             ..Default::default()
         });
-        accepted.chain(held_items(self.held.iter())).chain(listeners)
+        accepted.chain(held_items(self.held.iter().chain(self.held.newcomers()))).chain(listeners)
     }
 
     /// What a later version has written is passed over.
@@ -221,7 +221,7 @@ impl SideImage {
             self.listeners.push(TreeListener { listener, place });
         }
         if let Some((tuple, segment)) = held_in(item)? {
-            self.held.add(tuple, segment);
+            self.held.add_any(tuple, segment);
         }
         Ok(())
     }
@@ -270,9 +270,7 @@ pub fn held_from_bytes(mut bytes: &[u8]) -> HeldPackets {
         && let Ok(item) = decode::<Soccr_item>(message)
         && let Ok(Some((tuple, segment))) = held_in(&item)
     {
-        if !held.add_newcomer(tuple, segment) {
-            held.add(tuple, segment);
-        }
+        held.add_any(tuple, segment);
         bytes = rest;
     }
     held
@@ -370,6 +368,7 @@ mod tests {
 
     use super::*;
     use crate::criu::tasks::Owner;
+    use crate::criu::warm::{CongestionWindow, Silence};
     use crate::kernel::options::SocketOption;
 
     fn direction(source: &str, destination: &str) -> Direction {
@@ -396,6 +395,13 @@ mod tests {
             options: vec![option],
             rtt: Some(Duration::from_micros(80_001)),
             usec_ts: true,
+            cwnd: Some(CongestionWindow {
+                segments: 345,
+                silence: Some(Silence {
+                    since: Duration::from_secs(1 << 31),
+                    rto: Duration::from_millis(250),
+                }),
+            }),
         };
         sockets.add(8, &SocketExtra::default());
         sockets.add(7, &extra);

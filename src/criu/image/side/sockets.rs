@@ -10,6 +10,7 @@ use protobuf::Message;
 use crate::criu::image::allowance::{Allowance, in_tree};
 use crate::criu::image::{Fault, ImageError};
 use crate::criu::tasks::Owner;
+use crate::criu::warm::CongestionWindow;
 use crate::encoding::decode::decode;
 use crate::encoding::proto::soccr::Soccr_socket;
 use crate::encoding::wire::{self, Value};
@@ -26,6 +27,8 @@ pub struct SocketExtra {
     pub rtt: Option<Duration>,
     /// The clock of its timestamps ticks in microseconds.
     pub usec_ts: bool,
+    /// Its congestion window, where that is worth carrying.
+    pub cwnd: Option<CongestionWindow>,
 }
 
 /// Those of all sockets, by inode: messages that are decoded one by one.
@@ -48,7 +51,12 @@ impl SocketExtra {
         let (uid, gid) = (some(self.owner.uid), some(self.owner.gid));
         let rtt_us = self.rtt.and_then(|rtt| u32::try_from(rtt.as_micros()).ok());
         let usec_ts = self.usec_ts.then_some(true);
-        Soccr_socket { ino: Some(ino), uid, gid, options, rtt_us, usec_ts, ..Default::default() }
+        let mut message =
+            Soccr_socket { ino: Some(ino), uid, gid, options, rtt_us, usec_ts, ..Default::default() };
+        if let Some(cwnd) = &self.cwnd {
+            cwnd.write_to(&mut message);
+        }
+        message
     }
 }
 
@@ -68,9 +76,10 @@ impl Sockets {
         let owner = Owner { uid: message.uid(), gid: message.gid() };
         let rtt = message.rtt_us.map(|microseconds| Duration::from_micros(microseconds.into()));
         let usec_ts = message.usec_ts();
+        let cwnd = CongestionWindow::of(&message);
         let options: Vec<_> = message.options.into_iter().map(SocketOption::from_entry).collect();
         options::check(&options).map_err(|error| malformed(Fault::value("options", error.to_string())))?;
-        Ok(Some(SocketExtra { owner, options, rtt, usec_ts }))
+        Ok(Some(SocketExtra { owner, options, rtt, usec_ts, cwnd }))
     }
 
     /// Whether there is anything of the socket with this inode.

@@ -2,9 +2,9 @@
 
 use soccr_testkit::{Lock, Place};
 
-use super::absence::Route;
+use super::absence::{Absence, Route};
 use super::case::{Case, GIB, PARTS, Party, SKIP, Storage};
-use super::report::Report;
+use super::pair::Pair;
 use super::row::Row;
 
 /// One number and what it may be at most.
@@ -21,9 +21,9 @@ impl Limit {
 }
 
 /// Those of which all was measured.
-pub fn of(report: &Report) -> Vec<Limit> {
-    let mut limits = Limits { report, limits: Vec::new() };
-    if report.smoke {
+pub fn of(smoke: bool, rows: &[Row<Case>], absences: &[Row<Absence>], pairs: &[Pair]) -> Vec<Limit> {
+    let mut limits = Limits { rows, absences, pairs, limits: Vec::new() };
+    if smoke {
         limits.on_busy_machine();
     } else {
         limits.against_stock();
@@ -37,7 +37,9 @@ pub fn of(report: &Report) -> Vec<Limit> {
 }
 
 struct Limits<'a> {
-    report: &'a Report,
+    rows: &'a [Row<Case>],
+    absences: &'a [Row<Absence>],
+    pairs: &'a [Pair],
     limits: Vec<Limit>,
 }
 
@@ -49,7 +51,7 @@ impl<'a> Limits<'a> {
     }
 
     fn row(&self, party: Party, case: impl Fn(&Case) -> bool) -> Option<&'a Row<Case>> {
-        self.report.rows.iter().find(|row| row.party == party && case(&row.case))
+        self.rows.iter().find(|row| row.party == party && case(&row.case))
     }
 
     fn ratio(&mut self, against: Party, case: impl Fn(&Case) -> bool, frozen: f64, restore: f64) {
@@ -129,7 +131,7 @@ impl<'a> Limits<'a> {
 
     /// Of all absences: seconds until all is echoed, for who stays and who moves; seconds that a call lasts beyond the absence.
     fn of_peers(&mut self, [stays, moves]: [f64; 2], overtime: f64) {
-        for row in self.report.absences.iter().filter(|row| row.party == Party::Ours) {
+        for row in self.absences.iter().filter(|row| row.party == Party::Ours) {
             let name = row.case;
             let most = if row.case.route == Route::Stay { stays } else { moves };
             self.add(format!("s until all is echoed, {name}"), row.caught_up(), most);
@@ -139,7 +141,7 @@ impl<'a> Limits<'a> {
     }
 
     fn of_calls(&mut self) {
-        for pair in &self.report.pairs {
+        for pair in self.pairs {
             self.add(format!("{} / {}", pair.what, pair.other), Some(pair.rounded()), pair.most);
         }
     }
@@ -151,7 +153,7 @@ impl<'a> Limits<'a> {
         self.ratio(Party::Stock(Lock::Nftables), plain(100), 1.5, 10.0);
         let moved = self.row(Party::Ours, plain(1000)).and_then(|row| row.moved());
         self.add("s until 1000 connections have moved bytes", moved, 2.0);
-        let memory = self.report.rows.iter().filter_map(Row::<Case>::agent_peak).reduce(f64::max);
+        let memory = self.rows.iter().filter_map(Row::<Case>::agent_peak).reduce(f64::max);
         self.add("MiB of memory of an agent", memory, 64.0);
     }
 }

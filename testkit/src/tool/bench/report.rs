@@ -1,6 +1,5 @@
 //! The numbers, as a table, as JSON and as a picture.
 
-use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::fs;
 use std::path::Path;
@@ -10,7 +9,6 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
 use soccr_testkit::Criu;
-use soccr_testkit::task::Usage;
 
 use super::absence::Absence;
 use super::case::Case;
@@ -24,7 +22,7 @@ pub struct Report {
     criu: String,
     kernel: String,
     rounds: u16,
-    pub smoke: bool,
+    smoke: bool,
     pub rows: Vec<Row<Case>>,
     pub absences: Vec<Row<Absence>>,
     pub pairs: Vec<Pair>,
@@ -35,61 +33,6 @@ pub struct Report {
 type Column = (&'static str, Option<f64>, usize);
 
 impl Row<Case> {
-    pub fn connections(&self) -> f64 {
-        u32::try_from(self.case.connections).map_or(f64::INFINITY, f64::from)
-    }
-
-    pub fn frozen(&self) -> Option<f64> {
-        self.median(|times| Some(times.frozen.as_secs_f64()))
-    }
-
-    pub fn restore(&self) -> Option<f64> {
-        self.median(|times| Some(times.restore.as_secs_f64()))
-    }
-
-    pub fn moved(&self) -> Option<f64> {
-        self.median(|times| times.moved.map(|it| it.as_secs_f64()))
-    }
-
-    pub fn raw_copy(&self) -> Option<f64> {
-        self.median(|times| times.raw_copy.map(|it| it.as_secs_f64()))
-    }
-
-    /// MiB, the larger of the two agents'.
-    pub fn agent_peak(&self) -> Option<f64> {
-        self.median(|times| times.agents.as_ref().map(peak))
-    }
-
-    /// Microseconds of processor time for each connection, of one of the two agents.
-    fn agent_cpu(&self, nth: usize) -> Option<f64> {
-        self.median(|times| {
-            times.agents.map(|agents| agents[nth].cpu.as_secs_f64() * 1e6 / self.connections())
-        })
-    }
-
-    /// Processor time of criu and agent: other programs on the machine change it less than what a clock on the wall shows.
-    pub fn dump_cpu(&self) -> Option<f64> {
-        self.median(|times| {
-            let agent = times.agents.map_or(Duration::ZERO, |agents| agents[0].cpu);
-            Some((times.criu[0].cpu + agent).as_secs_f64())
-        })
-    }
-
-    fn profile(&self) -> BTreeMap<&str, f64> {
-        let names = self.trials.iter().flat_map(|times| times.profile.keys());
-        let median = |name: &String| self.median(|times| times.profile.get(name).copied());
-        names.filter_map(|name| Some((name.as_str(), median(name)?))).collect()
-    }
-
-    /// Milliseconds by the clock that the plugin worked on a dump, or a restore.
-    fn hooks(&self, work: &str) -> Option<f64> {
-        self.median(|times| {
-            let phases =
-                times.profile.iter().filter(|(name, _)| name.starts_with(work) && !name.ends_with(" cpu"));
-            phases.map(|(_, time)| *time).reduce(|sum, time| sum + time)
-        })
-    }
-
     /// Every column but the first, with the digits that are worth showing.
     fn columns(&self) -> Vec<Column> {
         let median = |of: fn(&Times) -> Option<f64>| self.median(of);
@@ -101,7 +44,7 @@ impl Row<Case> {
             ("silent s", median(|times| times.silence.map(|it| it.as_secs_f64())), 3),
             ("plugin, dump, ms", self.hooks("dump "), 1),
             ("plugin, restore, ms", self.hooks("restore "), 1),
-            ("criu MiB", median(|times| Some(peak(&times.criu))), 0),
+            ("criu MiB", self.criu_peak(), 0),
             ("agent MiB", self.agent_peak(), 0),
             ("dump CPU s", self.dump_cpu(), 3),
             ("agent, dump, µs", self.agent_cpu(0), 1),
@@ -240,7 +183,7 @@ impl Report {
     }
 
     fn limits(&self) -> Vec<Limit> {
-        limits::of(self)
+        limits::of(self.smoke, &self.rows, &self.absences, &self.pairs)
     }
 
     /// Whether no trial failed, and no limit was exceeded.
@@ -284,12 +227,6 @@ fn table<C: Measured>(text: &mut String, rows: &[Row<C>], columns: impl Fn(&Row<
             columns.iter().map(show).collect::<Vec<_>>().join(" | ")
         );
     }
-}
-
-/// MiB, the larger of dump's and restore's.
-#[allow(clippy::cast_precision_loss)] // for people
-fn peak(used: &[Usage; 2]) -> f64 {
-    used[0].peak.max(used[1].peak) as f64 / f64::from(1 << 20)
 }
 
 fn output(command: &mut Command) -> Result<String> {

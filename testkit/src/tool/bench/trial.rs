@@ -20,7 +20,7 @@ use tempfile::TempDir;
 
 use super::case::{Case, GIB, Party, Storage};
 use super::crowd::Crowd;
-use super::row::Measured;
+use super::row::{Measured, Row};
 
 /// Where images are quick to write, and memory limits them.
 pub const TMPFS: &str = "/dev/shm";
@@ -224,6 +224,74 @@ fn profile(log: &str, into: &mut BTreeMap<String, f64>) -> usize {
     let phases = lines.flat_map(|line| line.split(", ")).filter_map(|phase| phase.rsplit_once(' '));
     let phases = phases.filter_map(|(name, time)| Some((name, time.parse::<f64>().ok()?)));
     phases.map(|(name, time)| *into.entry(name.to_owned()).or_default() += time).count()
+}
+
+impl Row<Case> {
+    pub fn connections(&self) -> f64 {
+        u32::try_from(self.case.connections).map_or(f64::INFINITY, f64::from)
+    }
+
+    pub fn frozen(&self) -> Option<f64> {
+        self.median(|times| Some(times.frozen.as_secs_f64()))
+    }
+
+    pub fn restore(&self) -> Option<f64> {
+        self.median(|times| Some(times.restore.as_secs_f64()))
+    }
+
+    pub fn moved(&self) -> Option<f64> {
+        self.median(|times| times.moved.map(|it| it.as_secs_f64()))
+    }
+
+    pub fn raw_copy(&self) -> Option<f64> {
+        self.median(|times| times.raw_copy.map(|it| it.as_secs_f64()))
+    }
+
+    /// MiB, the larger of the two agents'.
+    pub fn agent_peak(&self) -> Option<f64> {
+        self.median(|times| times.agents.as_ref().map(peak))
+    }
+
+    /// MiB, the larger of dump's and restore's.
+    pub fn criu_peak(&self) -> Option<f64> {
+        self.median(|times| Some(peak(&times.criu)))
+    }
+
+    /// Microseconds of processor time for each connection, of one of the two agents.
+    pub fn agent_cpu(&self, nth: usize) -> Option<f64> {
+        self.median(|times| {
+            times.agents.map(|agents| agents[nth].cpu.as_secs_f64() * 1e6 / self.connections())
+        })
+    }
+
+    /// Processor time of criu and agent: other programs on the machine change it less than what a clock on the wall shows.
+    pub fn dump_cpu(&self) -> Option<f64> {
+        self.median(|times| {
+            let agent = times.agents.map_or(Duration::ZERO, |agents| agents[0].cpu);
+            Some((times.criu[0].cpu + agent).as_secs_f64())
+        })
+    }
+
+    pub fn profile(&self) -> BTreeMap<&str, f64> {
+        let names = self.trials.iter().flat_map(|times| times.profile.keys());
+        let median = |name: &String| self.median(|times| times.profile.get(name).copied());
+        names.filter_map(|name| Some((name.as_str(), median(name)?))).collect()
+    }
+
+    /// Milliseconds by the clock that the plugin worked on a dump, or a restore.
+    pub fn hooks(&self, work: &str) -> Option<f64> {
+        self.median(|times| {
+            let phases =
+                times.profile.iter().filter(|(name, _)| name.starts_with(work) && !name.ends_with(" cpu"));
+            phases.map(|(_, time)| *time).reduce(|sum, time| sum + time)
+        })
+    }
+}
+
+/// MiB, the larger of dump's and restore's.
+#[allow(clippy::cast_precision_loss)] // for people
+fn peak(used: &[Usage; 2]) -> f64 {
+    used[0].peak.max(used[1].peak) as f64 / f64::from(1 << 20)
 }
 
 #[cfg(test)]

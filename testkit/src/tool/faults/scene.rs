@@ -140,6 +140,8 @@ impl<'a> Scene<'a> {
     pub fn check_spotless(&self, server: Option<&Server>) -> Result<()> {
         let status = self.status()?;
         ensure!(status.is_empty(), "soccr status is not empty: {status}");
+        // A keeper looks for its lock once a second.
+        wait_until("no keeper is left", PATIENCE, || Ok(self.keepers()?.is_empty()))?;
         self.check_clean(server)?;
         let sockets = server.map_or(Ok(Vec::new()), |server| tcp_sockets(server.pid()))?;
         for (socket, peer) in sockets.iter().filter_map(|socket| Some((socket, socket.peer()?))) {

@@ -1,4 +1,4 @@
-//! Addresses of the current network namespace, and waiting for one.
+//! Network interfaces of the current namespace and their addresses, and waiting for one.
 
 use std::mem::{size_of, zeroed};
 use std::net::{IpAddr, SocketAddr};
@@ -9,6 +9,15 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{MsgFlags, recv};
 
 use super::{SysError, SysResult, check, sockopt, tcp};
+
+/// The index of an interface.
+///
+/// # Errors
+/// ENODEV when there is no such interface.
+pub fn index(name: &str) -> SysResult<u32> {
+    nix::net::if_::if_nametoindex(name)
+        .map_err(|errno| SysError { call: "find the network interface", errno })
+}
 
 /// Whether sockets here can have this address, or soon will: one of IPv6 is first looked for at its neighbours.
 ///
