@@ -498,10 +498,21 @@ impl Restoring<'_> {
         Ok(())
     }
 
+    /// The window as repair mode takes it, with `snd_wl1` at most at its right edge. It lies beyond where the kernel had no
+    /// memory for what came, and so closed the window to rcv_nxt (ICSK_ACK_NOMEM): it believed the window of a segment that
+    /// it then dropped. That one comes again, from rcv_nxt on.
+    fn window(&self) -> Option<Window> {
+        self.tcp.window.map(|window| {
+            let edge = self.tcp.rcv_nxt.wrapping_add(window.rcv_wnd);
+            let beyond = window.snd_wl1.wrapping_sub(edge).cast_signed() > 0;
+            Window { snd_wl1: if beyond { edge } else { window.snd_wl1 }, ..window }
+        })
+    }
+
     /// With the peer's FIN still to come rcv_nxt is one less, and so must be what we announced; the window's
     /// right edge stays.
     fn window_before_fin(&self) -> Result<(), SysError> {
-        let Some(window) = self.tcp.window else { return Ok(()) };
+        let Some(window) = self.window() else { return Ok(()) };
         if !self.tcp.state.fin_received() {
             return tcp::set_window(self.fd, &window);
         }
@@ -537,7 +548,7 @@ impl Restoring<'_> {
             }
         }
         // A forged segment carries a window that the kernel believes.
-        match self.tcp.window {
+        match self.window() {
             Some(window) => self.sys(tcp::set_window(self.fd, &window)),
             None => Ok(()),
         }

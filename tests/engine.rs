@@ -173,6 +173,27 @@ fn bytes_beyond_the_peers_window_are_sent_later() {
     });
 }
 
+/// Where the kernel had no memory for what came, its window is closed and `snd_wl1` lies beyond: it goes on when it is read.
+#[test]
+fn a_window_closed_for_want_of_memory_is_restored_and_opens() {
+    in_own_network(|| {
+        for address in FAMILIES {
+            let (ours, mut theirs) = connected(address);
+            theirs.write_all(&pattern(3, 20_000)).expect("write");
+            let mut saved = save_and_close(ours);
+            let rcv_nxt = saved.tcp.rcv_nxt;
+            let window = saved.tcp.window.as_mut().expect("a window");
+            *window = Window { rcv_wnd: 0, rcv_wup: rcv_nxt, snd_wl1: rcv_nxt.wrapping_add(5000), ..*window };
+            let mut ours = build_and(&saved, Compare::Nothing);
+            theirs.write_all(&pattern(5, 30_000)).expect("write");
+            expect_bytes(&mut ours, &pattern(3, 20_000));
+            expect_bytes(&mut ours, &pattern(5, 30_000));
+            ours.write_all(b"on").expect("write");
+            expect_bytes(&mut theirs, b"on");
+        }
+    });
+}
+
 /// What the engine makes room with for a full queue leaves no trace: with tuning switched off the peer fills the same buffer
 /// again as it fills one that has never moved, and with tuning it grows.
 #[test]
