@@ -9,7 +9,7 @@ use nix::unistd::{Pid, getpid};
 use super::client::{AskError, Client};
 use super::host::{ENOTSUP, Stage};
 use super::mode::Mode;
-use super::{host, solo, start};
+use super::{host, solo, start, tracees};
 use crate::agent::Job;
 use crate::fault;
 use crate::protocol::Request;
@@ -160,10 +160,14 @@ pub fn resume(pid: i32) -> i32 {
     answered(result)
 }
 
-/// Kills a task whose connections are not whole.
+/// Kills a task whose connections are not whole, and with it all that criu restores.
 pub fn fail_task(pid: i32) {
-    host::print(log::Level::Error, &format!("kills task {pid}, whose connections cannot be restored"));
+    host::print(
+        log::Level::Error,
+        &format!("kills task {pid}, whose connections cannot be restored, and all with it"),
+    );
     let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+    tracees::end();
 }
 
 /// Whether all connections were whole when the agent of a restore died. From there on peers' packets may have passed, even
