@@ -7,12 +7,13 @@ use std::mem::{offset_of, size_of};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use super::host::{self, Stage};
-use super::session;
+use super::{order, session};
 use crate::fault;
 
 /// The number of hooks of CRIU 4.0; each later version has at least these.
 const HOOKS_OF_4_0: c_uint = 12;
-const HOOKS: usize = 13;
+/// Of CRIU 4.2.
+pub const HOOKS: usize = 13;
 
 const DUMP_EXT_FILE: usize = 2;
 const RESTORE_EXT_FILE: usize = 3;
@@ -38,8 +39,27 @@ const _: () = {
     assert!(HOOKS_OF_4_0 as usize > CHECKPOINT_DEVICES);
 };
 
-// SAFETY: CRIU is single-threaded where it reads the descriptor, and nobody writes it after `fit_host`.
+// SAFETY: CRIU is single-threaded where it reads the descriptor, and nobody writes it after init().
 unsafe impl Sync for PluginDesc {}
+
+impl PluginDesc {
+    const fn ours() -> Self {
+        Self {
+            name: c"soccr".as_ptr(),
+            init,
+            exit,
+            version: 2 << 8, // 0.2.0
+            max_hooks: HOOKS_OF_4_0,
+            hooks: hooks(),
+        }
+    }
+
+    /// Whether the plugin has this hook.
+    pub fn has(&self, hook: usize) -> bool {
+        let count = usize::try_from(self.max_hooks).unwrap_or(0).min(HOOKS);
+        self.hooks[..count].get(hook).is_some_and(|hook| !hook.is_null())
+    }
+}
 
 const fn hooks() -> [*const c_void; HOOKS] {
     let mut hooks = [std::ptr::null(); HOOKS];
@@ -54,14 +74,10 @@ const fn hooks() -> [*const c_void; HOOKS] {
 /// What CRIU looks up in the library.
 #[allow(missing_docs)]
 #[unsafe(no_mangle)]
-pub static mut CR_PLUGIN_DESC: PluginDesc = PluginDesc {
-    name: c"soccr".as_ptr(),
-    init,
-    exit,
-    version: 2 << 8, // 0.2.0
-    max_hooks: HOOKS_OF_4_0,
-    hooks: hooks(),
-};
+pub static mut CR_PLUGIN_DESC: PluginDesc = PluginDesc::ours();
+
+/// What it finds where we stand before others ([`order`]).
+static FIRST: PluginDesc = PluginDesc::ours();
 
 /// CRIU refuses a plugin with more hooks than it knows itself, and reads the descriptor before it calls init(). So
 /// the loader runs this first and offers POST_FORKING only to a CRIU that has it.
@@ -79,8 +95,13 @@ extern "C" fn fit_host() {
 
 /// Whether this CRIU has POST_FORKING.
 fn has_post_forking() -> bool {
+    known_hooks() > POST_FORKING
+}
+
+/// How many of the hooks this CRIU has.
+fn known_hooks() -> usize {
     // SAFETY: written by the loader only, before anybody calls.
-    usize::try_from(unsafe { CR_PLUGIN_DESC.max_hooks }).is_ok_and(|hooks| hooks > POST_FORKING)
+    usize::try_from(unsafe { CR_PLUGIN_DESC.max_hooks }).unwrap_or(0)
 }
 
 /// A panic ends as an error code at this boundary.
@@ -98,14 +119,39 @@ fn guarded_or(failure: impl FnOnce() -> c_int, body: impl FnOnce() -> c_int) -> 
 
 extern "C" fn init(stage: c_int) -> c_int {
     guarded(-1, || {
-        Stage::from_criu(stage).map_or(0, |stage| session::begin(stage, has_post_forking(), at_exit))
+        let Some(stage) = Stage::from_criu(stage) else { return 0 };
+        if let Err(error) = stand_first() {
+            host::print(log::Level::Error, &format!("cannot stand before the other plugins: {error}"));
+            return -1;
+        }
+        let result = session::begin(stage, has_post_forking(), at_exit);
+        if result != 0 {
+            order::leave();
+        }
+        result
     })
+}
+
+/// Before the plugins that are loaded already; CRIU adds us behind them after init(), for the hooks that we still have.
+fn stand_first() -> Result<(), &'static str> {
+    let Some(lists) = host::plugin_lists() else { return Ok(()) };
+    let (mut left, known) = (hooks(), known_hooks());
+    for (hook, entry) in left.iter_mut().enumerate().take(known).filter(|(_, entry)| !entry.is_null()) {
+        // SAFETY: CRIU has a list for each hook that it knows.
+        if unsafe { order::stand_first(lists, hook, &raw const FIRST) }? {
+            *entry = std::ptr::null();
+        }
+    }
+    // SAFETY: in init(), before CRIU reads them.
+    unsafe { CR_PLUGIN_DESC.hooks = left };
+    Ok(())
 }
 
 extern "C" fn exit(stage: c_int, ret: c_int) {
     guarded(0, || {
         if Stage::from_criu(stage).is_some() {
             session::end(ret);
+            order::leave();
         }
         0
     });

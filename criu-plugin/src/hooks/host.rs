@@ -89,11 +89,17 @@ pub fn image_dir() -> Option<BorrowedFd<'static>> {
     (fd >= 0).then(|| unsafe { BorrowedFd::borrow_raw(fd) })
 }
 
+/// CRIU's lists of plugins: one list head for all, and one for each hook.
+#[must_use]
+pub fn plugin_lists() -> Option<*mut c_void> {
+    symbol(c"cr_plugin_ctl")
+}
+
 /// How many hooks this CRIU has, read from the size of its table of hook chains: one list head for the plugins
 /// and one for each hook.
 #[must_use]
 pub fn hook_count() -> Option<c_uint> {
-    let table = symbol(c"cr_plugin_ctl")?;
+    let table = plugin_lists()?;
     let list_head = 2 * size_of::<usize>();
     let heads = symbol_size(table)? / list_head;
     heads.checked_sub(1).and_then(|hooks| c_uint::try_from(hooks).ok())

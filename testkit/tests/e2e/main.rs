@@ -6,6 +6,7 @@
 mod accept_queue;
 mod away;
 mod callers;
+mod company;
 mod container;
 mod content;
 mod crossing;
