@@ -84,7 +84,9 @@ mod tests {
         end();
         let left: Vec<_> = tracees().iter().map(|status| status.pid).collect();
         assert!(left.len() <= 1, "{left:?} are still traced");
-        left.iter().for_each(|&init| drop(waitpid(Pid::from_raw(init), Some(WaitPidFlag::__WALL))));
+        for init in left {
+            let _ = waitpid(Pid::from_raw(init), Some(WaitPidFlag::__WALL));
+        }
         outermost.wait().expect("unshare ends");
     }
 
