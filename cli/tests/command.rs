@@ -12,7 +12,9 @@ use std::process::{Child, Command, Stdio};
 use serde_json::{Value, json};
 use soccr::criu::image::ImageDir;
 use soccr::criu::image::inventory::release_to_stock;
-use soccr::criu::record::{ConnectionRecord, LockRecord, NsId, Phase, Recorder, Store};
+use soccr::criu::record::{
+    ConnectionRecord, FOLDER_VARIABLE, LockRecord, NsId, Phase, RECORD_VARIABLE, Recorder, Store,
+};
 use soccr::criu::stock::{self, NamespaceLock};
 use soccr::criu::tasks::{Duplicates, Finder, ProcessId, Task};
 use soccr::kernel::ecn::AskForEcn;
@@ -20,7 +22,10 @@ use soccr::kernel::netns::NetNs;
 use soccr::kernel::sockopt;
 use soccr::kernel::tcp::{self, Repair};
 use soccr::kernel::warm::SetWindow;
-use soccr::lock::{self, LockName, LockOptions, Method, NetworkLock, conntrack, held};
+use soccr::lock::{
+    self, HOLD_NEW_VARIABLE, HOLD_VARIABLE, LEASE_VARIABLE, LockName, LockOptions, METHOD_VARIABLE, Method,
+    NetworkLock, conntrack, held,
+};
 use soccr::repair::four_tuple;
 use support::{Soccr, connected, expect_bytes, in_own_network, pattern, program};
 
@@ -637,6 +642,11 @@ fn pages_and_completions_have_every_command() {
     assert!(names.contains(&"status") && names.contains(&"enable") && !names.contains(&"generate"), "{help}");
     let page = text("man/soccr.1");
     assert!(page.contains(".SH EXIT STATUS") && page.contains(".SH ENVIRONMENT"));
+    for variable in
+        [FOLDER_VARIABLE, RECORD_VARIABLE, METHOD_VARIABLE, LEASE_VARIABLE, HOLD_VARIABLE, HOLD_NEW_VARIABLE]
+    {
+        assert!(page.contains(&format!("\n.TP\n.B {variable}\n")), "{variable}");
+    }
     for name in names {
         assert!(page.contains(&format!("soccr\\-{name}(1)")), "{name}");
         assert!(text(&format!("man/soccr-{name}.1")).contains(".SH DESCRIPTION"), "{name}");
