@@ -2,7 +2,7 @@
 # The work is done by the scripts in scripts/, each of which can be run by hand.
 
 .DEFAULT_GOAL := all
-.PHONY: all criu demo demo-migrate test bench soak faults fuzz lint zdtm criu-with-libsoccr runtimes install deb clean distclean help
+.PHONY: all criu demo demo-migrate test bench soak faults fuzz lint zdtm kernels criu-with-libsoccr runtimes install deb clean distclean help
 
 # One place for what is built, whatever the shell says: scripts and tests look for it there.
 export CARGO_TARGET_DIR := $(CURDIR)/target

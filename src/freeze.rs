@@ -88,6 +88,17 @@ pub fn freeze<F: AsFd>(sockets: impl IntoIterator<Item = F>) -> (Frozen<F>, Vec<
 
 /// As [`freeze`], with a choice of the lock: iptables for kernels without nf_tables, or a lease, after which the kernel
 /// removes it although nobody has thawed the connections. The same is to be chosen in [`thaw_with`](crate::thaw_with).
+///
+/// ```no_run
+/// use std::{net::TcpStream, time::Duration};
+/// use soccr::LockOptions;
+///
+/// # fn main() -> std::io::Result<()> {
+/// let stream = TcpStream::connect("192.0.2.1:7")?;
+/// let lock = LockOptions { lease: Some(Duration::from_secs(600)), ..LockOptions::default() };
+/// let (frozen, refused) = soccr::freeze_with([stream], &lock);
+/// # Ok(()) }
+/// ```
 pub fn freeze_with<F: AsFd>(
     sockets: impl IntoIterator<Item = F>,
     lock: &LockOptions,

@@ -62,6 +62,15 @@ pub fn thaw(connections: &[Connection]) -> Result<Vec<OwnedFd>, ThawError> {
 
 /// As [`thaw`], with the choice of [`freeze_with`](crate::freeze_with).
 ///
+/// ```no_run
+/// use soccr::{Connection, LockOptions, Method};
+///
+/// # fn thaw(connections: &[Connection]) -> Result<(), soccr::ThawError> {
+/// let lock = LockOptions { method: Method::Iptables, ..LockOptions::default() };
+/// let sockets = soccr::thaw_with(connections, &lock)?;
+/// # Ok(()) }
+/// ```
+///
 /// # Errors
 /// As [`thaw`].
 pub fn thaw_with(connections: &[Connection], lock: &LockOptions) -> Result<Vec<OwnedFd>, ThawError> {

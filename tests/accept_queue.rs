@@ -12,7 +12,7 @@ use soccr::accept_queue::{self, AcceptQueues, Unavailable};
 use soccr::connection::{ControlBlock, FourTuple, Queues, State};
 use soccr::forge::Forge;
 use soccr::kernel::netns::NetNs;
-use soccr::kernel::tcp;
+use soccr::kernel::{diag, sockopt, tcp};
 use soccr::lock::{LockName, LockOptions, NetworkLock};
 use soccr::repair::{Paused, Probe, four_tuple};
 use support::{expect_bytes, pattern};
@@ -197,7 +197,7 @@ fn other_segments_pass() {
     as_root(|_, _| {
         let listener = TcpListener::bind("127.0.0.1:0").expect("bind");
         let mut client = connect(listener.local_addr().unwrap());
-        soccr::kernel::sockopt::set_mark(client.as_fd(), soccr::forge::MARK).unwrap();
+        sockopt::set_mark(client.as_fd(), soccr::forge::MARK).unwrap();
         let (mut server, _) = listener.accept().expect("accept");
         client.write_all(b"marked").unwrap();
         expect_bytes(&mut server, b"marked");
@@ -220,5 +220,30 @@ fn a_full_accept_queue_is_named() {
         assert!(soccr::chain(&error).to_string().contains("the queue is full"), "{error}");
         forge.finish().expect("no rule is left");
         lock.unlock().expect("unlock");
+    });
+}
+
+/// With TCP_DEFER_ACCEPT a handshake is over when the client has sent something, and what is put back stands in the queue at once.
+#[test]
+fn at_a_listener_that_waits_for_bytes() {
+    as_root(|ns, queues| {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("bind");
+        let seconds = 60_i32.to_ne_bytes();
+        sockopt::set_bytes(listener.as_fd(), libc::SOL_TCP, libc::TCP_DEFER_ACCEPT, &seconds).unwrap();
+        let mut client = connect(listener.local_addr().unwrap());
+        let opening = diag::requests().unwrap();
+        assert_eq!(opening.iter().map(|it| it.remote).collect::<Vec<_>>(), [client.local_addr().unwrap()]);
+        assert_eq!(accept_queue::waiting(listener.as_fd()), Ok(0));
+        client.write_all(b"hello").unwrap();
+        wait_until("it is queued", || accept_queue::waiting(listener.as_fd()) == Ok(1));
+        let (taken, lock) = take_all(ns, &listener);
+        put_all(queues, &listener, &taken);
+        assert_eq!(accept_queue::waiting(listener.as_fd()), Ok(1));
+        lock.unlock().expect("unlock");
+        let (mut server, _) = listener.accept().expect("accept");
+        check_same(&server, &taken[0]);
+        expect_bytes(&mut server, b"hello");
+        server.write_all(b"welcome").unwrap();
+        expect_bytes(&mut client, b"welcome");
     });
 }

@@ -12,13 +12,20 @@ use std::process::{Child, Command, Stdio};
 use serde_json::{Value, json};
 use soccr::criu::image::ImageDir;
 use soccr::criu::image::inventory::release_to_stock;
-use soccr::criu::record::{ConnectionRecord, LockRecord, NsId, Phase, Recorder, Store};
+use soccr::criu::record::{
+    ConnectionRecord, FOLDER_VARIABLE, LockRecord, NsId, Phase, RECORD_VARIABLE, Recorder, Store,
+};
 use soccr::criu::stock::{self, NamespaceLock};
 use soccr::criu::tasks::{Duplicates, Finder, ProcessId, Task};
+use soccr::kernel::ecn::AskForEcn;
 use soccr::kernel::netns::NetNs;
 use soccr::kernel::sockopt;
 use soccr::kernel::tcp::{self, Repair};
-use soccr::lock::{self, LockName, LockOptions, Method, NetworkLock};
+use soccr::kernel::warm::SetWindow;
+use soccr::lock::{
+    self, HOLD_NEW_VARIABLE, HOLD_VARIABLE, LEASE_VARIABLE, LockName, LockOptions, METHOD_VARIABLE, Method,
+    NetworkLock, conntrack, held,
+};
 use soccr::repair::four_tuple;
 use support::{Soccr, connected, expect_bytes, in_own_network, pattern, program};
 
@@ -508,7 +515,18 @@ fn this_kernel_has_what_it_takes() {
         let report = host.done(&["check", "--json", "--root", root]);
         let report: Value = serde_json::from_str(&report).expect("JSON");
         let there = |feature: &Value| feature["need"] != json!("must") || feature["there"] == json!(true);
-        assert!(report["kernel"].as_array().expect("a list").iter().all(there));
+        let features = report["kernel"].as_array().expect("a list");
+        assert!(features.iter().all(there));
+        let is_there = |name: &str| {
+            let mut named = features.iter().filter(|feature| feature["name"] == json!(name));
+            named.next().unwrap_or_else(|| panic!("no {name} in {report}"))["there"] == json!(true)
+        };
+        // The privilege for BPF is the caller's, the same here as there.
+        assert_eq!(is_there("NEEDS_ECN (BPF)"), AskForEcn::attach().is_ok());
+        assert_eq!(is_there("TCP_BPF_IW (BPF)"), SetWindow::attach().is_ok());
+        let name = LockName::soccr("here").expect("a name");
+        assert_eq!(is_there("nft_log, nfnetlink_log"), held::check(&here(), &name).is_ok());
+        assert_eq!(is_there("nf_conntrack_netlink"), conntrack::is_there(&here()).is_ok_and(|there| there));
         assert!(locks().is_empty(), "it checks elsewhere");
     });
 }
@@ -624,6 +642,11 @@ fn pages_and_completions_have_every_command() {
     assert!(names.contains(&"status") && names.contains(&"enable") && !names.contains(&"generate"), "{help}");
     let page = text("man/soccr.1");
     assert!(page.contains(".SH EXIT STATUS") && page.contains(".SH ENVIRONMENT"));
+    for variable in
+        [FOLDER_VARIABLE, RECORD_VARIABLE, METHOD_VARIABLE, LEASE_VARIABLE, HOLD_VARIABLE, HOLD_NEW_VARIABLE]
+    {
+        assert!(page.contains(&format!("\n.TP\n.B {variable}\n")), "{variable}");
+    }
     for name in names {
         assert!(page.contains(&format!("soccr\\-{name}(1)")), "{name}");
         assert!(text(&format!("man/soccr-{name}.1")).contains(".SH DESCRIPTION"), "{name}");

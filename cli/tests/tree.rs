@@ -12,7 +12,8 @@ use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use serde_json::{Value, json};
 use soccr::kernel::sockopt;
 use soccr::kernel::tcp::{self, Repair};
-use support::{connected, in_own_network, lacks, program};
+use soccr_testkit::sockets::ebpf_filter;
+use support::{connected, in_own_network, lacks, program, skip};
 
 fn soccr(arguments: &[&str]) -> Output {
     let pid = std::process::id().to_string();
@@ -221,6 +222,29 @@ fn signed_segments_are_found() {
             !content && findings.len() == 3 && findings.iter().all(|(_, what)| what.contains("TCP-MD5")),
             "{findings:?}"
         );
+    });
+}
+
+#[test]
+fn an_ebpf_filter_is_found() {
+    in_own_network(|| {
+        let (ours, _theirs) = connected("127.0.0.1:0");
+        let listener = TcpListener::bind("127.0.0.1:0").expect("bind");
+        let filter = match ebpf_filter() {
+            Ok(filter) => filter,
+            Err(error) => return skip(&format!("{error:#}")),
+        };
+        for (socket, named) in [
+            (ours.as_fd(), name(&ours)),
+            (listener.as_fd(), listener.local_addr().expect("an address").to_string()),
+        ] {
+            let set = |name, value: &[u8]| sockopt::set_bytes(socket, libc::SOL_SOCKET, name, value);
+            set(libc::SO_ATTACH_BPF, &filter.as_raw_fd().to_ne_bytes()).expect("SO_ATTACH_BPF");
+            let (at, what) = the_finding();
+            assert!(at == named && what.contains("SO_ATTACH_BPF"), "{at}: {what}");
+            set(libc::SO_DETACH_FILTER, &[0; 4]).expect("SO_DETACH_FILTER");
+            assert!(findings().1);
+        }
     });
 }
 

@@ -34,16 +34,24 @@ pub enum Repair {
 /// # Errors
 /// EPERM without CAP_NET_ADMIN in the socket's network namespace, or for a listening socket.
 pub fn set_repair(fd: BorrowedFd<'_>, mode: Repair) -> SysResult<()> {
+    match set_repair_exactly(fd, mode) {
+        Err(SysError { errno: Errno::EINVAL, .. }) if mode == Repair::OffNoProbe => {
+            set_repair_exactly(fd, Repair::Off)
+        }
+        other => other,
+    }
+}
+
+/// The same without a probe in place of a silent end.
+///
+/// # Errors
+/// As [`set_repair`]; EINVAL for [`Repair::OffNoProbe`] before Linux 4.19.
+pub fn set_repair_exactly(fd: BorrowedFd<'_>, mode: Repair) -> SysResult<()> {
     let call = match mode {
         Repair::On => "turn TCP_REPAIR on",
         Repair::Off | Repair::OffNoProbe => "turn TCP_REPAIR off",
     };
-    match set(fd, libc::SOL_TCP, TCP_REPAIR, &(mode as i32), call) {
-        Err(SysError { errno: Errno::EINVAL, .. }) if mode == Repair::OffNoProbe => {
-            set(fd, libc::SOL_TCP, TCP_REPAIR, &(Repair::Off as i32), call)
-        }
-        other => other,
-    }
+    set(fd, libc::SOL_TCP, TCP_REPAIR, &(mode as i32), call)
 }
 
 /// Whether the socket is in repair mode.

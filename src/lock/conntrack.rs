@@ -124,6 +124,27 @@ pub fn establish(ns: &NetNs, connections: &[FourTuple]) -> Result<(), ConntrackE
     })
 }
 
+/// Whether conntrack can be asked and told here. It cannot where nothing has loaded it, which is where it translates nothing.
+///
+/// # Errors
+/// [`ConntrackError`].
+pub fn is_there(ns: &NetNs) -> Result<bool, ConntrackError> {
+    let Some(client) = Client::open(ns)? else { return Ok(false) };
+    let nobody = SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0));
+    let mut there = false;
+    client.of_each(
+        &[FourTuple { local: nobody, remote: nobody }],
+        "find",
+        abi::GET,
+        |_| (),
+        |_, _| {
+            there = true;
+            Ok(())
+        },
+    )?;
+    Ok(there)
+}
+
 /// So many answers fit a socket's receive buffer.
 const REQUESTS_AT_ONCE: usize = 64;
 const RECEIVE_BUFFER: usize = 64 * 1024;

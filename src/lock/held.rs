@@ -10,16 +10,16 @@
 
 use std::collections::{HashMap, HashSet};
 use std::fmt;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Duration;
 
 use nix::poll::{PollFd, PollFlags, poll};
 
-use super::Listener;
 use super::conntrack::Translation;
 use super::options::{BadOption, LockOptions, Method, hold_new_time, hold_time};
 use super::packet_log::PacketLog;
+use super::{Listener, LockError, LockName, NetworkLock};
 use crate::chain;
 use crate::forge::{Forge, Way};
 use crate::four_tuple::FourTuple;
@@ -185,6 +185,25 @@ impl Holder {
         }
         self.packets
     }
+}
+
+/// Whether what a lock in this namespace drops can be held. A lock of this name is there for the moment.
+///
+/// # Errors
+/// [`LockError`]: the kernel has no `nfnetlink_log`, no `nft_log`, or no nf_tables at all.
+pub fn check(ns: &NetNs, name: &LockName) -> Result<(), LockError> {
+    let log = PacketLog::open(ns).map_err(|source| LockError::Nftables {
+        action: "take a group of the netfilter log".into(),
+        ns: ns.clone(),
+        source,
+    })?;
+    let logging = LockOptions { log: Some(log.group()), ..LockOptions::default() };
+    NetworkLock::lock(ns, name, &[], &LockOptions::default())?.keep();
+    // A lock for connections does without a log where there is none, but not this.
+    let lock = NetworkLock::adopt(ns, name, &logging);
+    let nobody = Listener { local: (Ipv4Addr::LOCALHOST, 0).into(), v6only: false };
+    lock.stop_newcomers(&[nobody], Duration::from_secs(1), true)?;
+    lock.unlock().map(drop)
 }
 
 /// Segments of known connections, in the order in which they came. That is also the order in which their timestamps may come:

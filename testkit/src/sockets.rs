@@ -228,6 +228,35 @@ pub fn queued(socket: &impl AsRawFd, request: libc::Ioctl) -> Result<usize> {
 /// linux/sockios.h
 const SIOCOUTQNSD: libc::Ioctl = 0x894B;
 
+/// An eBPF program for `SO_ATTACH_BPF`, which takes each packet whole.
+pub fn ebpf_filter() -> Result<OwnedFd> {
+    const BPF_PROG_LOAD: libc::c_int = 5;
+    const BPF_PROG_TYPE_SOCKET_FILTER: u32 = 1;
+    #[repr(C)]
+    #[derive(Default)]
+    struct Load {
+        kind: u32,
+        count: u32,
+        instructions: u64,
+        licence: u64,
+        rest: [u64; 12],
+    }
+    // r0 = -1; exit
+    let instructions: [u64; 2] = [0xffff_ffff_0000_00b7, 0x95];
+    let load = Load {
+        kind: BPF_PROG_TYPE_SOCKET_FILTER,
+        count: 2,
+        instructions: instructions.as_ptr() as u64,
+        licence: c"GPL".as_ptr() as u64,
+        ..Load::default()
+    };
+    // SAFETY: the kernel reads the live structure, and what it points to, which lives as long.
+    let program = unsafe { libc::syscall(libc::SYS_bpf, BPF_PROG_LOAD, &raw const load, size_of::<Load>()) };
+    let program = i32::try_from(Errno::result(program).context("cannot load a program")?)?;
+    // SAFETY: a descriptor that the kernel has just given.
+    Ok(unsafe { OwnedFd::from_raw_fd(program) })
+}
+
 /// Types that any bytes are a value of.
 pub(crate) trait Plain: Copy {}
 impl Plain for i32 {}

@@ -4,15 +4,17 @@ use std::io::Write;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use nix::sched::{CloneFlags, unshare};
 use serde::Serialize;
 use soccr::connection::FourTuple;
+use soccr::kernel::ecn::AskForEcn;
 use soccr::kernel::netns::NetNs;
 use soccr::kernel::process::{self, RemoteFd};
 use soccr::kernel::tcp::{Queue, Repair};
+use soccr::kernel::warm::SetWindow;
 use soccr::kernel::{SysResult, raw, sockopt, tcp};
-use soccr::lock::{self, LockName, LockOptions, Method, NetworkLock};
+use soccr::lock::{self, LockName, LockOptions, Method, NetworkLock, conntrack, held};
 
 /// How much a feature matters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -85,6 +87,10 @@ fn probe() -> Vec<Feature> {
     add(Helps, "SO_PEEK_OFF", "sockets in flight inside unix sockets", peek_offset());
     add(Helps, "raw sockets, SO_MARK", "half-closed connections", raw_socket());
     add(Helps, "bpf_sk_assign_tcp_reqsk", "connections that nobody has accepted (6.9)", accept_queue());
+    add(Helps, "NEEDS_ECN (BPF)", "connections that have ECN (5.7)", ecn());
+    add(Helps, "TCP_BPF_IW (BPF)", "congestion windows (5.14)", congestion_window());
+    add(Helps, "nft_log, nfnetlink_log", "what peers send meanwhile is held", packet_log());
+    add(Helps, "nf_conntrack_netlink", "published ports, stateful firewalls", conntrack());
     add(OneOf, "nf_tables", "the network lock", network_lock(Method::Nftables));
     add(OneOf, "iptables", "the network lock with SOCCR_LOCK=iptables", network_lock(Method::Iptables));
     features
@@ -92,6 +98,27 @@ fn probe() -> Vec<Feature> {
 
 fn accept_queue() -> Result<()> {
     Ok(soccr::accept_queue::check(&NetNs::current()?)?)
+}
+
+fn ecn() -> Result<()> {
+    AskForEcn::attach()?;
+    Ok(())
+}
+
+fn congestion_window() -> Result<()> {
+    let (program, fd) = (SetWindow::attach()?, stream()?);
+    program.choose(fd.as_fd(), 10)?;
+    Ok(())
+}
+
+fn packet_log() -> Result<()> {
+    Ok(held::check(&NetNs::current()?, &LockName::soccr("check")?)?)
+}
+
+fn conntrack() -> Result<()> {
+    let there = conntrack::is_there(&NetNs::current()?)?;
+    ensure!(there, "not there, or not loaded: then nothing here is translated");
+    Ok(())
 }
 
 fn own_pid() -> i32 {
@@ -127,11 +154,8 @@ fn window() -> Result<()> {
     if there { Ok(()) } else { Err(anyhow::anyhow!("the kernel has no such option")) }
 }
 
-/// `Repair::OffNoProbe` falls back to what older kernels know, so the option is set as a number here.
 fn silent_end() -> Result<()> {
-    const TCP_REPAIR: i32 = 19;
-    const OFF_NO_WP: i32 = -1;
-    in_repair(|fd| sockopt::set_bytes(fd.as_fd(), libc::IPPROTO_TCP, TCP_REPAIR, &OFF_NO_WP.to_ne_bytes()))
+    in_repair(|fd| tcp::set_repair_exactly(fd.as_fd(), Repair::OffNoProbe))
 }
 
 fn namespace() -> Result<()> {
@@ -183,7 +207,7 @@ pub fn print(features: &[Feature]) -> std::io::Result<()> {
             _ => "",
         };
         let why = feature.why.as_ref().map(|why| format!(" ({why})")).unwrap_or_default();
-        writeln!(out, "{sign} {:22} {}{need}{why}", feature.name, feature.what_for)?;
+        writeln!(out, "{sign} {:23} {}{need}{why}", feature.name, feature.what_for)?;
     }
     if !enough(features) {
         writeln!(out, "This kernel lacks what soccr cannot do without.")?;

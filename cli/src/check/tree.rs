@@ -11,7 +11,7 @@ use serde::Serialize;
 use soccr::accept_queue;
 use soccr::connection::{FourTuple, State};
 use soccr::kernel::netns::NetNs;
-use soccr::kernel::{SysError, ao, diag, sockopt, tcp};
+use soccr::kernel::{SysError, ao, diag, options, sockopt, tcp};
 
 use crate::print_json;
 use crate::runtime::Problem;
@@ -99,6 +99,11 @@ fn problems(socket: &Socket) -> Result<Vec<(bool, Problem)>> {
         ao::has_keys(fd)? == Some(true),
         "segments are signed (TCP-AO), and the keys cannot be read",
         "close it before the dump and connect again afterwards",
+    );
+    add(
+        options::refused(fd)?.is_some(),
+        "its filter is an eBPF program (SO_ATTACH_BPF), which cannot be read back",
+        "have the program remove it before the dump (SO_DETACH_FILTER), or use a classic one",
     );
     if state == LISTEN {
         let waiting = socket.info()?.unacked;

@@ -33,8 +33,9 @@ pub enum AskError {
     Io(#[from] Errno),
 }
 
-/// How long an agent may be stopped. Tests are in a hurry.
-const PATIENCE: Duration = Duration::from_secs(if cfg!(feature = "fault-injection") { 1 } else { 3 });
+/// How long an agent may be stopped, which is looked at so often.
+const PATIENCE: Duration = Duration::from_secs(1);
+const BETWEEN_LOOKS: Duration = Duration::from_millis(500);
 
 /// The way to ask the agent.
 #[derive(Debug)]
@@ -152,14 +153,15 @@ impl Client {
         let mut stopped = Duration::ZERO;
         loop {
             let mut ready = [PollFd::new(replies.as_fd(), PollFlags::POLLIN)];
-            match poll(&mut ready, PollTimeout::from(1000_u16)) {
+            let timeout = PollTimeout::try_from(BETWEEN_LOOKS).expect("it is short");
+            match poll(&mut ready, timeout) {
                 Ok(0) => {}
                 Ok(_) => return Ok(()),
                 Err(Errno::EINTR) => continue,
                 Err(error) => return Err(error),
             }
             let is_stopped = tasks::look(self.agent.as_raw()) == Fate::Stopped;
-            stopped = if is_stopped { stopped + Duration::from_secs(1) } else { Duration::ZERO };
+            stopped = if is_stopped { stopped + BETWEEN_LOOKS } else { Duration::ZERO };
             if stopped >= PATIENCE {
                 host::print(log::Level::Error, "the agent is stopped, and killed therefore");
                 let _ = kill(self.agent, Signal::SIGKILL);

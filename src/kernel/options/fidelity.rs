@@ -76,6 +76,9 @@ const LISTENERS: &str = "
 | a connection that nobody has accepted | 6.9, with BTF, and net.ipv4.tcp_syncookies not 0 | the dump fails | carried: in its queue, in its order, with what it has sent | `accept_queue::over_ipv4`, `accept_queue::over_ipv6` |
 | the same elsewhere | any | the dump fails | the dump fails, or `SOCCR_ACCEPT_QUEUE=reset` resets it | `accept_queue::where_it_cannot_be_carried` |
 | a handshake that is not over (SYN_RECV) | as above | the client is reset | carried if the client's ACK comes before the dump's end; else the client is reset | `accept_queue::a_handshake_that_ends_during_the_dump` |
+| the same with `SOCCR_LOCK=iptables`, `SOCCR_LOCK=skip` or `SOCCR_HOLD=off` | any | the client is reset | as with stock: nobody holds what its client sends. An ACK that comes before CRIU has looked at the listener fails the dump; after a later one the client is reset | |
+| a client of a listener with TCP_DEFER_ACCEPT that has sent nothing | as above | the client is reset | a handshake that is not over: carried if its first bytes come before the dump's end; else the client is reset when it sends some | `at_a_listener_that_waits_for_bytes` |
+| who connects between the emptying of a queue and CRIU's look at it | any | the dump fails | waits (`SOCCR_HOLD_NEW`); with `SOCCR_LOCK=iptables`, `SOCCR_LOCK=skip` or `SOCCR_HOLD_NEW=off`, which stop nobody, the dump fails, and can be tried again | |
 | a listener at an address that the host does not have | any | IPv6 only: of IPv4 ones bind() comes before IP_FREEBIND | by CRIU; where that fails the log names the address (net.ipv4.ip_nonlocal_bind helps) | `away::what_needs_its_address_says_so` |
 ";
 const COLUMNS: &str = "\

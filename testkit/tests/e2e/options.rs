@@ -6,11 +6,10 @@ mod every;
 use std::collections::BTreeMap;
 use std::fs;
 use std::net::SocketAddr;
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use nix::errno::Errno;
 use nix::sys::socket::{MsgFlags, recv};
 use nix::sys::stat::fstat;
 use nix::unistd::fchown;
@@ -18,7 +17,7 @@ use soccr::kernel::options::{Care, Known, On, TABLE};
 use soccr::kernel::sockopt;
 use soccr_testkit::capture::Capture;
 use soccr_testkit::skip::lacks;
-use soccr_testkit::sockets::{TaskSocket, state, tcp_sockets};
+use soccr_testkit::sockets::{TaskSocket, ebpf_filter, state, tcp_sockets};
 use soccr_testkit::task::wait_until;
 use soccr_testkit::{Client, Pattern, Place, Server, Stage};
 
@@ -339,52 +338,17 @@ fn refused_by_name() -> Result<()> {
     let Some(stage) = stage(Place::Host, &[PLUGIN])? else { return Ok(()) };
     let (server, mut client) = served(&stage, SERVER_V4, "10.9.0.1")?;
     let (listener, connection) = sockets(&server)?;
-    let images = stage.images()?;
+    let (images, filter) = (stage.images()?, ebpf_filter()?);
     for (socket, named) in [(listener, server.address.to_string()), (connection, "10.9.0.2".into())] {
-        attach_ebpf(&socket)?;
+        let filter = filter.as_raw_fd().to_ne_bytes();
+        sockopt::set_bytes(socket.as_fd(), libc::SOL_SOCKET, libc::SO_ATTACH_BPF, &filter)?;
         let refused = stage.dump(PLUGIN, server.pid(), &images).run().err().context("the dump succeeded")?;
         let refused = format!("{refused:#}");
         ensure!(refused.contains("SO_ATTACH_BPF") && refused.contains(&named), "{refused}");
         client.ping(1000)?;
-        detach_filter(&socket)?;
+        sockopt::set_bytes(socket.as_fd(), libc::SOL_SOCKET, libc::SO_DETACH_FILTER, &[0; 4])?;
     }
     stage.wait_until_clean(Some(&server))
-}
-
-/// A program that takes each packet whole.
-#[allow(unsafe_code)]
-fn attach_ebpf(socket: &TaskSocket) -> Result<()> {
-    const BPF_PROG_LOAD: libc::c_int = 5;
-    const BPF_PROG_TYPE_SOCKET_FILTER: u32 = 1;
-    #[repr(C)]
-    #[derive(Default)]
-    struct Load {
-        kind: u32,
-        count: u32,
-        instructions: u64,
-        licence: u64,
-        rest: [u64; 12],
-    }
-    // r0 = -1; exit
-    let instructions: [u64; 2] = [0xffff_ffff_0000_00b7, 0x95];
-    let load = Load {
-        kind: BPF_PROG_TYPE_SOCKET_FILTER,
-        count: 2,
-        instructions: instructions.as_ptr() as u64,
-        licence: c"GPL".as_ptr() as u64,
-        ..Load::default()
-    };
-    // SAFETY: the kernel reads the live structure, and what it points to, which lives as long.
-    let program = unsafe { libc::syscall(libc::SYS_bpf, BPF_PROG_LOAD, &raw const load, size_of::<Load>()) };
-    let program = i32::try_from(Errno::result(program).context("cannot load a program")?)?;
-    // SAFETY: a descriptor that the kernel has just given.
-    let program = unsafe { OwnedFd::from_raw_fd(program) };
-    let number = program.as_raw_fd().to_ne_bytes();
-    Ok(sockopt::set_bytes(socket.as_fd(), libc::SOL_SOCKET, libc::SO_ATTACH_BPF, &number)?)
-}
-
-fn detach_filter(socket: &TaskSocket) -> Result<()> {
-    Ok(sockopt::set_bytes(socket.as_fd(), libc::SOL_SOCKET, libc::SO_DETACH_FILTER, &[0; 4])?)
 }
 
 /// The port of a listener and its connections is still their owner's to share, and nobody else's (SO_REUSEPORT).
