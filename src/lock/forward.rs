@@ -67,7 +67,7 @@ impl Forwarder {
     /// How long to wait for it, if something has to be done even if nothing comes.
     #[must_use]
     pub fn patience(&self) -> Option<Duration> {
-        (!self.departed.is_empty()).then_some(PAUSE)
+        self.departed.iter().any(|it| it.neighbour.is_some()).then_some(PAUSE)
     }
 
     /// Sends on what `holder` holds for addresses that have another owner now.
