@@ -329,6 +329,7 @@ fn soon(arrived: &dyn Fn() -> Result<bool, SysError>) -> Result<bool, SysError> 
     }
 }
 
+const IPV4_HEADER: usize = 20;
 const TCP_HEADER: usize = 20;
 const PROTOCOL_TCP: u8 = 6;
 /// The most that IP knows: a socket with IP_MINTTL would drop less.
@@ -401,20 +402,18 @@ fn syn_options(negotiated: &Negotiated) -> Vec<u8> {
 }
 
 /// The packet that brings `tcp`, a header and maybe data, from the peer: from the IP header on. The tuple must be as on the
-/// wire; its ports and the checksum are filled in.
-fn packet(tuple: &FourTuple, mut tcp: Vec<u8>) -> Vec<u8> {
+/// wire; its ports and the checksums are filled in.
+pub(crate) fn packet(tuple: &FourTuple, mut tcp: Vec<u8>) -> Vec<u8> {
     tcp[0..2].copy_from_slice(&tuple.remote.port().to_be_bytes());
     tcp[2..4].copy_from_slice(&tuple.local.port().to_be_bytes());
     tcp[16..18].fill(0);
     #[allow(clippy::cast_possible_truncation)] // no packet is longer; who gives more gets an invalid one
     let len = (tcp.len() as u16).to_be_bytes();
     let (mut packet, from, to) = match (tuple.remote.ip(), tuple.local.ip()) {
-        // The kernel fills in length, identification and checksum.
-        (IpAddr::V4(from), IpAddr::V4(to)) => (
-            vec![0x45, 0, 0, 0, 0, 0, 0, 0, TTL, PROTOCOL_TCP, 0, 0],
-            from.octets().to_vec(),
-            to.octets().to_vec(),
-        ),
+        (IpAddr::V4(from), IpAddr::V4(to)) => {
+            let (from, to) = (from.octets().to_vec(), to.octets().to_vec());
+            (ipv4_header(tcp.len(), &from, &to).to_vec(), from, to)
+        }
         (from, to) => {
             (vec![0x60, 0, 0, 0, len[0], len[1], PROTOCOL_TCP, TTL], v6(from).to_vec(), v6(to).to_vec())
         }
@@ -426,6 +425,16 @@ fn packet(tuple: &FourTuple, mut tcp: Vec<u8>) -> Vec<u8> {
         packet.extend(part);
     }
     packet
+}
+
+/// The header up to the addresses.
+fn ipv4_header(data: usize, from: &[u8], to: &[u8]) -> [u8; 12] {
+    #[allow(clippy::cast_possible_truncation)] // as above
+    let len = ((IPV4_HEADER + data) as u16).to_be_bytes();
+    let mut header = [0x45, 0, len[0], len[1], 0, 0, 0, 0, TTL, PROTOCOL_TCP, 0, 0];
+    let sum = checksum([&header[..], from, to].into_iter());
+    header[10..].copy_from_slice(&sum.to_be_bytes());
+    header
 }
 
 fn v6(ip: IpAddr) -> [u8; 16] {

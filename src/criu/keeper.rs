@@ -3,7 +3,8 @@
 //!
 //! It holds nothing else: no socket, no folder, no namespace that could go. The restore's agent takes what was held
 //! through a socket beside the record, and the keeper ends. It also ends when the lock is gone, whoever removed it, and
-//! when it has waited for as long as `SOCCR_HOLD` says.
+//! when it has waited for as long as `SOCCR_HOLD` says. When an address leaves this host, what was held for it
+//! [follows](crate::lock::forward).
 //!
 //! Stock CRIU can restore the images too, and leaves what it does not know of: the lock on the way to a container, and the
 //! record. When the dump's lock is gone, or a packet comes from one of the sockets, the keeper looks whether a
@@ -22,7 +23,9 @@ use std::time::{Duration, Instant};
 
 use super::image::side;
 use super::record::{self, RecordId, Store};
+use crate::chain;
 use crate::kernel::netns::NetNs;
+use crate::lock::forward::{ForwardError, Forwarder};
 use crate::lock::held::{HeldPackets, Holder};
 use crate::lock::{self, LockName};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -37,6 +40,8 @@ const LOOK: Duration = Duration::from_secs(1);
 #[derive(Debug)]
 pub struct Keeper {
     holder: Holder,
+    /// Who follows an address that leaves this host; none where the kernel does not tell.
+    forwarder: Option<Forwarder>,
     ns: NetNs,
     /// While one of them is there.
     locks: Vec<LockName>,
@@ -75,7 +80,10 @@ impl Keeper {
         let _ = fs::remove_file(&door);
         let door = Door { socket: UnixListener::bind(&door)?, path: door };
         door.socket.set_nonblocking(true)?;
-        Ok(Self { holder, ns: ns.clone(), locks, door, id: id.clone() })
+        let failed =
+            |error: &ForwardError| log::warn!("what is held stays when its address leaves: {}", chain(error));
+        let forwarder = Forwarder::new(ns).inspect_err(failed).ok();
+        Ok(Self { holder, forwarder, ns: ns.clone(), locks, door, id: id.clone() })
     }
 
     /// Holds them to the end. The process gets a name of its own.
@@ -94,12 +102,18 @@ impl Keeper {
             }
             let mut fds = vec![PollFd::new(self.door.socket.as_fd(), PollFlags::POLLIN)];
             fds.extend(self.holder.fds().map(|log| PollFd::new(log, PollFlags::POLLIN)));
-            let _ = poll(&mut fds, PollTimeout::try_from(LOOK).unwrap_or(PollTimeout::MAX));
+            let forwarder = self.forwarder.as_ref();
+            fds.extend(forwarder.iter().flat_map(|it| it.fds()).map(|it| PollFd::new(it, PollFlags::POLLIN)));
+            let patience = forwarder.and_then(Forwarder::patience).unwrap_or(LOOK);
+            let _ = poll(&mut fds, PollTimeout::try_from(patience).unwrap_or(PollTimeout::MAX));
             if let Ok((to, _)) = self.door.socket.accept() {
                 return give(to, self.holder);
             }
             self.holder.read();
             heard |= self.holder.heard_socket();
+            if let Some(forwarder) = &mut self.forwarder {
+                forwarder.forward(&mut self.holder);
+            }
         }
     }
 

@@ -381,7 +381,7 @@ fn request(kind: u16, flags: u16, what: [u8; 4], states: u32, id: &[u8; SOCK_ID]
     payload[4..8].copy_from_slice(&states.to_ne_bytes());
     payload[8..].copy_from_slice(id);
     let mut writer = Writer::default();
-    writer.plain(Header { kind, flags, seq: 0 }, &payload);
+    writer.plain(Header { kind, flags, seq: 0 }, &payload, |_| ());
     writer.into_bytes()
 }
 

@@ -1,14 +1,15 @@
 //! Network interfaces of the current namespace and their addresses, and waiting for one.
 
-use std::mem::{size_of, zeroed};
 use std::net::{IpAddr, SocketAddr};
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Instant;
 
+use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::socket::{MsgFlags, recv};
 
-use super::{SysError, SysResult, check, sockopt, tcp};
+use super::netlink::NetlinkSocket;
+use super::wire::{Attributes, Message, Messages};
+use super::{SysError, SysResult, sockopt, tcp};
 
 /// The index of an interface.
 ///
@@ -25,9 +26,14 @@ pub fn index(name: &str) -> SysResult<u32> {
 /// The kernel's answer.
 pub fn is_local(ip: IpAddr) -> SysResult<bool> {
     let trial = sockopt::tcp_socket(ip.is_ipv6())?;
-    if tcp::bind(trial.as_fd(), SocketAddr::new(ip, 0)).is_ok() {
-        return Ok(true);
-    }
+    if tcp::bind(trial.as_fd(), SocketAddr::new(ip, 0)).is_ok() { Ok(true) } else { is_assigned(ip) }
+}
+
+/// Whether an interface here has this address.
+///
+/// # Errors
+/// The kernel's answer.
+pub fn is_assigned(ip: IpAddr) -> SysResult<bool> {
     let listed =
         nix::ifaddrs::getifaddrs().map_err(|errno| SysError { call: "list the addresses", errno })?;
     let mut addresses = listed.filter_map(|interface| interface.address);
@@ -43,7 +49,7 @@ pub fn is_local(ip: IpAddr) -> SysResult<bool> {
 /// The kernel's answer.
 pub fn await_local(ip: IpAddr, until: Instant) -> SysResult<bool> {
     // Before the first look, so that nothing is missed in between.
-    let changes = changes()?;
+    let mut changes = AddressChanges::hear()?;
     while !is_local(ip)? {
         let left = until.saturating_duration_since(Instant::now());
         if left.is_zero() {
@@ -51,22 +57,60 @@ pub fn await_local(ip: IpAddr, until: Instant) -> SysResult<bool> {
         }
         let mut fds = [PollFd::new(changes.as_fd(), PollFlags::POLLIN)];
         let _ = poll(&mut fds, PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX));
-        // What they are does not matter, nor that some were lost (ENOBUFS).
-        while recv(changes.as_raw_fd(), &mut [0; 4096], MsgFlags::MSG_DONTWAIT).is_ok() {}
+        changes.deleted(); // what they are does not matter
     }
     Ok(true)
 }
 
-/// A socket on which the kernel tells of addresses that come and go (rtnetlink(7)).
-fn changes() -> SysResult<OwnedFd> {
-    let socket = sockopt::socket(libc::AF_NETLINK, libc::SOCK_RAW, libc::NETLINK_ROUTE)?;
-    // SAFETY: all zeroes is a valid sockaddr_nl.
-    let mut addr: libc::sockaddr_nl = unsafe { zeroed() };
-    addr.nl_family = libc::sa_family_t::try_from(libc::AF_NETLINK).unwrap_or_default();
-    addr.nl_groups = (libc::RTMGRP_IPV4_IFADDR | libc::RTMGRP_IPV6_IFADDR).cast_unsigned();
-    let len = libc::socklen_t::try_from(size_of::<libc::sockaddr_nl>()).unwrap_or_default();
-    // SAFETY: a live address of that length.
-    let ret = unsafe { libc::bind(socket.as_raw_fd(), (&raw const addr).cast(), len) };
-    check("hear of addresses", ret)?;
-    Ok(socket)
+/// The kernel tells of addresses that come to interfaces of a namespace and go.
+#[derive(Debug)]
+pub struct AddressChanges(NetlinkSocket);
+
+impl AddressChanges {
+    /// Of the current namespace, from now on.
+    ///
+    /// # Errors
+    /// The kernel's answer.
+    pub fn hear() -> SysResult<Self> {
+        NetlinkSocket::route(libc::RTMGRP_IPV4_IFADDR | libc::RTMGRP_IPV6_IFADDR).map(Self)
+    }
+
+    /// The addresses that are gone since the last call, each with the index of the interface that had it. Waits for nothing;
+    /// the kernel may have lost some.
+    pub fn deleted(&mut self) -> Vec<(IpAddr, u32)> {
+        let mut all = Vec::new();
+        let mut buffer = [0; 8192];
+        loop {
+            match self.0.receive(&mut buffer) {
+                Ok(Some(len)) => all.extend(Messages::new(&buffer[..len]).flatten().filter_map(deleted_in)),
+                Err(error) if error.errno == Errno::ENOBUFS => {}
+                Ok(None) | Err(_) => return all,
+            }
+        }
+    }
+}
+
+/// Readable when something has changed.
+impl AsFd for AddressChanges {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+/// `struct ifaddrmsg`, and the attributes behind it.
+fn deleted_in(message: Message<'_>) -> Option<(IpAddr, u32)> {
+    let (head, attributes) = message.payload.split_first_chunk::<8>()?;
+    let [.., a, b, c, d] = *head;
+    let attributes = Attributes::new(attributes);
+    let find = |kind| attributes.find(kind).ok().flatten();
+    // Of the two ends of a point-to-point link this is ours.
+    let ip = find(libc::IFA_LOCAL).or_else(|| find(libc::IFA_ADDRESS))?;
+    let is_deleted = message.header.kind == libc::RTM_DELADDR;
+    is_deleted.then_some((ip_of(ip.bytes())?, u32::from_ne_bytes([a, b, c, d])))
+}
+
+/// An address as netlink has it.
+pub(super) fn ip_of(bytes: &[u8]) -> Option<IpAddr> {
+    let v4 = || <[u8; 4]>::try_from(bytes).map(IpAddr::from);
+    v4().or_else(|_| <[u8; 16]>::try_from(bytes).map(IpAddr::from)).ok()
 }

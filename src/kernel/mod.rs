@@ -11,6 +11,7 @@ pub mod btf;
 pub mod diag;
 pub mod ecn;
 pub mod interface;
+pub mod neighbour;
 pub mod netlink;
 pub mod netns;
 pub mod options;

@@ -36,6 +36,18 @@ impl NetlinkSocket {
         Self::open(libc::NETLINK_SOCK_DIAG)
     }
 
+    /// Opens a socket of routing (`NETLINK_ROUTE`, rtnetlink(7)) in the calling thread's network namespace, which hears of what
+    /// these groups (`RTMGRP_*`) tell.
+    ///
+    /// # Errors
+    /// The kernel's answer.
+    pub fn route(groups: libc::c_int) -> SysResult<Self> {
+        let socket = Self::open(libc::NETLINK_ROUTE)?;
+        bind(socket.fd.as_raw_fd(), &NetlinkAddr::new(0, groups.cast_unsigned()))
+            .map_err(|errno| SysError { call: "hear of changes of the network", errno })?;
+        Ok(socket)
+    }
+
     fn open(protocol: i32) -> SysResult<Self> {
         let fd = sockopt::socket(libc::AF_NETLINK, libc::SOCK_RAW, protocol)?;
         let socket = Self { fd };

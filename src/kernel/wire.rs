@@ -49,8 +49,11 @@ impl Writer {
     }
 
     /// Adds a message of another subsystem, which begins with a structure of its own.
-    pub fn plain(&mut self, header: Header, payload: &[u8]) {
-        self.message_of(header, |w| w.buf.extend_from_slice(payload));
+    pub fn plain(&mut self, header: Header, payload: &[u8], attributes: impl FnOnce(&mut Self)) {
+        self.message_of(header, |w| {
+            w.buf.extend_from_slice(payload);
+            attributes(w);
+        });
     }
 
     fn message_of(&mut self, header: Header, payload: impl FnOnce(&mut Self)) {

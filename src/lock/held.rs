@@ -21,7 +21,7 @@ use super::options::{BadOption, LockOptions, Method, hold_new_time, hold_time};
 use super::packet_log::PacketLog;
 use super::{Listener, LockError, LockName, NetworkLock};
 use crate::chain;
-use crate::forge::{Forge, Way};
+use crate::forge::{self, Forge, Way};
 use crate::four_tuple::FourTuple;
 use crate::kernel::netns::NetNs;
 use crate::kernel::sockopt;
@@ -176,6 +176,18 @@ impl Holder {
         let _ = poll(&mut logs, TOGETHER_MS);
         self.read();
         self.packets.split_off(tuples)
+    }
+
+    /// Takes out what has come by now for sockets and listeners at this address.
+    pub fn take_at(&mut self, address: IpAddr) -> HeldPackets {
+        self.read();
+        self.packets.split_off_at(address)
+    }
+
+    /// Whether there is something for this address, as far as it was [read](Self::read).
+    #[must_use]
+    pub fn has_at(&self, address: IpAddr) -> bool {
+        self.packets.tuples().any(|tuple| tuple.local.ip() == address)
     }
 
     /// All that was held.
@@ -346,6 +358,28 @@ impl HeldPackets {
             }
         }
         other
+    }
+
+    fn split_off_at(&mut self, address: IpAddr) -> Self {
+        let is_at = |tuple: &FourTuple| tuple.local.ip() == address;
+        let mut other =
+            self.split_off(self.segments.keys().copied().filter(is_at).collect::<Vec<_>>().into_iter());
+        for (tuple, syn) in self.newcomers.extract_if(|tuple, _| is_at(tuple)) {
+            self.size = self.size.without(Bounds { packets: 1, bytes: syn.len() });
+            other.size = other.size.with(syn.len());
+            other.newcomers.insert(tuple, syn);
+        }
+        other
+    }
+
+    fn tuples(&self) -> impl Iterator<Item = &FourTuple> {
+        self.segments.keys().chain(self.newcomers.keys())
+    }
+
+    /// As packets, from the IP header on.
+    pub(super) fn to_packets(&self) -> impl Iterator<Item = Vec<u8>> {
+        let all = self.newcomers().chain(self.iter());
+        all.map(|(tuple, segment)| forge::packet(&tuple.on_wire(), segment.to_vec()))
     }
 
     /// Adds what `later` has held.

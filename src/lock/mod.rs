@@ -22,6 +22,7 @@
 
 pub mod conntrack;
 mod error;
+pub mod forward;
 pub mod held;
 mod iptables;
 mod name;

@@ -1,5 +1,6 @@
 //! The network lock, in namespaces of its own; needs nft, iptables and ip to look at the results.
 
+mod forward;
 mod held;
 mod net;
 mod newcomers;

@@ -8,7 +8,7 @@ use nix::errno::Errno;
 pub const KEPT: [Capability; 8] = [
     // TCP_REPAIR, nf_tables, SO_SNDBUFFORCE, SO_RCVBUFFORCE, SO_MARK, SOCK_DESTROY.
     Capability::CAP_NET_ADMIN,
-    // Raw sockets for the forged segments.
+    // Raw sockets for the forged segments; a packet socket for those that follow their address.
     Capability::CAP_NET_RAW,
     // Restored sockets bind to the ports that they had, also below 1024.
     Capability::CAP_NET_BIND_SERVICE,
