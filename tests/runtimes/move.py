@@ -151,7 +151,8 @@ class Service:
             return
         for address in self.alone(HOST):
             sh(f"ip -n {self.here.name} addr add {address} dev eth0")
-        run("nsenter", f"--net=/run/netns/{self.here.name}", ROOT / "target/release/soccr-test", "announce", "eth0", *HOST.values())
+        inside = ["nsenter", f"--net=/run/netns/{self.here.name}"]
+        run(*inside, ROOT / "target/release/soccr-test", "announce", "eth0", *HOST.values())
 
     @staticmethod
     def alone(addresses):
