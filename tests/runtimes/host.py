@@ -20,10 +20,11 @@ import threading
 import time
 from pathlib import Path
 
-from kinds import CASES, RUNTIMES, SLOWER, sh
+from kinds import CASES, RUNTIMES, SLOWER, run, sh
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 HERE = ROOT / "target/runtimes"
+CRIU = Path("/etc/criu")
 STREAMS = 50
 # Tables and chains that iptables makes when somebody looks at them: their rules count.
 BUILT_IN = re.compile(
@@ -41,10 +42,16 @@ def main():
     make_host(RUNTIMES[runtime_name])
     runtime = RUNTIMES[runtime_name](Path("/run/work"), logs)
     case = CASES[case_name]
-    configure_criu(who, runtime.conf, runtime.criu.get(case.network, []))
     try:
         runtime.set_up()
+        before = configure_criu(runtime, case.network)
+        if who == "ours":
+            enable(runtime)
         result = one_round(runtime, case, logs)
+        if who == "ours":
+            result["left"] += disable(before)
+            if not acted(logs):
+                raise RuntimeError(f"the plugin was not in it: {result}")
     except Exception as error:  # whatever it was: this round failed by it
         result = {"alive": 0, "error": f"{type(error).__name__}: {error}"}
     runtime.keep_logs()
@@ -66,11 +73,11 @@ def make_host(kind):
         groups = [each for each in groups if each[1] == "cgroup"]
     own_cgroups(groups)
     for path in ("usr", "etc", "var"):
-        cover(f"/{path}", [HERE / tree / path for tree in kind.userland])
+        cover(f"/{path}", [HERE / tree / path for tree in (*kind.userland, "soccr")])
     for path in ("/var/lib/containers", "/var/lib/containerd", "/var/lib/lxc"):
         os.makedirs(path, exist_ok=True)
         mount("-t", "tmpfs", "tmpfs", path)
-    os.environ["PATH"] = f"{ROOT}/target/criu/criu:/usr/sbin:/usr/bin:/sbin:/bin"
+    os.environ["PATH"] = f"{ROOT}/target/criu/criu:/usr/sbin:/usr/bin:/sbin:/bin:/usr/local/bin"
     os.environ["HOME"] = "/run/work"
     subprocess.run(["ldconfig"], check=True)
     sh("ip link set lo up")
@@ -138,14 +145,39 @@ def wire_up(name, addresses):
     sh(f"ip -n {name} link set eth0 up")
 
 
-def configure_criu(who, file, lines):
-    """The same for both; ours has the plugin besides."""
-    if who == "ours":
-        lines = [*lines, "tcp-close", f"libdir {ROOT}/target/plugins"]
-    folder = Path("/etc/criu")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    (folder / file).write_text("".join(f"{line}\n" for line in lines))
+def configure_criu(kind, network):
+    """What this runtime needs of CRIU, with the plugin or without, and nothing of the machine's own."""
+    shutil.rmtree(CRIU, ignore_errors=True)
+    for file, line in kind.criu.get(network, {}).items():
+        CRIU.mkdir()
+        (CRIU / file).write_text(f"{line}\n")
+    return configuration()
+
+
+def configuration():
+    return {str(path): path.is_file() and path.read_text() for path in (CRIU, *CRIU.rglob("*")) if path.exists()}
+
+
+def enable(kind):
+    """What README has a user do, and no more."""
+    run("soccr", "enable", kind.enable)
+    report = json.loads(run("soccr", "check", "--json"))
+    [found] = [each for each in report["runtimes"] if each["kind"] == kind.checked]
+    if found["outcome"] != "carried":
+        raise RuntimeError(f"soccr check: {found}")
+
+
+def disable(before):
+    """What it has left of what was enabled, or taken of what was there before."""
+    run("soccr", "disable")
+    after = configuration()
+    return [f"soccr disable: {path}" for path in sorted(before.keys() | after.keys()) if before.get(path) != after.get(path)]
+
+
+def acted(logs):
+    """By CRIU's log, or by what `soccr status` said when the container was gone: podman removes that log."""
+    said = {"dump.log": "TCP connections saved", "status.log": "dumped"}
+    return any(words in log.read_text(errors="replace") for name, words in said.items() for log in logs.glob(name))
 
 
 # --- a round ---
@@ -261,7 +293,7 @@ def locks(container=None):
 
 
 def records():
-    done = subprocess.run([ROOT / "target/release/soccr", "status"], capture_output=True, text=True, check=False)
+    done = subprocess.run(["soccr", "status"], capture_output=True, text=True, check=False)
     lines = [line for line in (done.stdout + done.stderr).splitlines() if line]
     return [] if lines == ["nothing is left behind"] else lines
 

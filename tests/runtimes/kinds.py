@@ -129,14 +129,16 @@ class Runtime:
     userland = ["stable"]
     hybrid = True  # whether it can have cgroup version 2 beside version 1
     unified = False  # whether it must not see version 1 at all
-    conf = "runc.conf"  # what it has criu read, in /etc/criu
-    criu = {}  # lines in there, by the kind of network
+    criu = {}  # lines in files of /etc/criu, by the kind of network
+    enable = "runc"  # what it is to `soccr enable`
+    checked = "runc"  # and to `soccr check`
 
     def set_up(self):
         """What is there before any container."""
 
 
 class Podman(Runtime):
+    enable = checked = "podman"
     oci = "runc"
     backend = "netavark"
     cases = [name for name, case in CASES.items() if case.network != "own" and not name.startswith("leave running, ")]
@@ -193,6 +195,7 @@ class Podman(Runtime):
         """All of the container into a file, and off this host."""
         run("podman", "container", "checkpoint", "--tcp-established", "--export", archive, "c")
         self.keep_logs()
+        self.keep_status()
         run("podman", "rm", "c")
 
     def bring_in(self, archive):
@@ -212,15 +215,20 @@ class Podman(Runtime):
         if case.dump == "pre":
             run("podman", "container", "checkpoint", "--tcp-established", "--pre-checkpoint", "c")
             clock.mark("pre-checkpoint")
-        more = {"plain": [], "keep": ["--keep"], "leave": ["--leave-running"], "pre": ["--with-previous"]}[case.dump]
+        more = {"plain": [], "keep": ["--keep"], "leave": ["--leave-running", "--keep"], "pre": ["--with-previous"]}[case.dump]
         run("podman", "container", "checkpoint", "--tcp-established", *more, "c")
         clock.mark("dump")
+        self.keep_logs()
         if case.dump != "leave":
-            self.keep_logs()
+            self.keep_status()
             keep = more if case.dump == "keep" else []
             run("podman", "container", "restore", "--tcp-established", *keep, "c")
             clock.mark("restore")
         return clock.marks
+
+    def keep_status(self):
+        """Unless it is told to keep them, podman removes CRIU's logs."""
+        (self.logs / "status.log").write_text(run("soccr", "status"))
 
     def pid(self):
         return run("podman", "inspect", "-f", "{{.State.Pid}}", "c")
@@ -246,7 +254,6 @@ class PodmanCrun(Podman):
 
     userland = ["podman", "sid", "stable"]
     oci = "crun"
-    conf = "crun.conf"
     unified = True
 
 
@@ -334,19 +341,18 @@ class Runc(Oci):
 
 class Crun(Oci):
     userland = ["sid", "stable"]
-    name = "crun"
-    conf = "crun.conf"
+    name = enable = checked = "crun"
     # It has criu bring the network namespace back, with the wire, of which nobody else tells criu; a hook that made
     # the wire at a restore as well would be in criu's way.
     wired_by_hook = False
-    criu = {"own": ["external veth[eth0]:own0@br0"]}
+    criu = {"own": {"crun.conf": "external veth[eth0]:own0@br0"}}
 
 
 class Lxc(Runtime):
     """lxc-checkpoint, which dumps the network namespace too and names the wire to criu."""
 
     cases = ["own", "host", "leave running, own"]
-    conf = "default.conf"
+    enable, checked = "default", "lxc"
     # lxc-checkpoint 5.0 gives criu a --cgroup-root without a value there.
     hybrid = False
 
@@ -418,8 +424,9 @@ class Ctr(Runtime):
     """containerd's own command. It has no way to bring back on the same host what it has dumped and ended."""
 
     cases = ["leave running, host", "leave running, path"]
+    checked = "containerd"
     # ctr has no --tcp-established.
-    criu = {"host": ["tcp-established"], "path": ["tcp-established"]}
+    criu = {"host": {"runc.conf": "tcp-established"}, "path": {"runc.conf": "tcp-established"}}
 
     def __init__(self, work, logs):
         self.work = work

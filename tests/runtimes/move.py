@@ -23,6 +23,8 @@ from host import (
     cgroup_mounts,
     client,
     configure_criu,
+    disable,
+    enable,
     locks,
     make_group,
     make_host,
@@ -39,7 +41,6 @@ NUMBERS = {"lan": 2, "a": 11, "b": 12}
 SHARED = Path("/mnt")  # between the hosts
 ARCHIVE = SHARED / "c.tar.gz"
 NAMESPACES = "--mount --pid --ipc --uts --cgroup --fork --kill-child --mount-proc --propagation private".split()
-TOOLS = ROOT / "target/release"
 RESETS = "table inet watch { chain resets { type filter hook prerouting priority raw; tcp flags & rst == rst counter; }; }"
 
 
@@ -150,7 +151,8 @@ class Service:
             return
         for address in self.alone(HOST):
             sh(f"ip -n {self.here.name} addr add {address} dev eth0")
-        run("nsenter", f"--net=/run/netns/{self.here.name}", TOOLS / "soccr-test", "announce", "eth0", *HOST.values())
+        inside = ["nsenter", f"--net=/run/netns/{self.here.name}"]
+        run(*inside, ROOT / "target/release/soccr-test", "announce", "eth0", *HOST.values())
 
     @staticmethod
     def alone(addresses):
@@ -196,8 +198,8 @@ class Host:
         make_host(kind)
         self.case = CASES[case]
         self.is_here = False
+        self.who = who
         self.runtime = kind(Path("/run/work"), logs)
-        configure_criu(who, kind.conf, kind.criu.get(self.case.network, []))
 
     def serve(self):
         for line in sys.stdin:
@@ -211,6 +213,9 @@ class Host:
     def set_up(self):
         """The same image on both: a container knows the one that it was made of. What a runtime keeps, it has then."""
         self.runtime.configure()
+        self.configuration = configure_criu(self.runtime, self.case.network)
+        if self.who == "ours":
+            enable(self.runtime)
         image = SHARED / "image.tar"
         if image.exists():
             run("podman", "load", "-i", image)
@@ -238,13 +243,13 @@ class Host:
         self.runtime.remove()
 
     def soccr(self, verb):
-        run(TOOLS / "soccr", verb, ARCHIVE)
+        run("soccr", verb, ARCHIVE)
 
     def locks(self):
         return locks(self.runtime.pid() if self.is_here else None)
 
     def left(self):
-        return still_new(self.before)
+        return still_new(self.before) + (disable(self.configuration) if self.who == "ours" else [])
 
 
 main()

@@ -2,13 +2,14 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Child;
+use std::process::{Child, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use soccr_testkit::criu::last_errors;
 use soccr_testkit::fleet::is_dead;
-use soccr_testkit::skip::lacks;
+use soccr_testkit::rpc::{Rpc, Service};
+use soccr_testkit::skip::{lacks, skip};
 use soccr_testkit::task::{self, wait_until};
 use soccr_testkit::{Client, Fleet, Lock, Place, Server, Side, Stage, Task};
 
@@ -37,18 +38,86 @@ fn configuration(stage: &Stage) -> Result<PathBuf> {
     Ok(path)
 }
 
-/// As runc, crun and podman do, which know nothing of us: RPC, and a configuration file that wins.
-#[test]
-fn rpc_and_a_configuration_file() -> Result<()> {
+/// Who knows nothing of us asks, and a configuration file wins.
+fn requests(call: impl FnOnce(&Stage) -> Result<Rpc>) -> Result<()> {
     let Some(stage) = stage(Place::Host, &[PLUGIN])? else { return Ok(()) };
     let (server, busy) = busy_server(&stage)?;
     let (images, config, address) = (stage.images()?, configuration(&stage)?, server.address);
-    stage.rpc_dump(server.pid(), &images, &config)?;
+    let criu = call(&stage)?;
+    criu.dump(server.pid(), &images, &config)?;
     server.task.wait(PATIENCE)?;
-    let task = Task::adopt(stage.rpc_restore(&images, &config)?);
-    let log = fs::read_to_string(images.join("restore.log"))?;
-    ensure!(log.contains("soccr: "), "the plugin has not been loaded");
+    let task = Task::adopt(criu.restore(&images, &config)?);
+    drop(criu);
+    plugin_acted(&images)?;
     goes_on(&stage, &Server::restored(address, task, stage.dir()), busy)
+}
+
+fn plugin_acted(images: &Path) -> Result<()> {
+    let log = fs::read_to_string(images.join("restore.log"))?;
+    ensure!(log.contains("TCP connections go on"), "the plugin has not been loaded");
+    Ok(())
+}
+
+/// As runc, crun and podman do.
+#[test]
+fn rpc_and_a_configuration_file() -> Result<()> {
+    requests(|stage| Ok(Rpc::Swrk(stage)))
+}
+
+#[test]
+fn rpc_to_a_service() -> Result<()> {
+    requests(|stage| Service::start(stage).map(Rpc::Service))
+}
+
+/// CRIU's own library for Python.
+#[test]
+fn pycriu() -> Result<()> {
+    const CALL: &str = "
+import os, sys, pycriu
+action, criu, images, config, pid = sys.argv[1:]
+call = pycriu.criu()
+call.use_binary(criu)
+call.opts.images_dir_fd = os.open(images, os.O_DIRECTORY)
+call.opts.config_file = config
+call.opts.tcp_established = True
+call.opts.log_level = 4
+call.opts.log_file = action + '.log'
+if action == 'dump':
+    call.opts.pid = int(pid)
+    call.dump()
+elif call.restore().pid != int(pid):
+    sys.exit('another process')
+";
+    let Some(stage) = stage(Place::Host, &[PLUGIN])? else { return Ok(()) };
+    let library = stage.criu.bin().with_file_name("../lib");
+    let python = || {
+        let mut python = stage.outside().command("/usr/bin/python3");
+        python.env("PYTHONPATH", &library).env("PYTHONDONTWRITEBYTECODE", "1");
+        stage.criu.set_up(&mut python);
+        python
+    };
+    if !python().args(["-c", "import pycriu"]).stderr(Stdio::null()).status()?.success() {
+        return skip("there is no pycriu beside this criu");
+    }
+    let (server, busy) = busy_server(&stage)?;
+    let (images, config, address, pid) =
+        (stage.images()?, configuration(&stage)?, server.address, server.pid());
+    let run = |action: &str| {
+        let mut command = python();
+        command
+            .args(["-c", CALL, action])
+            .arg(stage.criu.bin())
+            .args([&images, &config])
+            .arg(pid.to_string());
+        let status = task::run(&mut command, PATIENCE)?.status;
+        ensure!(status.success(), "{}", last_errors(&images.join(format!("{action}.log"))));
+        Ok(())
+    };
+    run("dump")?;
+    server.task.wait(PATIENCE)?;
+    run("restore")?;
+    plugin_acted(&images)?;
+    goes_on(&stage, &Server::restored(address, Task::adopt(pid), stage.dir()), busy)
 }
 
 #[test]
