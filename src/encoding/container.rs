@@ -19,6 +19,7 @@ pub enum Magic {
     /// Inet sockets before CRIU 3.0 put all kinds of files into one.
     InetSk = 0x5644_3851,
     SkQueues = 0x5626_4026,
+    NetNs = 0x5593_3752,
     TcpStream = 0x5146_5506,
     /// `soccr-ext-*.img`; Strasbourg lies there.
     SoccrExternal = 0x4835_0745,

@@ -70,6 +70,7 @@ pub struct Call<'a> {
     inherit: Vec<(OwnedFd, String)>,
     limit: Duration,
     verbosity: &'static str,
+    through: Vec<OsString>,
 }
 
 /// A call that succeeded.
@@ -198,8 +199,21 @@ impl Criu {
     pub fn call<'a>(&'a self, action: &'static str, side: Side, images: &'a Path) -> Call<'a> {
         let limit = Duration::from_secs(60);
         let (args, env, inherit) = (Vec::new(), Vec::new(), Vec::new());
-        let (plugins, verbosity) = (self.plugins.clone(), "-v4");
-        Call { criu: self, action, side, images, ns: None, args, env, plugins, inherit, limit, verbosity }
+        let (plugins, verbosity, through) = (self.plugins.clone(), "-v4", Vec::new());
+        Call {
+            criu: self,
+            action,
+            side,
+            images,
+            ns: None,
+            args,
+            env,
+            plugins,
+            inherit,
+            limit,
+            verbosity,
+            through,
+        }
     }
 }
 
@@ -243,6 +257,12 @@ impl<'a> Call<'a> {
     /// Has criu log warnings and errors only, where its log would cost more than what is measured.
     pub fn quiet(mut self) -> Self {
         self.verbosity = "-v2";
+        self
+    }
+
+    /// Has this program start it: criu and its arguments are the last words of `command`.
+    pub fn through<S: AsRef<OsStr>>(mut self, command: impl IntoIterator<Item = S>) -> Self {
+        self.through = command.into_iter().map(|word| word.as_ref().to_owned()).collect();
         self
     }
 
@@ -301,9 +321,10 @@ impl<'a> Call<'a> {
 
     /// The command, for who wants to change more about it. What this call refers to must live until it is spawned.
     pub fn command(self) -> Command {
-        let mut command =
-            self.ns.map_or_else(|| Command::new(&self.criu.bin), |ns| ns.command(&self.criu.bin));
-        command.arg(self.action).arg("--no-default-config");
+        let mut words = self.through.iter().map(OsString::as_os_str).chain([self.criu.bin.as_os_str()]);
+        let program = words.next().expect("criu at least");
+        let mut command = self.ns.map_or_else(|| Command::new(program), |ns| ns.command(program));
+        command.args(words).arg(self.action).arg("--no-default-config");
         command.arg("-D").arg(self.images).args([self.verbosity, "-o"]).arg(self.log());
         match self.side {
             Side::Stock(lock) => {

@@ -202,7 +202,16 @@ impl Stage {
 
     /// A restore of what [`Self::dump`] has dumped.
     pub fn restore<'a>(&'a self, side: Side, images: &'a Path) -> Result<Call<'a>> {
-        let call = self.criu.restore(side, images).inside(self.outside());
+        self.place_restore(self.criu.restore(side, images))
+    }
+
+    /// The same by a criu that stays until its tasks have ended.
+    pub fn restore_in_front<'a>(&'a self, side: Side, images: &'a Path) -> Result<Call<'a>> {
+        self.place_restore(self.criu.call("restore", side, images))
+    }
+
+    fn place_restore<'a>(&'a self, call: Call<'a>) -> Result<Call<'a>> {
+        let call = call.inside(self.outside());
         Ok(match self.place {
             Place::Host => call,
             Place::External => call.inherit(self.host(), "inner")?,

@@ -31,7 +31,7 @@ fn clean(criu: i32) -> Result<(), AgentError> {
             continue;
         }
         if record.kept_after_death && dead {
-            leave_to_criu(&record);
+            leave(&store, &record);
         } else {
             undo(&store, &record);
         }
@@ -39,12 +39,15 @@ fn clean(criu: i32) -> Result<(), AgentError> {
     Ok(())
 }
 
-/// Where CRIU's own lock waits for the restore, ours is not needed: stock CRIU would leave it there for good.
-fn leave_to_criu(record: &Record) {
+/// Of CRIU's lock and ours one waits for the restore, which the images name: stock CRIU would leave the other there for good.
+fn leave(store: &Store, record: &Record) {
     let ours = record.locks.iter().filter(|lock| record.criu_locks.contains(&lock.ns)).cloned().collect();
-    for problem in record::remove_locks(&Record { locks: ours, ..record.clone() }) {
-        log::error!("{problem}");
-    }
+    let problems = if record.criu_replaced {
+        record::remove_criu_locks(store, record)
+    } else {
+        record::remove_locks(&Record { locks: ours, ..record.clone() })
+    };
+    problems.iter().for_each(|problem| log::error!("{problem}"));
 }
 
 /// A restore's last step, if its record says that the step had begun.

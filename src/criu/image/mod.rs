@@ -13,6 +13,7 @@
 //! | `soccr.img`, likewise | [`side`] |
 //! | `inventory.img` | [`inventory`] |
 //! | `nftables-<ns>.img` | [`nftables`] |
+//! | `netns-<ns>.img` | [`netns`] |
 //! | the way from a task's descriptor to its connection, over seven kinds of files | [`index`] |
 
 mod allowance;
@@ -22,6 +23,7 @@ mod error;
 pub mod external;
 pub mod index;
 pub mod inventory;
+pub mod netns;
 pub mod nftables;
 pub mod side;
 pub mod tcp_stream;

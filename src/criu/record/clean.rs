@@ -374,10 +374,7 @@ fn remove(ns: &NetNs, wanted: &LockRecord, options: Options) -> Result<bool, loc
 fn unlock_namespaces(store: &Store, record: &Record, options: Options, report: &mut Report) {
     for ns in locked_by_criu(record) {
         let id = NsId::from(&ns);
-        // Containers can share a namespace.
-        if others(store, record)
-            .any(|other| other.state() != State::Orphaned && other.criu_locks.contains(&id))
-        {
+        if another_relies_on_criu(store, &record.id, id) {
             continue;
         }
         let locks = match options.dry_run {
@@ -391,12 +388,28 @@ fn unlock_namespaces(store: &Store, record: &Record, options: Options, report: &
     }
 }
 
+/// Removes CRIU's locks of the namespaces that `record` names, where the locks of the record stand in their place; says what
+/// could not be removed.
+#[must_use]
+pub fn remove_criu_locks(store: &Store, record: &Record) -> Vec<String> {
+    let named = find(&record.criu_locks);
+    let free = named.iter().filter(|(ns, _)| !another_relies_on_criu(store, &record.id, (*ns).into()));
+    let removed = free.map(|(ns, _)| stock::remove_namespace_locks(ns));
+    removed.filter_map(|result| result.err().map(|error| chain(&error))).collect()
+}
+
+/// Containers can share a namespace: whether another dump or restore needs CRIU's lock of it.
+#[must_use]
+pub fn another_relies_on_criu(store: &Store, id: &RecordId, ns: NsId) -> bool {
+    others(store, id).any(|other| other.relies_on_criu(ns))
+}
+
 fn another_restores(store: &Store, record: &Record, ns: NsId) -> bool {
-    others(store, record)
+    others(store, &record.id)
         .any(|other| other.state() == State::Restoring && other.locks.iter().any(|lock| lock.ns == ns))
 }
 
-fn others(store: &Store, record: &Record) -> impl Iterator<Item = Record> {
+fn others(store: &Store, id: &RecordId) -> impl Iterator<Item = Record> {
     let all = store.list().unwrap_or_default().into_iter().filter_map(|listed| listed.record.ok());
-    all.filter(|other| other.id != record.id)
+    all.filter(move |other| other.id != *id)
 }

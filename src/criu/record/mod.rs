@@ -35,8 +35,8 @@ use crate::lock::conntrack::Translation;
 use crate::lock::{LockName, Method};
 
 pub use clean::{
-    EndedLock, Options as CleanOptions, Report, all_ended_locks, clean, end_restored, ended_locks, is_undone,
-    locked_by_criu, remove_locks,
+    EndedLock, Options as CleanOptions, Report, all_ended_locks, another_relies_on_criu, clean, end_restored,
+    ended_locks, is_undone, locked_by_criu, remove_criu_locks, remove_locks,
 };
 pub use error::RecordError;
 pub use namespaces::{Namespaces, all_namespaces};
@@ -69,6 +69,9 @@ pub struct Record {
     /// The namespaces that CRIU itself locks as a whole: that of a tree which does not share criu's.
     #[serde(default)]
     pub criu_locks: Vec<NsId>,
+    /// What the tasks' death will make of those: `true`, they go, and ours stay in their place.
+    #[serde(default)]
+    pub criu_replaced: bool,
     /// The connections that are translated where they are locked on their way.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub translations: Vec<Translation>,
@@ -102,6 +105,12 @@ impl Record {
     #[must_use]
     pub fn has_locks(&self) -> bool {
         !self.locks.is_empty() || !self.criu_locks.is_empty()
+    }
+
+    /// Whether it needs CRIU's own lock of this namespace.
+    #[must_use]
+    pub fn relies_on_criu(&self, ns: NsId) -> bool {
+        !self.criu_replaced && self.criu_locks.contains(&ns) && self.state() != State::Orphaned
     }
 }
 

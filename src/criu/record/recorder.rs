@@ -51,6 +51,7 @@ impl Recorder {
             agent: identify(std::process::id().cast_signed())?,
             locks: Vec::new(),
             criu_locks: Vec::new(),
+            criu_replaced: false,
             translations: Vec::new(),
             accept_queues: Vec::new(),
             tasks: Vec::new(),
@@ -174,6 +175,11 @@ impl Recorder {
         if !self.record.criu_locks.contains(&ns) {
             self.record.criu_locks.push(ns);
         }
+    }
+
+    /// Says that they will go when the tasks are dead, and ours stay.
+    pub fn replace_criu_locks(&mut self) {
+        self.record.criu_replaced = true;
     }
 
     /// Says that CRIU's own locks are removed.

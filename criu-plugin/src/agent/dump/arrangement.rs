@@ -2,11 +2,12 @@
 //! lock that it removes by itself.
 
 use soccr::criu::image::ImageDir;
-use soccr::criu::image::index::Index;
+use soccr::criu::image::index;
 use soccr::criu::image::inventory::{self, Inventory, NetworkLock as ImageLock};
-use soccr::criu::image::nftables;
+use soccr::criu::image::{netns, nftables};
+use soccr::criu::tasks::Task;
 use soccr::kernel::netns::NetNs;
-use soccr::lock::LockName;
+use soccr::lock::{LockName, LockOptions, Method};
 
 use crate::agent::error::AgentError;
 
@@ -28,12 +29,15 @@ impl Namespaces<'_> {
 /// What the tasks' death makes of the locks, arranged in the images already.
 ///
 /// Where the tree shares criu's network namespace, the lock of the images is ours: a table with the name that stock CRIU
-/// gives to its own. Where the tree has a namespace of its own, CRIU has locked that one as a whole (and, if it dumps the
-/// namespace, its rules are in the images): ours is not needed there. Other namespaces of the tree CRIU does not lock.
+/// gives to its own. Where the tree has a namespace of its own, CRIU has locked that one as a whole. If it dumps the
+/// namespace, its rules are in the images: ours is not needed there. If others make that namespace, others may live there (a
+/// pod's containers share one), and the next restore of any of them would take CRIU's lock away from all: so ours stays there, in
+/// its place. Other namespaces of the tree CRIU does not lock.
 #[derive(Debug)]
 pub struct Arrangement {
-    /// The namespace that CRIU has locked as a whole.
+    /// The namespace that CRIU has locked as a whole, and that stays so.
     locked_by_criu: Option<NetNs>,
+    replaces_criu: bool,
     /// A table that CRIU made beside ours, and that nobody would delete.
     extra_table: Option<(NetNs, LockName)>,
 }
@@ -41,12 +45,17 @@ pub struct Arrangement {
 impl Arrangement {
     /// Where the images could not be made stock's: the plugin restores them all the same.
     pub fn as_it_is() -> Self {
-        Self { locked_by_criu: None, extra_table: None }
+        Self { locked_by_criu: None, replaces_criu: false, extra_table: None }
     }
 
-    /// The namespace that CRIU has locked as a whole.
+    /// The namespace that CRIU has locked as a whole, and that stays so.
     pub fn locked_by_criu(&self) -> Option<&NetNs> {
         self.locked_by_criu.as_ref()
+    }
+
+    /// Whether CRIU's lock of a whole namespace goes.
+    pub fn replaces_criu(&self) -> bool {
+        self.replaces_criu
     }
 
     /// Whether our lock in this namespace stays when the tasks are dead.
@@ -67,6 +76,7 @@ impl Arrangement {
         images: &ImageDir,
         lock: &LockName,
         tree: &Namespaces<'_>,
+        criu: &Task,
     ) -> Result<Option<Self>, AgentError> {
         if !images.contains(inventory::NAME) {
             return Ok(Some(Self::as_it_is())); // a host that is not CRIU
@@ -75,9 +85,16 @@ impl Arrangement {
         if !inventory.tcp_close {
             return Ok(None);
         }
-        let locked_by_criu = tree.locked_by_criu(inventory.network_lock);
+        let mut locked_by_criu = tree.locked_by_criu(inventory.network_lock);
+        let replaces_criu = locked_by_criu.is_some()
+            && inventory.dump_run_id.is_some()
+            && knows_tables(criu)
+            && LockOptions::from_env()?.method == Method::Nftables
+            && is_root_external(images)?;
+        locked_by_criu.take_if(|_| replaces_criu);
         let shared = tree.own.is_none();
-        let only_lock = if shared || locked_by_criu.is_some() { None } else { root_net_ns_id(images)? };
+        let only_lock =
+            if shared || locked_by_criu.is_some() { None } else { index::root_net_ns_id(images)? };
         nftables::strip_table_elsewhere(images, "inet", lock.as_str(), only_lock)?;
         let id = if locked_by_criu.is_none() { Some(lock.id()) } else { None };
         inventory::release_to_stock(images, id)?;
@@ -85,7 +102,7 @@ impl Arrangement {
         let id = inventory.dump_run_id.filter(|_| made);
         let name = id.and_then(|id| LockName::of_run(&id));
         let extra_table = name.map(|name| (tree.criu.clone(), name));
-        Ok(Some(Self { locked_by_criu, extra_table }))
+        Ok(Some(Self { locked_by_criu, replaces_criu, extra_table }))
     }
 
     /// The arrangement of an agent that died, as far as its record and the images tell.
@@ -93,18 +110,26 @@ impl Arrangement {
         images: &ImageDir,
         lock: &LockName,
         tree: &Namespaces<'_>,
+        criu: &Task,
     ) -> Result<Self, AgentError> {
-        if let Some(made) = Self::make(images, lock, tree)? {
+        if let Some(made) = Self::make(images, lock, tree, criu)? {
             return Ok(made);
         }
         // Without --tcp-close there would have been nothing to take over: it had changed the images.
-        let network_lock = Inventory::read(images)?.network_lock;
-        Ok(Self { locked_by_criu: tree.locked_by_criu(network_lock), extra_table: None })
+        let inventory = Inventory::read(images)?;
+        let ours = inventory.dump_run_id.as_deref() == Some(lock.id());
+        let locked_by_criu = tree.locked_by_criu(inventory.network_lock).filter(|_| !ours);
+        Ok(Self { locked_by_criu, replaces_criu: ours && tree.own.is_some(), extra_table: None })
     }
 }
 
-fn root_net_ns_id(images: &ImageDir) -> Result<Option<u32>, AgentError> {
-    let index = Index::read(images)?;
-    let root = index.root.and_then(|pid| index.tasks.get(&pid));
-    Ok(root.and_then(|task| task.net_ns_id))
+/// Where CRIU was built without libnftables, it cannot restore what a table locks in the tree's own namespace.
+fn knows_tables(criu: &Task) -> bool {
+    let maps = std::fs::read_to_string(format!("/proc/{}/maps", criu.pid));
+    maps.is_ok_and(|maps| maps.contains("/libnftables"))
+}
+
+fn is_root_external(images: &ImageDir) -> Result<bool, AgentError> {
+    let id = index::root_net_ns_id(images)?;
+    Ok(id.map_or(Ok(false), |id| netns::is_external(images, id))?)
 }

@@ -8,7 +8,7 @@ use soccr::connection::FourTuple;
 use soccr::criu::image::ImageDir;
 use soccr::criu::image::side::Accepted;
 use soccr::criu::keeper::Keeper;
-use soccr::criu::record::{self, NsId, Phase, Recorder, State, Store};
+use soccr::criu::record::{self, Phase, Recorder, Store};
 use soccr::criu::rules::Action;
 use soccr::criu::stock;
 use soccr::criu::tasks::{Duplicates, Opened, Slot, Task};
@@ -135,7 +135,7 @@ impl Held {
     /// removes that itself, unless it was killed, or fails after it has locked.
     pub fn let_live(mut self) -> Vec<Task> {
         let waiting = self.put_back_queued();
-        let unlocked = self.unlock() & self.remove_criu_locks();
+        let unlocked = self.unlock() & self.remove_criu_locks(log::Level::Warn);
         self.release(&waiting);
         self.end_record(unlocked)
     }
@@ -198,12 +198,16 @@ impl Held {
     }
 
     /// Whether CRIU's own locks are gone.
-    fn remove_criu_locks(&self) -> bool {
+    fn remove_criu_locks(&self, say: log::Level) -> bool {
         let mut removed = true;
-        for ns in self.namespaces.iter().filter(|ns| **ns != self.criu_ns && !self.is_anothers(ns)) {
+        let store = Store::open().ok().flatten();
+        let id = &self.recorder.record().id;
+        let is_anothers =
+            |ns: &NetNs| store.as_ref().is_some_and(|it| record::another_relies_on_criu(it, id, ns.into()));
+        for ns in self.namespaces.iter().filter(|ns| **ns != self.criu_ns && !is_anothers(ns)) {
             match stock::remove_namespace_locks(ns) {
                 Ok(locks) => {
-                    locks.iter().for_each(|lock| log::warn!("{ns}: removed CRIU's own lock, {lock}"))
+                    locks.iter().for_each(|lock| log::log!(say, "{ns}: removed CRIU's own lock, {lock}"))
                 }
                 Err(error) => {
                     log::error!("{ns}: CRIU's own lock stays: {}", chain(&error));
@@ -212,17 +216,6 @@ impl Held {
             }
         }
         removed
-    }
-
-    /// Containers can share a namespace: whether another dump or restore is at work there, or waits.
-    fn is_anothers(&self, ns: &NetNs) -> bool {
-        let listed = Store::open().ok().flatten().and_then(|store| store.list().ok()).unwrap_or_default();
-        let mut others = listed.into_iter().filter_map(|listed| listed.record.ok());
-        others.any(|other| {
-            other.id != self.recorder.record().id
-                && other.criu_locks.contains(&NsId::from(ns))
-                && other.state() != State::Orphaned
-        })
     }
 
     fn end_record(mut self, undone: bool) -> Vec<Task> {
@@ -253,6 +246,9 @@ impl Held {
             && let Err(error) = lock::remove(ns, Method::Nftables, name)
         {
             log::error!("{ns}: CRIU's table inet {name} stays: {}", chain(&error));
+        }
+        if arrangement.replaces_criu() && self.remove_criu_locks(log::Level::Debug) {
+            self.recorder.forget_criu_locks();
         }
         // A namespace that nobody but the tasks had is gone with them, and CRIU's lock with it: if we do not hold it.
         drop(arrangement);

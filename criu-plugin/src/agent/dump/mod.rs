@@ -227,9 +227,9 @@ impl<'a> Dump<'a> {
         let arranged = fault::point("dump.end").map_err(AgentError::from).and_then(|()| {
             let (images, lock, tree) = (&saved.images, &saved.lock_name, saved.held.tree());
             if taken_over {
-                Arrangement::of_dead_agent(images, lock, &tree).map(Some)
+                Arrangement::of_dead_agent(images, lock, &tree, self.criu).map(Some)
             } else {
-                Arrangement::make(images, lock, &tree)
+                Arrangement::make(images, lock, &tree, self.criu)
             }
         });
         let (arrangement, arranged) = match arranged {

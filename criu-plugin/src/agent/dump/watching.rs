@@ -39,7 +39,9 @@ impl Watching {
     /// that lives, so "alive" must be seen several times in a row, unless CRIU's options say the same.
     pub fn begin(mut held: Held, arrangement: Arrangement, tasks_stay_alive: bool) -> Self {
         let by_criu = arrangement.locked_by_criu().is_some();
-        if !by_criu {
+        if arrangement.replaces_criu() {
+            held.recorder.replace_criu_locks();
+        } else if !by_criu {
             held.recorder.forget_criu_locks();
         }
         let ours = held.locks.keys().any(|ns| arrangement.ours_stays(ns)) || held.path.is_locked();

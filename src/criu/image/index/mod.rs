@@ -20,7 +20,7 @@ pub use connections::{Connections, InetConnection};
 pub use in_flight::Packet;
 pub use readdress::readdress;
 pub use sockets::{BoundAddress, Unconnected, bound_addresses};
-pub use tasks::{DumpedTask, Fd};
+pub use tasks::{DumpedTask, Fd, root_net_ns_id};
 
 use super::allowance::Allowance;
 use super::inventory::{Inventory, NetworkLock};

@@ -58,6 +58,22 @@ pub(super) fn read(
     Ok((tasks, root))
 }
 
+/// The network namespace of the tree's root, which is the first task.
+///
+/// # Errors
+/// What is wrong with which file, and where in it.
+pub fn root_net_ns_id(dir: &ImageDir) -> Result<Option<u32>, ImageError> {
+    let mut pstree = Reader::open(dir, "pstree.img", Magic::Pstree)?;
+    let Some(message) = pstree.next_bytes()? else { return Ok(None) };
+    let pid = varint(message, 1, "pid").map_err(|(at, fault)| pstree.bad_byte(at, fault))?;
+    Ok(ids(dir, pid)?.and_then(|ids| ids.net_ns_id))
+}
+
+fn ids(dir: &ImageDir, pid: u32) -> Result<Option<Task_kobj_ids_entry>, ImageError> {
+    let reader = Reader::open_if_there(dir, &format!("ids-{pid}.img"), Magic::Ids)?;
+    reader.map(|mut ids| ids.required()).transpose()
+}
+
 /// Descriptor tables by their ids; tasks may share them.
 type Tables = HashMap<u32, Arc<Vec<Fd>>>;
 
@@ -68,10 +84,9 @@ const MEMORY: usize =
 /// A task, and how long its core image's message is.
 fn read_task(dir: &ImageDir, pid: u32, tables: &mut Tables) -> Result<(DumpedTask, usize), ImageError> {
     let (alive, in_core) = is_alive(dir, pid)?;
-    let Some(mut ids) = Reader::open_if_there(dir, &format!("ids-{pid}.img"), Magic::Ids)? else {
+    let Some(ids) = ids(dir, pid)? else {
         return Ok((DumpedTask { alive, files_id: None, net_ns_id: None, fds: Arc::default() }, in_core));
     };
-    let ids: Task_kobj_ids_entry = ids.required()?;
     let files_id = ids.files_id();
     let fds = match tables.entry(files_id) {
         Entry::Occupied(table) => table.get().clone(),

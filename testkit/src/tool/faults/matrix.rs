@@ -1,6 +1,5 @@
 //! What else may go wrong: disks, kernels, administrators, and callers that are not what criu expects.
 
-use std::ffi::OsString;
 use std::fs;
 use std::io::Write;
 use std::net::SocketAddr;
@@ -24,6 +23,7 @@ use soccr_testkit::{Client, Fleet, NetNs, Pace, Place, Server, interrupt};
 
 use crate::faults::kernel;
 use crate::faults::outcome::{self, Kind};
+use crate::faults::prefix;
 use crate::faults::report::Report;
 use crate::faults::scene::{PLUGIN, Scene, Tools};
 
@@ -31,7 +31,8 @@ use crate::faults::scene::{PLUGIN, Scene, Tools};
 type Told = Result<(usize, String)>;
 type Case = fn(&Scene) -> Told;
 
-const CASES: [(&str, Case); 19] = [
+/// Gone through twice: with criu in the server's namespace, and outside of it.
+const CASES: [(&str, Case); 17] = [
     ("the disk is full", full_disk),
     ("the image folder is read-only", read_only),
     ("no nf_tables, dump", |scene| crippled_dump(scene, CONNECTIONS, without_nftables, &["nf_tables"])),
@@ -53,6 +54,10 @@ const CASES: [(&str, Case); 19] = [
     ("left stopped, then continued", left_stopped_continued),
     ("left stopped, then killed", left_stopped_killed),
     ("a dump that is given up: clean --all", given_up),
+];
+
+/// Criu's own namespace cannot go away before criu does.
+const OUTSIDE_ONLY: [(&str, Case); 2] = [
     ("the namespace goes away, clean", namespace_gone),
     ("the namespace goes away, restore", namespace_made_anew),
 ];
@@ -62,17 +67,19 @@ const FULL: usize = 4;
 const PERIOD: Duration = Duration::from_millis(40);
 const LIMIT: Duration = Duration::from_secs(30);
 
-pub fn run(tools: &Tools, report: &mut Report, only: Option<&str>) -> Result<()> {
+pub fn run(tools: &Tools, place: Place, report: &mut Report, only: Option<&str>) -> Result<()> {
     // What criu itself asks the kernel for is remembered from here on.
     let mut check = Command::new(tools.criu.bin());
     check.arg("check").stdout(Stdio::null()).stderr(Stdio::null()).status().context("criu check")?;
-    for (name, case) in CASES {
+    let outside_only = if place == Place::Host { &[][..] } else { &OUTSIDE_ONLY };
+    for (name, case) in CASES.iter().chain(outside_only) {
+        let name = format!("{}{name}", prefix(place));
         if only.is_some_and(|only| !name.contains(only)) {
             continue;
         }
         interrupt::check()?;
-        let scene = Scene::new(tools, Place::Host)?;
-        report.case(name, &case(&scene));
+        let scene = Scene::new(tools, place)?;
+        report.case(&name, &case(&scene));
         scene.reap(None)?;
     }
     Ok(())
@@ -241,8 +248,10 @@ fn lock_deleted(scene: &Scene) -> Told {
         sockets.iter().try_fold(true, |silent, socket| Ok(silent && socket.unacked()? == 0))
     })?;
     let address = dump(scene, server, &images)?;
-    let flushed = scene.host().command("nft").args(["flush", "ruleset"]).status()?;
-    ensure!(flushed.success(), "nft: {flushed}");
+    for ns in scene.namespaces() {
+        let flushed = ns.command("nft").args(["flush", "ruleset"]).status()?;
+        ensure!(flushed.success(), "nft: {flushed}");
+    }
     let server = scene.restore_all(&images, address)?;
     let fleet = scene.busy(&server, clients, FULL, PERIOD)?;
     Ok((all_alive(scene, &server, fleet)?, "with silent peers".into()))
@@ -331,20 +340,22 @@ fn subreaper(scene: &Scene) -> Told {
     Ok((all_alive(scene, &server, fleet)?, "dump and restore".into()))
 }
 
-/// criu is started by `exec` from the init of a PID namespace. The server's pid must be free when criu and the agent
-/// are there before it.
+/// criu is started by `exec` from the init of a PID namespace, which may have entered its network namespace before that. The
+/// server's pid must be free when criu and the agent are there before it.
 fn first_process(scene: &Scene) -> Told {
     let images = scene.images()?;
     let dir = scene.dir().to_owned();
     let (ready, go) = (dir.join("ready"), dir.join("go"));
     nix::unistd::mkfifo(&go, nix::sys::stat::Mode::S_IRWXU)?;
-    let script = "echo 1000 >/proc/sys/kernel/ns_last_pid; \"$SERVER\" server --listen $LISTEN --also $ALSO \
+    let host = bound(scene.host(), &dir.join("net"))?;
+    let script = "echo 1000 >/proc/sys/kernel/ns_last_pid; \
+                  nsenter --net=\"$HOST\" \"$SERVER\" server --listen $LISTEN --also $ALSO \
                   </dev/null >$READY 2>$ERRORS & SERVED=$!; read GO <$GO; exec \"$@\" -t $SERVED";
     let [listen, also] = [format!("{V4}:7000"), format!("[{V6}]:7000")];
-    let mut command = in_pid_namespace(scene);
-    command.args(["sh", "-c", script, "sh"]).args(words(scene.dump(PLUGIN, Pid::this(), &images)));
+    let call = scene.dump(PLUGIN, Pid::this(), &images);
+    let mut command = call.through(IN_PID_NAMESPACE.iter().chain(&["sh", "-c", script, "sh"])).command();
     command.env("SERVER", sibling_binary("soccr-test")?).env("LISTEN", &listen).env("ALSO", also);
-    command.env("READY", &ready).env("ERRORS", dir.join("server.err")).env("GO", &go);
+    command.env("READY", &ready).env("ERRORS", dir.join("server.err")).env("GO", &go).env("HOST", &host.0);
     let criu = Guard(command.spawn()?);
     wait_until("the server is up", PATIENCE, || {
         Ok(fs::read_to_string(&ready).unwrap_or_default().starts_with("ready"))
@@ -356,9 +367,8 @@ fn first_process(scene: &Scene) -> Told {
     let states = scene.status()?.states();
     ensure!(states == ["dumped"], "soccr status: {states:?}");
 
-    let mut command = in_pid_namespace(scene);
-    command.args(words(scene.criu.call("restore", PLUGIN, &images)));
-    let criu = Guard(command.spawn()?);
+    // Not detached: the PID namespace ends with criu.
+    let criu = Guard(scene.restore_in_front(PLUGIN, &images)?.through(IN_PID_NAMESPACE).command().spawn()?);
     let seen = fleet.stop(PATIENCE);
     ensure!(
         seen.lost.is_empty(),
@@ -368,23 +378,19 @@ fn first_process(scene: &Scene) -> Told {
     );
     let status = scene.status()?;
     ensure!(status.is_empty(), "soccr status: {status}");
-    soccr_testkit::leftovers::no_rules(scene.host())?;
+    scene.namespaces().try_for_each(soccr_testkit::leftovers::no_rules)?;
     criu.end_server()?;
     scene.wait_until_quiet()?;
     Ok((seen.alive.len(), "dump and restore".into()))
 }
 
-fn in_pid_namespace(scene: &Scene) -> Command {
-    let mut command = scene.host().command("unshare");
-    command.args(["--pid", "--fork", "--mount-proc", "--kill-child", "--"]);
-    scene.criu.set_up(&mut command);
-    command
-}
+const IN_PID_NAMESPACE: [&str; 6] = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child", "--"];
 
-/// The call of criu as words, for somebody else to `exec`.
-fn words(call: Call<'_>) -> Vec<OsString> {
-    let command = call.command();
-    std::iter::once(command.get_program()).chain(command.get_args()).map(ToOwned::to_owned).collect()
+/// A network namespace at a path that leads there in other PID namespaces, too.
+fn bound(ns: &NetNs, path: &Path) -> Result<Mounted> {
+    fs::write(path, "")?;
+    mount(Some(ns.path().as_str()), path, None::<&str>, MsFlags::MS_BIND, None::<&str>)?;
+    Ok(Mounted(path.to_owned()))
 }
 
 /// A process that ends with the case, and its PID namespace with it.
@@ -479,7 +485,7 @@ fn dump_outside(scene: &Scene) -> Result<Outside> {
     let server = Server::start(&ns, address, scene.dir(), ["--reuse-half"])?;
     let clients = scene.connect_all(&[address], CONNECTIONS, Client::connect)?;
     let fleet = Fleet::echoes(clients, Pace { period: PERIOD, parts: 10 })?;
-    let call = scene.dump(PLUGIN, server.pid(), &images);
+    let call = scene.criu.dump(PLUGIN, server.pid(), &images).inside(scene.outside());
     call.args(["--external", &format!("net[{}]:inner", ns.inode())]).dump_and_wait(server.task)?;
     Ok(Outside { ns, fleet, images, address })
 }
@@ -509,7 +515,8 @@ fn namespace_made_anew(scene: &Scene) -> Told {
     let Outside { ns, fleet, images, address } = dump_outside(scene)?;
     end_namespace(scene, ns)?;
     let ns = inner_namespace(scene)?;
-    let (task, _) = scene.restore(PLUGIN, &images)?.inherit(&ns, "inner")?.restore()?;
+    let call = scene.criu.restore(PLUGIN, &images).inside(scene.outside());
+    let (task, _) = call.inherit(&ns, "inner")?.restore()?;
     open_way(scene)?;
     let server = Server::restored(address, task, scene.dir());
     let checked = all_alive(scene, &server, fleet)?;

@@ -25,7 +25,7 @@ use scene::Tools;
 
 /// Kills, stops and starves everybody at every moment of dump and restore: no connection may be lost
 ///
-/// Points and instants are gone through twice: with criu in the server's network namespace, and outside of it.
+/// All is gone through twice: with criu in the server's network namespace, and outside of it.
 /// Without options: points, matrix and 200 instants. Fails when a connection was lost or anything was left.
 #[derive(clap::Args)]
 pub struct Options {
@@ -78,10 +78,10 @@ pub fn run(options: &Options) -> Result<()> {
             );
             instants::run(&tools, place, &mut report, instants, connections, seed)?;
         }
-    }
-    if options.matrix || all {
-        println!("=== the rest of the matrix");
-        matrix::run(&tools, &mut report, only)?;
+        if options.matrix || all {
+            println!("=== {prefix}the rest of the matrix");
+            matrix::run(&tools, place, &mut report, only)?;
+        }
     }
     if options.stock {
         println!("=== stock CRIU, seed {}", options.seed);
