@@ -333,10 +333,13 @@ impl Restoring<'_> {
         )
     }
 
-    /// bind() takes a broadcast address of a subnet for none at all, and connect() then chooses another.
+    /// bind() of an IPv4 socket takes a broadcast address of a subnet for none at all, and connect() then chooses another.
     fn local_address(&self) -> Result<(), RestoreError> {
+        if self.tuple.local.is_ipv6() {
+            return Ok(());
+        }
         let local = self.sys(addr::local(self.fd))?;
-        if local.ip().to_canonical() == self.tuple.local.ip().to_canonical() {
+        if local.ip() == self.tuple.local.ip() {
             return Ok(());
         }
         let what = "the local address is not one of a connection";
@@ -602,14 +605,14 @@ fn destroy_orphan(socket: BorrowedFd<'_>, tuple: &FourTuple) -> Result<bool, Sys
     ns.run(|| diag::destroy_orphan(&tuple.on_wire())).unwrap_or(Ok(false))
 }
 
-/// Buffers that have room for both queues, and then what they were.
+/// Buffers that were too small for the queues and have room for them now, and then what they were.
 ///
 /// They grow when the socket is connected: connect() makes of the receive buffer's size the largest window that is ever
 /// announced (TCP_WINDOW_CLAMP), and what is announced beyond the true size ends in a buffer that grows by all that arrives.
 ///
 /// The sizes and whether the program fixed them (SO_BUF_LOCK) are put back by [`RoomForQueues::give_back`]; bytes
 /// beyond the size stay, as they do in a running socket whose buffer shrinks. Before 5.14 there is no SO_BUF_LOCK, and a
-/// size that was ever set is fixed: the buffer of an empty queue is left alone.
+/// size that was ever set is fixed: a buffer that has room is left alone.
 #[derive(Debug)]
 struct RoomForQueues<'fd> {
     fd: BorrowedFd<'fd>,
@@ -619,10 +622,16 @@ struct RoomForQueues<'fd> {
 }
 
 impl<'fd> RoomForQueues<'fd> {
-    /// Makes room for as many bytes as `tcp` has in its queues.
+    /// Makes room for as many bytes as `tcp` has in its queues; most buffers have it.
     fn make(fd: BorrowedFd<'fd>, tcp: &ControlBlock) -> Result<Option<Self>, SysError> {
         use sockopt::Buffer::{Receive, Send};
         if tcp.recv_len == 0 && tcp.send_len == 0 {
+            return Ok(None);
+        }
+        let sizes = sockopt::buffer_sizes(fd)?;
+        let too_small = |size, len| (len > 0 && size < accounted(len)).then_some(size);
+        let (send, receive) = (too_small(sizes.send, tcp.send_len), too_small(sizes.receive, tcp.recv_len));
+        if send.is_none() && receive.is_none() {
             return Ok(None);
         }
         let locks = match sockopt::buffer_locks(fd) {
@@ -630,13 +639,9 @@ impl<'fd> RoomForQueues<'fd> {
             Err(SysError { errno: Errno::ENOPROTOOPT, .. }) => None,
             Err(error) => return Err(error),
         };
-        let grow = |buffer, len| {
-            let size = sockopt::buffer_size(fd, buffer)?;
-            sockopt::set_buffer_size(fd, buffer, accounted(len).max(size))?;
-            Ok(size)
-        };
-        let grow = |buffer, len| (len > 0).then(|| grow(buffer, len)).transpose();
-        let (send, receive) = (grow(Send, tcp.send_len)?, grow(Receive, tcp.recv_len)?);
+        for (buffer, size, len) in [(Send, send, tcp.send_len), (Receive, receive, tcp.recv_len)] {
+            size.map_or(Ok(()), |_| sockopt::set_buffer_size(fd, buffer, accounted(len)))?;
+        }
         Ok(Some(Self { fd, send, receive, locks }))
     }
 
@@ -653,6 +658,6 @@ impl<'fd> RoomForQueues<'fd> {
 /// What the kernel accounts for so many bytes at most: each small piece has a buffer of its own.
 fn accounted(len: u32) -> i32 {
     const PER_BYTE: u32 = 8;
-    const AT_LEAST: u32 = 1 << 20;
+    const AT_LEAST: u32 = 1 << 16;
     i32::try_from(len.saturating_mul(PER_BYTE).saturating_add(AT_LEAST)).unwrap_or(i32::MAX)
 }

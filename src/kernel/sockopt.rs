@@ -206,6 +206,15 @@ pub enum Buffer {
     Receive,
 }
 
+/// What both buffers of a socket have room for, in the kernel's accounting.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BufferSizes {
+    /// SO_SNDBUF.
+    pub send: i32,
+    /// SO_RCVBUF.
+    pub receive: i32,
+}
+
 /// The size of a buffer in the kernel's accounting: twice what a program set.
 ///
 /// # Errors
@@ -214,6 +223,24 @@ pub fn buffer_size(fd: BorrowedFd<'_>, which: Buffer) -> SysResult<i32> {
     match which {
         Buffer::Send => get(fd, libc::SOL_SOCKET, libc::SO_SNDBUF, "get SO_SNDBUF"),
         Buffer::Receive => get(fd, libc::SOL_SOCKET, libc::SO_RCVBUF, "get SO_RCVBUF"),
+    }
+}
+
+/// The sizes of both buffers, as [`buffer_size`] shows them; by one call since Linux 4.12 (SO_MEMINFO).
+///
+/// # Errors
+/// The kernel's answer.
+pub fn buffer_sizes(fd: BorrowedFd<'_>) -> SysResult<BufferSizes> {
+    let size = |size| i32::try_from(size).unwrap_or(i32::MAX);
+    match get::<[u32; 4]>(fd, libc::SOL_SOCKET, libc::SO_MEMINFO, "get SO_MEMINFO") {
+        Ok([_rmem_alloc, rcvbuf, _wmem_alloc, sndbuf]) => {
+            Ok(BufferSizes { send: size(sndbuf), receive: size(rcvbuf) })
+        }
+        Err(SysError { errno: Errno::ENOPROTOOPT, .. }) => Ok(BufferSizes {
+            send: buffer_size(fd, Buffer::Send)?,
+            receive: buffer_size(fd, Buffer::Receive)?,
+        }),
+        Err(error) => Err(error),
     }
 }
 
