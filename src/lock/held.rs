@@ -29,6 +29,8 @@ use crate::kernel::sockopt;
 /// What one connection may have held. Without acknowledgements its peer does not send more than a window.
 const PER_CONNECTION: Bounds = Bounds { packets: 256, bytes: 1 << 20 };
 const IN_ALL: Bounds = Bounds { packets: 1 << 16, bytes: 32 << 20 };
+/// What those who would connect may have held, whoever they are: a flood of SYNs takes nothing from the connections.
+const OF_NEWCOMERS: Bounds = Bounds { packets: 1 << 12, bytes: 1 << 20 };
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Bounds {
@@ -226,9 +228,10 @@ pub struct HeldPackets {
     wanted: HashMap<(SocketAddr, SocketAddr), FourTuple>,
     segments: HashMap<FourTuple, Segments>,
     listeners: Vec<Listener>,
+    size: Bounds,
     /// The SYNs of who would connect.
     newcomers: HashMap<FourTuple, Vec<u8>>,
-    size: Bounds,
+    size_of_newcomers: Bounds,
 }
 
 #[derive(Clone, Default, PartialEq, Eq)]
@@ -274,7 +277,7 @@ impl HeldPackets {
     /// How many packets there are.
     #[must_use]
     pub fn len(&self) -> usize {
-        self.size.packets
+        self.size.packets + self.newcomers.len()
     }
 
     /// Whether there is none.
@@ -316,11 +319,11 @@ impl HeldPackets {
     /// Adds a SYN that somebody else has held; `false`: it is none. Of one that was sent more than once the first counts.
     pub fn add_newcomer(&mut self, tuple: FourTuple, segment: &[u8]) -> bool {
         let opens = Head::of(segment).is_some_and(|head| head.flags & (SYN | ACK | RST | FIN) == SYN);
-        let all = self.size.with(segment.len());
-        let fits = all.within(IN_ALL) && !is_link_local(&tuple);
+        let size = self.size_of_newcomers.with(segment.len());
+        let fits = size.within(OF_NEWCOMERS) && !is_link_local(&tuple);
         if opens && fits && !self.newcomers.contains_key(&tuple) {
             self.newcomers.insert(tuple, segment.to_vec());
-            self.size = all;
+            self.size_of_newcomers = size;
         }
         opens
     }
@@ -365,8 +368,8 @@ impl HeldPackets {
         let mut other =
             self.split_off(self.segments.keys().copied().filter(is_at).collect::<Vec<_>>().into_iter());
         for (tuple, syn) in self.newcomers.extract_if(|tuple, _| is_at(tuple)) {
-            self.size = self.size.without(Bounds { packets: 1, bytes: syn.len() });
-            other.size = other.size.with(syn.len());
+            self.size_of_newcomers = self.size_of_newcomers.without(Bounds { packets: 1, bytes: syn.len() });
+            other.size_of_newcomers = other.size_of_newcomers.with(syn.len());
             other.newcomers.insert(tuple, syn);
         }
         other
@@ -398,9 +401,19 @@ impl HeldPackets {
         Self { segments, newcomers, ..self }
     }
 
+    /// Forgets who would connect to other listeners than these.
+    pub fn keep_newcomers_of(&mut self, listeners: &[Listener]) {
+        let others =
+            |tuple: &FourTuple| !listeners.iter().any(|listener| listener.hears(unscoped(tuple.local)));
+        for (_, syn) in self.newcomers.extract_if(|tuple, _| others(tuple)) {
+            self.size_of_newcomers = self.size_of_newcomers.without(Bounds { packets: 1, bytes: syn.len() });
+        }
+    }
+
     /// Brings the listeners in `ns`, which nothing locks any more, who would connect to them.
     pub fn let_in(&mut self, ns: &NetNs) -> usize {
         let (forge, newcomers) = (Forge::new(), std::mem::take(&mut self.newcomers));
+        self.size_of_newcomers = Bounds::default();
         let way = Way { ns: ns.clone(), device: Vec::new() };
         let brought = newcomers.into_iter().filter(|(tuple, syn)| {
             let replayed = forge.replay(&way, tuple, vec![syn.clone()]);

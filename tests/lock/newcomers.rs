@@ -5,8 +5,9 @@ use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use soccr::connection::FourTuple;
 use soccr::kernel::diag;
-use soccr::lock::held::Holder;
+use soccr::lock::held::{HeldPackets, Holder};
 use soccr::lock::{Listener, NetworkLock};
 
 use super::net::{OtherNs, sh, transfer};
@@ -136,4 +137,39 @@ fn nft_reads_it() {
         }
         assert!(lock.unlock().unwrap());
     });
+}
+
+/// A TCP header with these flags.
+fn header(flags: u8) -> Vec<u8> {
+    let mut header = vec![0; 20];
+    header[12] = 5 << 4;
+    header[13] = flags;
+    header
+}
+
+fn from(port: u16, to: &str) -> FourTuple {
+    FourTuple { local: to.parse().unwrap(), remote: SocketAddr::from(([10, 9, 0, 3], port)) }
+}
+
+#[test]
+fn a_flood_takes_nothing_from_connections() {
+    let (syn, mut held) = (header(0x02), HeldPackets::default());
+    assert!((0..10_000).all(|port| held.add_newcomer(from(port, "10.9.0.2:7000"), &syn)));
+    let newcomers = held.newcomers().count();
+    assert!((1000..10_000).contains(&newcomers), "{newcomers}");
+    let data = [header(0x10), vec![1; 100]].concat();
+    (0..10_000).for_each(|port| held.add(from(port, "10.9.0.2:7001"), &data));
+    assert_eq!(held.len(), newcomers + 10_000);
+}
+
+/// Who would connect to another listener, by the word of an image, is forgotten.
+#[test]
+fn nobody_is_let_in_but_to_the_listeners_of_the_tree() {
+    let mut held = HeldPackets::default();
+    for to in ["10.9.0.2:7000", "10.9.0.2:22", "10.9.0.9:7000"] {
+        assert!(held.add_newcomer(from(4000, to), &header(0x02)));
+    }
+    held.keep_newcomers_of(&[Listener { local: "10.9.0.2:7000".parse().unwrap(), v6only: false }]);
+    let left: Vec<_> = held.newcomers().map(|(tuple, _)| tuple.local.to_string()).collect();
+    assert_eq!((left, held.len()), (vec!["10.9.0.2:7000".to_owned()], 1));
 }

@@ -194,9 +194,8 @@ impl Locks {
         } else {
             let options = self.holder.options(&ns, &self.options);
             let lock = NetworkLock::lock(&ns, &self.name, &tuples, &options)?;
-            let taken = self.taken.remove(&ns).unwrap_or_else(|| listeners::taken_ports(&ns));
-            let mut listeners = self.listeners_in(&ns);
-            listeners.retain(|listener| !taken.contains(&listener.local.port()));
+            self.taken.entry(ns.clone()).or_insert_with(|| listeners::taken_ports(&ns));
+            let listeners = self.own_listeners_in(&ns);
             let held = *self.home() == ns;
             if held {
                 self.holder.expect_newcomers(&listeners);
@@ -235,6 +234,14 @@ impl Locks {
         self.listeners_at(if *ns == self.criu_ns { Place::BesideCriu } else { Place::Inside })
     }
 
+    /// Of these the tree's alone: at their ports nobody listened before the restore, as far as that is known.
+    fn own_listeners_in(&self, ns: &NetNs) -> Vec<Listener> {
+        let Some(taken) = self.taken.get(ns) else { return Vec::new() };
+        let mut listeners = self.listeners_in(ns);
+        listeners.retain(|listener| !taken.contains(&listener.local.port()));
+        listeners
+    }
+
     fn listeners_at(&self, place: Place) -> Vec<Listener> {
         let there = self.listeners.iter().filter(|listener| listener.place == place);
         there.map(|listener| listener.listener).collect()
@@ -253,8 +260,14 @@ impl Locks {
         }
     }
 
+    /// Lets those in who would connect to a listener of the tree, and of the images' nobody else.
+    pub fn let_in(&self, held: &mut HeldPackets) {
+        held.keep_newcomers_of(&self.own_listeners_in(self.home()));
+        held.let_in(self.home());
+    }
+
     /// The namespace whose newcomers are let in.
-    pub fn home(&self) -> &NetNs {
+    fn home(&self) -> &NetNs {
         let beside = self.listeners_at(Place::BesideCriu);
         self.root_ns.as_ref().filter(|_| beside.is_empty()).unwrap_or(&self.criu_ns)
     }

@@ -53,7 +53,7 @@ pub fn wake(mut building: Building<'_>) -> Result<Vec<Task>, Failed<'_>> {
     profile.lap("unlock");
     let mut held = plan.held;
     held.append(&locks.take_held());
-    held.let_in(locks.home());
+    locks.let_in(&mut held);
     let count = release(held, &whole, &duplicates, &waiting);
     let _ = fault::point("restore.released");
     probe(&whole, &duplicates);
