@@ -4,14 +4,15 @@
 //! was mapped from a TCP socket, any one. So one such page is mapped, once in the life of the process, and nothing is
 //! ever put there. It keeps the socket that it was mapped from, which is closed and of no other use.
 //!
-//! A socket keeps its network namespace. Where a thread has entered another namespace than its process, no page is
-//! mapped, or that namespace would last as long as the process.
+//! A socket keeps its network namespace. So it is made in that of the process, or the one that a thread has entered for a
+//! moment would last as long as the process.
 
-use std::fs;
 use std::os::fd::{AsFd, AsRawFd};
+use std::path::Path;
 use std::ptr::null_mut;
 use std::sync::OnceLock;
 
+use super::netns::NetNs;
 use super::sockopt;
 
 static PAGE: OnceLock<u64> = OnceLock::new();
@@ -23,16 +24,8 @@ pub(super) fn known() -> u64 {
 
 /// Maps the page where nobody has tried to yet; whether there is one.
 pub(super) fn made() -> bool {
-    if PAGE.get().is_none() && !in_own_namespace() {
-        return false;
-    }
-    *PAGE.get_or_init(|| map().unwrap_or(0)) != 0
-}
-
-fn in_own_namespace() -> bool {
-    let namespace = |of| fs::read_link(format!("/proc/{of}/ns/net")).ok();
-    let own = namespace("self");
-    own.is_some() && own == namespace("thread-self")
+    let map_in_own_namespace = || NetNs::open(Path::new("/proc/self/ns/net")).ok()?.run(map).ok()?;
+    *PAGE.get_or_init(|| map_in_own_namespace().unwrap_or(0)) != 0
 }
 
 fn map() -> Option<u64> {

@@ -57,11 +57,13 @@ static int negotiated(int fd)
 
 static int queues(int fd, const struct raw_connection *c)
 {
-	uint32_t sent = c->queued - c->queued / 2;
+	uint32_t sent = c->queued - c->queued / 2, memory[4];
+	socklen_t len = sizeof(memory);
 
 	if (!c->queued)
 		return 0;
-	return append(fd, c->recv, c->queued) || set(fd, TCP_REPAIR_QUEUE, TCP_SEND_QUEUE) || append(fd, c->send, sent) ||
+	return getsockopt(fd, SOL_SOCKET, SO_MEMINFO, memory, &len) || append(fd, c->recv, c->queued) ||
+	       set(fd, TCP_REPAIR_QUEUE, TCP_SEND_QUEUE) || append(fd, c->send, sent) ||
 	       set(fd, TCP_REPAIR, TCP_REPAIR_OFF_NO_WP) || append(fd, c->send + sent, c->queued - sent) ||
 	       set(fd, TCP_REPAIR, TCP_REPAIR_ON);
 }
@@ -95,7 +97,7 @@ int raw_save(int fd, const struct raw_connection *c)
 	struct tcp_info info;
 	struct tcp_repair_window window;
 	socklen_t ulp_len = sizeof(ulp), info_len = 148, window_len = sizeof(window);
-	int unread, unacked;
+	int unread, unacked, at_mark;
 
 	if (set(fd, TCP_REPAIR, TCP_REPAIR_ON) || getsockopt(fd, IPPROTO_TCP, TCP_ULP, ulp, &ulp_len) ||
 	    getsockopt(fd, IPPROTO_TCP, TCP_INFO, &info, &info_len) ||
@@ -109,5 +111,7 @@ int raw_save(int fd, const struct raw_connection *c)
 	if (get(fd, TCP_MAXSEG) || get(fd, TCP_TIMESTAMP) || set(fd, TCP_REPAIR_QUEUE, TCP_SEND_QUEUE) ||
 	    get(fd, TCP_QUEUE_SEQ))
 		return -1;
-	return c->queued ? peek(fd, c->send, c->queued) : 0;
+	if (c->queued && peek(fd, c->send, c->queued))
+		return -1;
+	return unread ? ioctl(fd, SIOCATMARK, &at_mark) : 0;
 }

@@ -287,3 +287,16 @@ fn contradictions_are_refused_by_name() {
         victim.lives_on();
     });
 }
+
+/// Where bind() takes it for an address, and only connect() knows better.
+#[test]
+fn a_broadcast_address_in_ipv6_form_is_refused() {
+    in_own_network(|| {
+        let victim = Victim::on("[::ffff:127.0.0.1]:0");
+        let tuple = FourTuple { local: "[::ffff:127.255.255.255]:7".parse().unwrap(), ..victim.tuple };
+        let error = victim.try_restore(&tuple, &victim.tcp, &victim.queues).expect_err("it must be refused");
+        let error = soccr::chain(&error);
+        assert!(error.contains("unreachable"), "{error}");
+        victim.lives_on();
+    });
+}
