@@ -9,11 +9,16 @@
 //! three seconds. Or a route would take it to a gateway that still takes this host for the owner. So the
 //! [neighbour](crate::kernel::neighbour) comes first, then the packet, straight to its link-layer address.
 //!
+//! What still comes by the old link-layer address when this host has the IP address no more meets no lock: locks stand where
+//! packets come to sockets. A packet socket hears it.
+//!
 //! Where the owner is on no link of this host, the senders send again.
 
 use std::net::IpAddr;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
+
+use nix::sys::socket::{MsgFlags, recv};
 
 use super::held::{HeldPackets, Holder};
 use crate::chain;
@@ -28,6 +33,8 @@ const SEARCH: Duration = Duration::from_secs(30);
 const ASK: Duration = Duration::from_secs(1);
 /// So often packets are sent on: should a link bring them back, they do not go round at once.
 const PAUSE: Duration = Duration::from_millis(50);
+/// No packet of IP is longer.
+const LONGEST: usize = 1 << 16;
 
 /// Sends what is held in a namespace on to who has its address next.
 #[derive(Debug)]
@@ -60,24 +67,29 @@ impl Forwarder {
 
     /// What to wait for.
     pub fn fds(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
-        let neighbours = self.departed.iter().filter_map(|it| it.neighbour.as_ref());
-        [self.changes.as_fd()].into_iter().chain(neighbours.map(|(neighbour, _)| neighbour.as_fd()))
+        [self.changes.as_fd()].into_iter().chain(self.departed.iter().flat_map(Departed::fds))
     }
 
     /// How long to wait for it, if something has to be done even if nothing comes.
     #[must_use]
     pub fn patience(&self) -> Option<Duration> {
-        self.departed.iter().any(|it| it.neighbour.is_some()).then_some(PAUSE)
+        (!self.departed.is_empty()).then_some(PAUSE)
     }
 
     /// Sends on what `holder` holds for addresses that have another owner now.
     pub fn forward(&mut self, holder: &mut Holder) {
-        self.departed.extend(self.changes.deleted().into_iter().map(Departed::new));
-        if self.departed.is_empty() {
+        let deleted = self.changes.deleted();
+        let expected: Vec<_> = deleted.into_iter().filter(|(ip, _)| holder.expects_at(*ip)).collect();
+        if expected.is_empty() && self.departed.is_empty() {
             return;
         }
-        let forwarded =
-            self.ns.run(|| self.departed.retain_mut(|it| it.is_away() && it.forward(holder).is_ok()));
+        let failed = |error: &SysError| log::debug!("what was held has to be sent again: {error}");
+        let forwarded = self.ns.run(|| {
+            let departed =
+                expected.into_iter().map(|(ip, device)| Departed::new(ip, device).inspect_err(failed));
+            self.departed.extend(departed.flatten());
+            self.departed.retain_mut(|it| it.is_away() && it.forward(holder).inspect_err(failed).is_ok());
+        });
         if let Err(error) = forwarded {
             log::debug!("what was held has to be sent again: {}", chain(&error));
         }
@@ -90,6 +102,8 @@ struct Departed {
     ip: IpAddr,
     /// The index of the interface that had it.
     device: u32,
+    /// Hears what still comes for it there, and sends.
+    link: OwnedFd,
     since: Instant,
     /// Who has it now, and when that was asked; only once something is held.
     neighbour: Option<(Neighbour, Instant)>,
@@ -97,8 +111,14 @@ struct Departed {
 }
 
 impl Departed {
-    fn new((ip, device): (IpAddr, u32)) -> Self {
-        Self { ip, device, since: Instant::now(), neighbour: None, forwarded: None }
+    fn new(ip: IpAddr, device: u32) -> SysResult<Self> {
+        let link = raw::open_link(device, ip)?;
+        Ok(Self { ip, device, link, since: Instant::now(), neighbour: None, forwarded: None })
+    }
+
+    fn fds(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        let neighbour = self.neighbour.iter().map(|(neighbour, _)| neighbour.as_fd());
+        [self.link.as_fd()].into_iter().chain(neighbour)
     }
 
     fn is_away(&self) -> bool {
@@ -106,6 +126,10 @@ impl Departed {
     }
 
     fn forward(&mut self, holder: &mut Holder) -> SysResult<()> {
+        let mut packet = [0; LONGEST];
+        while let Ok(len) = recv(self.link.as_raw_fd(), &mut packet, MsgFlags::MSG_DONTWAIT) {
+            holder.take_packet(&packet[..len]);
+        }
         let is_too_soon = self.forwarded.is_some_and(|last| last.elapsed() < PAUSE);
         if is_too_soon || !holder.has_at(self.ip) {
             return Ok(());
@@ -116,9 +140,8 @@ impl Departed {
         };
         if let Some(to) = neighbour.link_address() {
             self.forwarded = Some(Instant::now());
-            return send(&holder.take_at(self.ip), self.device, to);
-        }
-        if asked.elapsed() >= ASK {
+            send(self.link.as_fd(), &holder.take_at(self.ip), self.device, to);
+        } else if asked.elapsed() >= ASK {
             *asked = Instant::now();
             neighbour.ask()?;
         }
@@ -127,12 +150,10 @@ impl Departed {
 }
 
 /// What does not pass, such as segments that were merged on their way here, their senders send again.
-fn send(held: &HeldPackets, device: u32, to: &[u8]) -> SysResult<()> {
-    let socket = raw::open_link()?;
+fn send(link: BorrowedFd<'_>, held: &HeldPackets, device: u32, to: &[u8]) {
     for packet in held.to_packets() {
-        if let Err(error) = raw::send_on_link(socket.as_fd(), &packet, device, to) {
+        if let Err(error) = raw::send_on_link(link, &packet, device, to) {
             log::debug!("{} bytes have to be sent again: {error}", packet.len());
         }
     }
-    Ok(())
 }

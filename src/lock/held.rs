@@ -186,6 +186,21 @@ impl Holder {
         self.packets.split_off_at(address)
     }
 
+    /// Takes a packet, from the IP header on, that no lock has met.
+    pub fn take_packet(&mut self, packet: &[u8]) {
+        self.packets.take(packet);
+    }
+
+    /// Whether something could come for this address.
+    #[must_use]
+    pub fn expects_at(&self, address: IpAddr) -> bool {
+        let HeldPackets { wanted, listeners, .. } = &self.packets;
+        let mut ports =
+            listeners.iter().map(|listener| (listener, SocketAddr::new(address, listener.local.port())));
+        wanted.values().any(|tuple| tuple.local.ip() == address)
+            || ports.any(|(listener, at)| listener.hears(at))
+    }
+
     /// Whether there is something for this address, as far as it was [read](Self::read).
     #[must_use]
     pub fn has_at(&self, address: IpAddr) -> bool {

@@ -122,17 +122,22 @@ fn a_syn_follows_its_address() {
             let client = thread::spawn(move || TcpStream::connect((address, 7000)));
             forward_until(&mut forwarder, &mut holder, |holder| !holder.held().is_empty());
             old.give_up(address);
-            // It is nobody's for a moment.
+            // It is nobody's for a moment, in which others still send to the old owner.
+            let later = thread::spawn(move || TcpStream::connect((address, 7000)));
             forward_until(&mut forwarder, &mut holder, |_| start.elapsed() > Duration::from_millis(200));
-            assert_eq!(holder.held().len(), 1);
+            assert_eq!(holder.held().len(), 2);
             new.take(address);
             let listener = new.listen(address);
             new.announce(address);
-            forward_until(&mut forwarder, &mut holder, |_| client.is_finished());
+            forward_until(&mut forwarder, &mut holder, |_| client.is_finished() && later.is_finished());
             let mut client = client.join().unwrap().unwrap();
+            let _later = later.join().unwrap().unwrap();
             assert!(start.elapsed() < AT_ONCE, "{address}: {:?}", start.elapsed());
             assert!(holder.held().is_empty());
-            transfer(&mut client, &mut listener.accept().unwrap().0, b"hello");
+            let mut accepted = listener.incoming().map(Result::unwrap);
+            let from = client.local_addr().unwrap();
+            let mut server = accepted.find(|server| server.peer_addr().unwrap() == from).unwrap();
+            transfer(&mut client, &mut server, b"hello");
             assert!(lock.unlock().unwrap());
         }
     });
