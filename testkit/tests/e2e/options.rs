@@ -16,10 +16,11 @@ use nix::unistd::fchown;
 use soccr::kernel::options::{Care, Known, On, TABLE};
 use soccr::kernel::sockopt;
 use soccr_testkit::capture::Capture;
+use soccr_testkit::rpc::Rpc;
 use soccr_testkit::skip::lacks;
 use soccr_testkit::sockets::{TaskSocket, ebpf_filter, state, tcp_sockets};
 use soccr_testkit::task::wait_until;
-use soccr_testkit::{Client, Pattern, Place, Server, Stage};
+use soccr_testkit::{Client, Pattern, Place, Server, Stage, Task};
 
 use crate::promises::faulty;
 use crate::world::{PATIENCE, PLUGIN, SERVER_V4, STOCK, stage};
@@ -182,6 +183,26 @@ fn beside_criu(stage: &mut Stage, server: Server) -> Result<Server> {
 #[test]
 fn come_back_beside_tcp_established() -> Result<()> {
     come_back(SERVER_V4, "10.9.0.1", Place::Host, beside_criu)
+}
+
+/// As runtimes call CRIU by default.
+#[test]
+fn come_back_beside_tcp_established_that_a_request_asks_for() -> Result<()> {
+    come_back(SERVER_V4, "10.9.0.1", Place::Host, |stage, server| {
+        let (images, address) = (stage.images()?, server.address);
+        let config = stage.dir().join("criu.conf");
+        let plugins = stage.criu.plugin().with_file_name("");
+        fs::write(&config, format!("libdir {}\nnetwork-lock nftables\n", plugins.display()))?;
+        let criu = Rpc::Swrk(stage);
+        criu.dump(server.pid(), &images, &config)?;
+        server.task.wait(PATIENCE)?;
+        let log = fs::read_to_string(images.join("dump.log"))?;
+        ensure!(log.contains("soccr: CRIU carries the connections itself"), "{log}");
+        let task = Task::adopt(criu.restore(&images, &config)?);
+        let server = Server::restored(address, task, stage.dir());
+        stage.wait_until_clean(Some(&server))?;
+        Ok(server)
+    })
 }
 
 /// Beside CRIU's own TCP an agent that dies, or a step that fails, costs what CRIU does not carry, and no more.

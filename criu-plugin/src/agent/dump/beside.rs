@@ -8,7 +8,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use soccr::chain;
 use soccr::criu::image::ImageDir;
 use soccr::criu::image::inventory::Inventory;
-use soccr::criu::image::side::SideImage;
+use soccr::criu::image::side::{SideImage, Sockets};
 use soccr::criu::tasks::{self, Duplicates, FindError, Finder, Found, FoundConnection, OwnerMap, Task};
 
 use super::extras::Extras;
@@ -90,14 +90,18 @@ impl Beside<'_> {
     /// exit(): the images are whole.
     fn write(&mut self) -> Result<(), AgentError> {
         fault::point("beside.end")?;
-        let run_id = Inventory::read(self.images)?.dump_run_id;
-        let sockets = std::mem::take(&mut self.extras).into_sockets();
-        // Nothing on this host has the dump's name: there is neither a lock nor a record.
-        SideImage { run_id, sockets, ..SideImage::default() }.write(self.images)?;
-        log::info!(
-            "CRIU carries the connections itself (--tcp-established without --tcp-close); soccr.img has what CRIU's images \
-             lack. With tcp-close in its configuration (soccr enable) the plugin carries them, and locks them without a gap"
-        );
-        Ok(())
+        write(self.images, std::mem::take(&mut self.extras).into_sockets())
     }
+}
+
+/// Writes what the sockets have and CRIU's images lack.
+pub fn write(images: &ImageDir, sockets: Sockets) -> Result<(), AgentError> {
+    let run_id = Inventory::read(images)?.dump_run_id;
+    // Nothing on this host has the dump's name: there is neither a lock nor a record.
+    SideImage { run_id, sockets, ..SideImage::default() }.write(images)?;
+    log::info!(
+        "CRIU carries the connections itself (--tcp-established without --tcp-close); soccr.img has what CRIU's images \
+         lack. With tcp-close in its configuration (soccr enable) the plugin carries them, and locks them without a gap"
+    );
+    Ok(())
 }

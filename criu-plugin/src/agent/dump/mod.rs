@@ -19,6 +19,7 @@ mod writer;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::unistd::getppid;
+use soccr::chain;
 use soccr::criu::image::ImageDir;
 use soccr::criu::keeper::Keeper;
 use soccr::criu::tasks::Task;
@@ -234,8 +235,11 @@ impl<'a> Dump<'a> {
         });
         let (arrangement, arranged) = match arranged {
             Ok(Some(arrangement)) => (arrangement, Ok(())),
+            // A runtime's request says so, which nobody sees before.
             Ok(None) => {
-                log::info!("CRIU carries the connections itself");
+                if let Err(error) = beside::write(&saved.images, std::mem::take(&mut saved.sockets)) {
+                    log::warn!("what CRIU does not carry is lost: {}", chain(&error));
+                }
                 return (Progress::Over(saved.held.stand_aside(), None), Ok(()));
             }
             // CRIU kills the tasks all the same: the images are as they are, and the locks are needed.

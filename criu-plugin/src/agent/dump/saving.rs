@@ -59,7 +59,7 @@ pub struct Saved {
     pub held: Held,
     policy: Policy,
     /// What CRIU's images do not tell of sockets.
-    sockets: Sockets,
+    pub sockets: Sockets,
 }
 
 impl<'a> Saving<'a> {
