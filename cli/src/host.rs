@@ -51,7 +51,7 @@ pub fn ask<S: AsRef<OsStr>>(program: &Path, arguments: impl IntoIterator<Item = 
 }
 
 fn try_ask<S: AsRef<OsStr>>(program: &Path, arguments: impl IntoIterator<Item = S>) -> Result<String> {
-    const PATIENCE: u16 = 20_000;
+    const PATIENCE: u16 = 60_000; // podman takes its time on a slow machine
     // Files, which need nobody to read them while the program runs.
     let (mut answer, mut complaint) = (tempfile::tempfile()?, tempfile::tempfile()?);
     let mut command = Command::new(program);

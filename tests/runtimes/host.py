@@ -74,7 +74,8 @@ def make_host(kind):
     own_cgroups(groups)
     for path in ("usr", "etc", "var"):
         cover(f"/{path}", [HERE / tree / path for tree in (*kind.userland, "soccr")])
-    for path in ("/var/lib/containers", "/var/lib/containerd", "/var/lib/lxc"):
+    # `podman info` asks dpkg whose each of its programs is, which takes minutes in emulation, and here they are nobody's.
+    for path in ("/var/lib/containers", "/var/lib/containerd", "/var/lib/lxc", "/var/lib/dpkg/info"):
         os.makedirs(path, exist_ok=True)
         mount("-t", "tmpfs", "tmpfs", path)
     os.environ["PATH"] = f"{ROOT}/target/criu/criu:/usr/sbin:/usr/bin:/sbin:/bin:/usr/local/bin"
