@@ -80,8 +80,8 @@ impl Beside<'_> {
         let mut held = Duplicates::default();
         let Found { connections, unconnected } = Finder::default().of_tasks(&opened, &mut held)?;
         self.extras.add_unconnected(unconnected);
-        for FoundConnection { socket, inode, ns, .. } in connections {
-            self.extras.add_connection(inode, ns, socket, None);
+        for FoundConnection { socket, inode, tuple, ns, .. } in connections {
+            self.extras.add_connection(inode, ns, (socket, tuple), None);
         }
         self.extras.read_all(&held);
         Ok(())
@@ -91,7 +91,7 @@ impl Beside<'_> {
     fn write(&mut self) -> Result<(), AgentError> {
         fault::point("beside.end")?;
         let run_id = Inventory::read(self.images)?.dump_run_id;
-        let sockets = std::mem::take(&mut self.extras).into_sockets();
+        let sockets = std::mem::take(&mut self.extras).into_sockets(log::Level::Warn);
         // Nothing on this host has the dump's name: there is neither a lock nor a record.
         SideImage { run_id, sockets, ..SideImage::default() }.write(self.images)?;
         log::info!(
