@@ -246,6 +246,10 @@ struct Putting<'a> {
 
 impl Putting<'_> {
     fn run(&self, listener: BorrowedFd<'_>, unread: &[u8]) -> Result<(), PutError> {
+        // It would take the forged segments for its peer's.
+        if self.sys(self.receiving())?.is_some() {
+            return Err(self.unfit("another socket has these addresses"));
+        }
         self.sys(self.queues.requests.choose(listener))?;
         let put = self.handshake();
         put.and(self.sys(self.queues.requests.leave()))?;

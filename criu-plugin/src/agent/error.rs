@@ -70,6 +70,10 @@ pub enum AgentError {
     NoAcceptQueue { tuple: FourTuple, source: Unavailable },
     #[error("{tuple} cannot be put back for its listener")]
     AcceptQueue { tuple: FourTuple, source: PutError },
+    #[error(transparent)]
+    Unreadable(SysError),
+    #[error("{socket}: what was set on it is not saved")]
+    Extras { socket: String, source: Box<Self> },
     #[error("image {file}")]
     Restore { file: String, source: RestoreError },
     #[error("{0} is alive in this network namespace: were these images restored already?")]

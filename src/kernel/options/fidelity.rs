@@ -38,6 +38,10 @@ owner (`options::owners_share_their_port_again`). With `--tcp-established` alone
 
 An option that decides by which addresses and routes a connection goes must be set again, or the restore fails. Any other that the
 target does not take is named in the log, and the connection goes on with the default: a congestion control algorithm that is not there, say.
+
+An option that the kernel has and cannot be asked for (a security module forbids it) fails the dump, by the names of connection and
+option, if it is so for all: one connection and one socket without a peer are read while the tasks are frozen, all others while
+criu goes on, when no hook can fail a dump any more. Of those an error in criu's log names the connection and the option.
 ";
 /// Beside what TCP_REPAIR sets.
 const CONNECTIONS: &str = "

@@ -71,7 +71,8 @@ impl Reader {
     /// What a program has set on a socket, in the order to set it. `connected`: whether it has a peer.
     ///
     /// # Errors
-    /// ENOTSOCK for what is no socket; EACCES for a filter that nobody can read ([`refused`]).
+    /// The kernel's answer, and to the question for which option: ENOTSOCK for what is no socket; EACCES for a filter that
+    /// nobody can read ([`refused`]).
     pub fn read(&mut self, socket: BorrowedFd<'_>, connected: bool) -> SysResult<Vec<SocketOption>> {
         let of_family = if sockopt::domain(socket)? == libc::AF_INET6 { &self.ipv6 } else { &self.ipv4 };
         let mut options = Vec::new();
@@ -80,8 +81,8 @@ impl Reader {
                 continue;
             }
             let now = match get(socket, known, &mut self.value) {
-                Err(error) if error.errno == Errno::EACCES => return Err(error),
-                Err(_) => continue, // not in this state
+                Err(error) if is_absent(error) => continue, // in this state
+                Err(SysError { errno, .. }) => return Err(SysError { call: known.get, errno }),
                 Ok(now) => now,
             };
             if known.care == Care::Buffer || now != &**value {
@@ -100,8 +101,18 @@ fn fresh(socket: BorrowedFd<'_>, beside: Beside, ipv6: bool, value: &mut [u8]) -
         Care::ByCriu(_) | Care::Buffer => beside == Beside::Nobody,
         _ => false,
     };
-    let default = |known| Some(Fresh { known, value: (*get(socket, known, value).ok()?).into() });
+    let default = |known| match get(socket, known, value) {
+        Ok(value) => Some(Fresh { known, value: (*value).into() }),
+        Err(error) if is_absent(error) => None,
+        Err(_) => Some(Fresh { known, value: Box::default() }), // whoever has the option tells
+    };
     TABLE.iter().filter(travels).filter_map(default).collect()
+}
+
+/// Whether the kernel does not have the option, or not for such a socket.
+fn is_absent(error: SysError) -> bool {
+    use Errno::{EINVAL, ENOPROTOOPT, ENOTCONN, EOPNOTSUPP, EPERM};
+    matches!(error.errno, ENOPROTOOPT | EOPNOTSUPP | EINVAL | ENOTCONN | EPERM)
 }
 
 fn get<'v>(socket: BorrowedFd<'_>, known: &Known, value: &'v mut [u8]) -> SysResult<&'v [u8]> {

@@ -73,6 +73,8 @@ pub struct Known {
     pub text: &'static str,
     /// What an error says.
     pub(super) set: &'static str,
+    /// The same of reading it.
+    pub(super) get: &'static str,
     /// The first version of Linux that has it.
     pub since: &'static str,
     /// What becomes of it.
@@ -135,6 +137,7 @@ macro_rules! options {
             name: $name,
             text: stringify!($text),
             set: concat!("set ", stringify!($text)),
+            get: concat!("get ", stringify!($text)),
             since: $since,
             care: $care,
             stock: $stock,

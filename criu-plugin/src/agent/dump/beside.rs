@@ -80,8 +80,8 @@ impl Beside<'_> {
         let mut held = Duplicates::default();
         let Found { connections, unconnected } = Finder::default().of_tasks(&opened, &mut held)?;
         self.extras.add_unconnected(unconnected);
-        for FoundConnection { socket, inode, ns, .. } in connections {
-            self.extras.add_connection(inode, ns, socket, None);
+        for FoundConnection { socket, inode, tuple, ns, .. } in connections {
+            self.extras.add_connection(inode, ns, (socket, tuple), None);
         }
         self.extras.read_all(&held);
         Ok(())
@@ -90,7 +90,7 @@ impl Beside<'_> {
     /// exit(): the images are whole.
     fn write(&mut self) -> Result<(), AgentError> {
         fault::point("beside.end")?;
-        write(self.images, std::mem::take(&mut self.extras).into_sockets())
+        write(self.images, std::mem::take(&mut self.extras).into_sockets(log::Level::Warn))
     }
 }
 

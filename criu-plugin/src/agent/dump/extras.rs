@@ -1,13 +1,16 @@
 //! What CRIU's images do not tell of sockets: read while criu is busy with other things, since that takes some ten
-//! microseconds a socket, in which the tasks would stand still.
+//! microseconds a socket, in which the tasks would stand still. Only two are read before that: what is wrong with all of them fails the dump.
+//! What is wrong with one is told by its name; no hook comes any more that could fail for it.
 
 use std::collections::HashMap;
+use std::fmt;
+use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::rc::Rc;
 use std::time::Duration;
 
 use soccr::chain;
-use soccr::connection::{Negotiated, OPT_ECN, OPT_TIMESTAMPS};
+use soccr::connection::{FourTuple, Negotiated, OPT_ECN, OPT_TIMESTAMPS};
 use soccr::criu::image::side::{SocketExtra, Sockets};
 use soccr::criu::tasks::{Duplicates, Opened, Owner, OwnerMap, Slot, Unconnected};
 use soccr::criu::warm::CongestionWindow;
@@ -28,8 +31,7 @@ pub struct Extras {
     readers: HashMap<NetNs, (Reader, Restarts)>,
     owners: Option<OwnerMap>,
     opened: Opened,
-    /// By inode, and why.
-    failed: Vec<(u32, String)>,
+    failed: Vec<AgentError>,
 }
 
 #[derive(Debug)]
@@ -42,8 +44,8 @@ struct Unread {
 #[derive(Debug)]
 enum Socket {
     /// In this slot of those that the dump holds; and whether it may be unlike others, so that it is worth asking.
-    Connection(Slot, bool),
-    Unconnected(Rc<OwnedFd>),
+    Connection(Slot, FourTuple, bool),
+    Unconnected(Rc<OwnedFd>, SocketAddr),
 }
 
 impl Extras {
@@ -54,16 +56,25 @@ impl Extras {
 
     /// One more connection, in this slot of those that the dump holds. What is `agreed` on, where that is known, tells that
     /// most are not to be asked for ECN or the unit of their clock.
-    pub fn add_connection(&mut self, inode: u32, ns: NetNs, slot: Slot, agreed: Option<&Negotiated>) {
+    pub fn add_connection(
+        &mut self,
+        inode: u32,
+        ns: NetNs,
+        (slot, tuple): (Slot, FourTuple),
+        agreed: Option<&Negotiated>,
+    ) {
         let special =
             agreed.is_none_or(|it| it.mask & OPT_ECN != 0 || it.timestamp.is_some_and(|t| t & 1 != 0));
-        self.unread.push(Unread { inode, ns, socket: Socket::Connection(slot, special) });
+        self.unread.push(Unread { inode, ns, socket: Socket::Connection(slot, tuple, special) });
     }
 
     /// Sockets without a peer.
     pub fn add_unconnected(&mut self, sockets: Vec<Unconnected>) {
-        let unread =
-            |Unconnected { socket, inode, ns, .. }| Unread { inode, ns, socket: Socket::Unconnected(socket) };
+        let unread = |Unconnected { socket, inode, ns, local, .. }| Unread {
+            inode,
+            ns,
+            socket: Socket::Unconnected(socket, local),
+        };
         self.unread.extend(sockets.into_iter().map(unread));
     }
 
@@ -72,15 +83,24 @@ impl Extras {
         !self.unread.is_empty()
     }
 
+    /// Reads a connection and a socket without a peer, if there are such, while the dump can still fail.
+    pub fn try_two(&mut self, held: &Duplicates) -> Result<(), AgentError> {
+        for connected in [true, false] {
+            let is_such = |unread: &Unread| matches!(unread.socket, Socket::Connection(..)) == connected;
+            if let Some(at) = self.unread.iter().position(is_such) {
+                let unread = self.unread.swap_remove(at);
+                self.read(unread, held)?;
+            }
+        }
+        Ok(())
+    }
+
     /// Reads some of them.
     pub fn read_some(&mut self, held: &Duplicates) {
         let rest = self.unread.len().saturating_sub(AT_ONCE);
         for unread in self.unread.split_off(rest) {
-            let inode = unread.inode;
-            match self.extra(unread, held) {
-                Ok(extra) if extra.is_plain() => {}
-                Ok(extra) => self.read.add(inode, &extra),
-                Err(error) => self.failed.push((inode, chain(&error))),
+            if let Err(error) = self.read(unread, held) {
+                self.failed.push(error);
             }
         }
     }
@@ -94,38 +114,52 @@ impl Extras {
     }
 
     /// What was read; says of which sockets that failed.
-    pub fn into_sockets(self) -> Sockets {
-        for (inode, error) in self.failed {
-            log::warn!("socket {inode}: its options are not saved: {error}");
-        }
+    pub fn into_sockets(self, say: log::Level) -> Sockets {
+        self.failed.iter().for_each(|error| log::log!(say, "{}", chain(error)));
         self.read
     }
 
+    fn read(&mut self, unread: Unread, held: &Duplicates) -> Result<(), AgentError> {
+        let (inode, name) = (unread.inode, unread.socket.to_string());
+        let extra = self.extra(unread, held);
+        let extra = extra.map_err(|error| AgentError::Extras { socket: name, source: error.into() })?;
+        if !extra.is_plain() {
+            self.read.add(inode, &extra);
+        }
+        Ok(())
+    }
+
     fn extra(&mut self, unread: Unread, held: &Duplicates) -> Result<SocketExtra, AgentError> {
-        let Unread { inode, ns, socket } = unread;
+        let Unread { ns, socket, .. } = unread;
         let (socket, connected, special): (BorrowedFd<'_>, bool, bool) = match &socket {
-            Socket::Connection(slot, special) => {
+            Socket::Connection(slot, _, special) => {
                 let socket = held.get(*slot, &mut self.opened).map_err(AgentError::Duplicates)?;
                 (socket, true, *special)
             }
-            Socket::Unconnected(socket) => (socket.as_fd(), false, false),
+            Socket::Unconnected(socket, _) => (socket.as_fd(), false, false),
         };
         if !self.readers.contains_key(&ns) {
             let looked_at = (Reader::new(&ns, Beside::Criu)?, ns.run(Restarts::read)?);
             self.readers.insert(ns.clone(), looked_at);
         }
         let (reader, restarts) = self.readers.get_mut(&ns).expect("inserted");
-        let options = reader.read(socket, connected).unwrap_or_else(|error| {
-            self.failed.push((inode, chain(&error)));
-            Vec::new()
-        });
+        let options = reader.read(socket, connected).map_err(AgentError::Unreadable)?;
         let inside = |owner| self.owners.as_ref()?.inside(owner);
         let owner = Owner::of_socket(socket).ok().and_then(inside).unwrap_or_default();
         let mut extra = SocketExtra { owner, options, ..SocketExtra::default() };
-        if connected && let Err(error) = of_connection(socket, special, *restarts, &mut extra) {
-            self.failed.push((inode, chain(&error)));
+        if connected {
+            of_connection(socket, special, *restarts, &mut extra).map_err(AgentError::Unreadable)?;
         }
         Ok(extra)
+    }
+}
+
+impl fmt::Display for Socket {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Connection(_, tuple, _) => write!(f, "{tuple}"),
+            Self::Unconnected(_, local) => write!(f, "the socket at {local}"),
+        }
     }
 }
 

@@ -80,7 +80,7 @@ impl<'a> Saving<'a> {
     pub fn into_saved(self) -> Saved {
         let Self { images, lock_name, policy, held, mut extras, .. } = self;
         extras.read_all(&held.duplicates);
-        let sockets = extras.into_sockets();
+        let sockets = extras.into_sockets(log::Level::Error);
         Saved { images, lock_name, held, policy, sockets }
     }
 
@@ -141,6 +141,7 @@ impl<'a> Saving<'a> {
         let count = found.len();
         self.save(found)?;
         self.save_queued(queued)?;
+        self.extras.try_two(&self.held.duplicates)?;
         profile.lap("save");
         fault::point("dump.saved")?;
         log::info!("{count} TCP connections saved, locked by the table inet {}", self.lock_name);
@@ -343,7 +344,7 @@ impl<'a> Saving<'a> {
                 let duplicate = held.duplicates.get(socket, &mut opened).map_err(AgentError::Duplicates)?;
                 let tcp = read(duplicate, reuse_addr, place, &mut queues)?;
                 fault::point("dump.resumed")?;
-                extras.add_connection(inode, ns, socket, Some(&tcp.negotiated));
+                extras.add_connection(inode, ns, (socket, tuple), Some(&tcp.negotiated));
                 held.sockets.push((socket, tuple));
                 log::trace!(
                     "{tuple} ({place}): {}, {} bytes to read, {} to send",
@@ -496,11 +497,11 @@ impl Saved {
             ends.filter(|(ns, _)| *ns != held.criu_ns).map(|(_, tuple)| tuple).collect();
         held.path.add(passing);
         for FoundConnection { socket, inode, tuple, ns, .. } in connections {
-            extras.add_connection(inode, ns, socket, None);
+            extras.add_connection(inode, ns, (socket, tuple), None);
             held.sockets.push((socket, tuple));
         }
         extras.read_all(&held.duplicates);
-        let sockets = extras.into_sockets();
+        let sockets = extras.into_sockets(log::Level::Error);
         Ok(Self { images, lock_name, held, policy, sockets })
     }
 }

@@ -118,11 +118,23 @@ impl<'a> Building<'a> {
         !self.tree.awaited.is_empty()
     }
 
-    /// init(): locks what is to be restored in criu's own namespace, and what passes through it.
-    pub fn lock_beside_criu(&mut self) -> Result<(), AgentError> {
+    /// init(): what is alive in criu's own namespace, or in one that criu was given, is not restored again, and not locked.
+    pub fn refuse_living(&self, inherited: &[NetNs]) -> Result<(), AgentError> {
+        self.locks.refuse_living(self.locks.criu_ns(), &self.beside_criu())?;
+        let passing = self.plan.passing();
+        let mut others = inherited.iter().filter(|ns| *ns != self.locks.criu_ns());
+        others.try_for_each(|ns| self.locks.refuse_living(ns, &passing))
+    }
+
+    fn beside_criu(&self) -> Vec<FourTuple> {
         let mut tuples = self.plan.tuples(|net_ns_id| self.plan.is_beside_criu(net_ns_id));
         tuples.extend(self.plan.external.keys());
-        self.locks.refuse_living(&tuples)?;
+        tuples
+    }
+
+    /// init(): locks what is to be restored in criu's own namespace, and what passes through it.
+    pub fn lock_beside_criu(&mut self) -> Result<(), AgentError> {
+        let tuples = self.beside_criu();
         self.locks.lock_path(self.plan.passing())?;
         let ns = self.locks.criu_ns().clone();
         self.locks.lock(HashMap::from([(ns.clone(), tuples)]))?;

@@ -136,11 +136,11 @@ impl Locks {
     }
 
     /// A dump that was restored already has no record. Its connections are alive then, and a lock would harm them.
-    pub fn refuse_living(&self, tuples: &[FourTuple]) -> Result<(), AgentError> {
+    pub fn refuse_living(&self, ns: &NetNs, tuples: &[FourTuple]) -> Result<(), AgentError> {
         if self.left.waits || tuples.is_empty() {
             return Ok(());
         }
-        match self.criu_ns.run(|| diag::find_owned(tuples))? {
+        match ns.run(|| diag::find_owned(tuples))? {
             Ok(Some(tuple)) => Err(AgentError::Alive(tuple)),
             Ok(None) => Ok(()),
             Err(error) => {

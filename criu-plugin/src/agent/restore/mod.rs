@@ -230,6 +230,7 @@ fn prepare<'a>(images: &ImageDir, criu: &'a Task) -> Result<Building<'a>, AgentE
     fault::point("restore.prepared")?;
     let mut building = Building::begin(plan, locks, criu);
     profile.lap("record");
+    building.refuse_living(&inherited)?;
     building.lock_beside_criu()?;
     building.lock_inherited(inherited)?;
     profile.lap("lock");

@@ -18,7 +18,7 @@ use soccr_testkit::netns::{End, veth};
 use soccr_testkit::server::sibling_binary;
 use soccr_testkit::sockets::{TaskSocket, tcp_sockets};
 use soccr_testkit::stage::{PATIENCE, V4, V6};
-use soccr_testkit::task::{Task, name_and_state, pid_of, run as run_command, wait_until};
+use soccr_testkit::task::{Task, name_and_state, no_children, pid_of, run as run_command, wait_until};
 use soccr_testkit::{Client, Fleet, NetNs, Pace, Place, Server, interrupt};
 
 use crate::faults::kernel;
@@ -32,7 +32,7 @@ type Told = Result<(usize, String)>;
 type Case = fn(&Scene) -> Told;
 
 /// Gone through twice: with criu in the server's namespace, and outside of it.
-const CASES: [(&str, Case); 17] = [
+const CASES: [(&str, Case); 19] = [
     ("the disk is full", full_disk),
     ("the image folder is read-only", read_only),
     ("no nf_tables, dump", |scene| crippled_dump(scene, CONNECTIONS, without_nftables, &["nf_tables"])),
@@ -45,6 +45,10 @@ const CASES: [(&str, Case); 17] = [
         crippled_dump(scene, 100, few_descriptors, &["Too many open files"])
     }),
     ("too few descriptors, restore", few_descriptors_restore),
+    ("an image hits a limit in the middle", limited_file),
+    ("an option cannot be read", |scene| {
+        crippled_dump(scene, CONNECTIONS, without_option, &["→", "TCP_NOTSENT_LOWAT", "EACCES"])
+    }),
     ("the lock is deleted from outside", lock_deleted),
     ("two dumps at once", two_at_once),
     ("restored twice", restored_twice),
@@ -123,9 +127,10 @@ fn ends(scene: &Scene, server: Server, fleet: Fleet<Client>, images: &Path, kind
     Ok(verdict.connections)
 }
 
-/// After a dump and a failed restore: a second one brings all back.
+/// After a dump and a failed restore: a second one brings all back. It needs the pids of tasks that the first had begun.
 fn second_try(scene: &Scene, address: SocketAddr, fleet: Fleet<Client>, images: &Path) -> Result<usize> {
     scene.wait_until_quiet()?;
+    no_children(PATIENCE)?;
     let server = scene.restore_all(images, address)?;
     all_alive(scene, &server, fleet)
 }
@@ -186,6 +191,32 @@ fn without_nftables(command: &mut Command) {
 /// The only messages that are sent without an address and without flags are those to netlink.
 fn without_buffers(command: &mut Command) {
     kernel::fail(command, libc::SYS_sendto, &[(3, 0), (4, 0), (5, 0)], libc::ENOBUFS);
+}
+
+/// `getsockopt(…, SOL_TCP, TCP_NOTSENT_LOWAT, …)` fails as where a security module forbids it. CRIU does not ask.
+fn without_option(command: &mut Command) {
+    const TCP_NOTSENT_LOWAT: i32 = 25;
+    let arguments = [(1, libc::SOL_TCP), (2, TCP_NOTSENT_LOWAT)];
+    kernel::fail(command, libc::SYS_getsockopt, &arguments, libc::EACCES);
+}
+
+/// Part of an image is written, and the next call of write() fails: with EFBIG, since no file system here fails with EIO when
+/// it is told to.
+fn limited_file(scene: &Scene) -> Told {
+    const LIMIT: u64 = 8 << 10; // less than a full queue, more than criu's log of a failure
+    let images = scene.images()?;
+    let (server, fleet) = both(scene)?;
+    let log = scene.dir().join("elsewhere.log");
+    let mut command = scene.dump(PLUGIN, server.pid(), &images).quiet().arg("-o").arg(&log).command();
+    // SAFETY: between fork and exec only signal() and setrlimit() are called, which are async-signal-safe.
+    unsafe {
+        command.pre_exec(|| {
+            nix::sys::signal::signal(Signal::SIGXFSZ, nix::sys::signal::SigHandler::SigIgn)?;
+            Ok(setrlimit(Resource::RLIMIT_FSIZE, LIMIT, LIMIT)?)
+        });
+    }
+    let said = fails(command, &log, &["tcp-stream-", "→", "File too large"])?;
+    Ok((lives(scene, server, fleet, &images)?, said))
 }
 
 fn few_descriptors(command: &mut Command) {
@@ -340,8 +371,8 @@ fn subreaper(scene: &Scene) -> Told {
     Ok((all_alive(scene, &server, fleet)?, "dump and restore".into()))
 }
 
-/// criu is started by `exec` from the init of a PID namespace, which may have entered its network namespace before that. The
-/// server's pid must be free when criu and the agent are there before it.
+/// criu is started by `exec` from the init of a PID namespace, which has started the server. That one's pid must be free when
+/// criu and the agent are there before it.
 fn first_process(scene: &Scene) -> Told {
     let images = scene.images()?;
     let dir = scene.dir().to_owned();
