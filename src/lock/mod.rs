@@ -25,6 +25,7 @@ mod error;
 pub mod held;
 mod iptables;
 mod name;
+mod netfilter;
 mod nft;
 mod options;
 mod packet_log;
