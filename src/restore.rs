@@ -227,15 +227,18 @@ impl Restoring<'_> {
     fn fill(&self, recv: &[u8], send: &[u8]) -> Result<(), RestoreError> {
         self.local_address()?;
         self.sys(self.options())?;
+        let by_window = self.window_bounds_segments();
         // Before the bytes of the send queue are cut into segments.
-        self.sys(tcp::sync_segment_size(self.fd))?;
+        if !by_window || !send.is_empty() {
+            self.sys(tcp::sync_segment_size(self.fd))?;
+        }
         let room = self.sys(RoomForQueues::make(self.fd, self.tcp))?;
         self.receive_queue(recv)?;
         self.send_queue(send)?;
         self.sys(self.window_before_fin())?;
         self.fins()?;
         self.sys(room.map_or(Ok(()), RoomForQueues::give_back))?;
-        self.sys(self.segment_size_by_window())
+        if by_window { self.sys(tcp::sync_segment_size(self.fd)) } else { Ok(()) }
     }
 
     fn sys<T>(&self, result: Result<T, SysError>) -> Result<T, RestoreError> {
@@ -347,14 +350,9 @@ impl Restoring<'_> {
     }
 
     /// Half of the peer's largest window bounds the segment size, too: where that matters it is computed again
-    /// now that the window is known.
-    fn segment_size_by_window(&self) -> Result<(), SysError> {
-        match self.tcp.window {
-            Some(window) if window.max_window / 2 < self.tcp.negotiated.mss_clamp => {
-                tcp::sync_segment_size(self.fd)
-            }
-            _ => Ok(()),
-        }
+    /// when the window is known.
+    fn window_bounds_segments(&self) -> bool {
+        self.tcp.window.is_some_and(|window| window.max_window / 2 < self.tcp.negotiated.mss_clamp)
     }
 
     fn bind(&self) -> Result<(), SysError> {

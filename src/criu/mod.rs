@@ -4,6 +4,7 @@
 pub mod hold;
 pub mod image;
 pub mod keeper;
+pub mod parallel;
 pub mod record;
 pub mod rules;
 pub mod stock;

@@ -17,10 +17,10 @@ use std::path::Path;
 
 use nix::errno::Errno;
 
+use super::netfilter::NetfilterSocket;
 use super::nft::wire::{Attributes, Header, Malformed, Messages, Writer};
 use crate::four_tuple::FourTuple;
 use crate::kernel::SysError;
-use crate::kernel::netlink::NetlinkSocket;
 use crate::kernel::netns::{NetNs, NetNsError};
 
 /// One direction of a connection, as its packets carry it.
@@ -149,7 +149,7 @@ pub fn is_there(ns: &NetNs) -> Result<bool, ConntrackError> {
 const REQUESTS_AT_ONCE: usize = 64;
 const RECEIVE_BUFFER: usize = 64 * 1024;
 
-struct Client(NetlinkSocket);
+struct Client(NetfilterSocket);
 
 impl Client {
     /// `None`: there is no netfilter netlink, or no conntrack, which is not loaded by being asked.
@@ -158,7 +158,7 @@ impl Client {
         if modules.exists() && !modules.join("nf_conntrack").exists() {
             return Ok(None);
         }
-        match ns.run(NetlinkSocket::netfilter)? {
+        match NetfilterSocket::open(ns)? {
             Ok(socket) => Ok(Some(Self(socket))),
             Err(SysError { errno: Errno::EPROTONOSUPPORT, .. }) => Ok(None),
             Err(error) => Err(ConntrackError::Socket(error)),

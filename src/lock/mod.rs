@@ -26,6 +26,7 @@ pub mod forward;
 pub mod held;
 mod iptables;
 mod name;
+mod netfilter;
 mod nft;
 mod options;
 mod packet_log;

@@ -9,9 +9,9 @@ use std::os::fd::{AsFd, BorrowedFd};
 
 use nix::errno::Errno;
 
+use super::netfilter::NetfilterSocket;
 use super::nft::wire::{Header, Messages, Writer};
-use super::nft::{MARK, NftError, answer, close_aside, netlink_flag};
-use crate::kernel::netlink::NetlinkSocket;
+use super::nft::{MARK, NftError, answer, netlink_flag};
 use crate::kernel::netns::NetNs;
 use crate::kernel::{SysError, SysResult};
 
@@ -39,7 +39,7 @@ const COPY_PACKET: u8 = 2; // NFULNL_COPY_PACKET
 /// A group that is ours until this is dropped.
 #[derive(Debug)]
 pub struct PacketLog {
-    socket: NetlinkSocket,
+    socket: NetfilterSocket,
     group: u16,
     buffer: Vec<u8>,
 }
@@ -47,7 +47,7 @@ pub struct PacketLog {
 impl PacketLog {
     /// Takes a free group in `ns`.
     pub fn open(ns: &NetNs) -> Result<Self, NftError> {
-        let socket = ns.run(NetlinkSocket::netfilter)?.map_err(NftError::Socket)?;
+        let socket = NetfilterSocket::open(ns)?.map_err(NftError::Socket)?;
         // Its groups end with its port.
         socket.take_new_port().map_err(NftError::Socket)?;
         socket.set_receive_room(ROOM);
@@ -112,7 +112,7 @@ impl PacketLog {
     pub fn finish(mut self, each: impl FnMut(&[u8])) {
         let _ = self.configure(0, |w| w.put(COMMAND, &[UNBIND]));
         self.read(each);
-        close_aside(self.socket);
+        self.socket.is_slow_to_close();
     }
 }
 

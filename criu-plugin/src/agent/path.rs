@@ -28,6 +28,8 @@ pub struct Path {
     pub listeners: Vec<Listener>,
     /// How many of the connections are locked.
     locked: usize,
+    /// How many of them conntrack knows as established.
+    known: usize,
     lock: Option<NetworkLock>,
 }
 
@@ -35,7 +37,8 @@ impl Path {
     /// The way through `ns` of the connections that are locked by `name` at their sockets. Nothing is locked yet.
     pub fn new(ns: &NetNs, name: &LockName) -> Self {
         let (tuples, translations, listeners) = (Vec::new(), Vec::new(), Vec::new());
-        Self { ns: ns.clone(), name: name.on_path(), tuples, translations, listeners, locked: 0, lock: None }
+        let (locked, known, lock) = (0, 0, None);
+        Self { ns: ns.clone(), name: name.on_path(), tuples, translations, listeners, locked, known, lock }
     }
 
     /// A way on which an agent that died has locked.
@@ -129,10 +132,22 @@ impl Path {
         Ok(())
     }
 
+    /// Connections that are locked and that somebody tells conntrack of before the end. Where any is translated that has
+    /// to come first, and late: masquerading may forget it again.
+    pub fn take_unknown(&mut self) -> Vec<FourTuple> {
+        if !self.translations.is_empty() {
+            return Vec::new();
+        }
+        let unknown = self.tuples.get(self.known..self.locked).unwrap_or_default().to_vec();
+        self.known = self.known.max(self.locked);
+        unknown
+    }
+
     /// Lets the packets pass, translated as before.
     pub fn unlock(&mut self) -> Result<(), LockError> {
         let known = conntrack::restore(&self.ns, &self.translations);
-        if let Err(error) = known.and(conntrack::establish(&self.ns, &self.tuples)) {
+        let unknown = self.tuples.get(self.known..).unwrap_or_default();
+        if let Err(error) = known.and(conntrack::establish(&self.ns, unknown)) {
             log::warn!("{}: connections may be reset on their way: {}", self.ns, chain(&error));
         }
         self.lock.take().map_or(Ok(()), |lock| lock.unlock().map(drop))

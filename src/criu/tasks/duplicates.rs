@@ -1,12 +1,11 @@
 //! Our duplicates of the tasks' sockets: all tasks together can have more than one process may have open, so those beyond the
 //! bound are parked, and opened again some at a time.
 
-use std::num::NonZero;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::thread;
 
 use nix::sys::resource::{Resource, getrlimit};
 
+use crate::criu::parallel;
 use crate::kernel::SysResult;
 use crate::kernel::parked::Parked;
 
@@ -74,8 +73,7 @@ impl Duplicates {
     /// As [`Parked::park`].
     pub fn leave_room(&mut self, descriptors: usize) -> SysResult<()> {
         // Each thread may have opened a chunk.
-        let threads = thread::available_parallelism().map_or(1, NonZero::get);
-        let others = OTHERS + threads * Parked::MOST;
+        let others = OTHERS + parallel::threads() * Parked::MOST;
         let open = self.limit.saturating_sub(descriptors + others) / Parked::MOST;
         while self.chunks.len() - self.parked > open {
             let chunk = &mut self.chunks[self.parked];

@@ -1,16 +1,13 @@
 //! Talks to nf_tables: transactions that happen whole or not at all, and dumps.
 
-use std::cell::Cell;
-use std::thread;
-
 use nix::errno::Errno;
 
 use super::answer::{self, COMMIT};
 use super::error::{DUMP_TRIES, NftError};
 use super::wire::{Attributes, FAMILY_LEN, HEADER_LEN, Header, Malformed, Writer};
 use crate::kernel::SysError;
-use crate::kernel::netlink::NetlinkSocket;
 use crate::kernel::netns::NetNs;
+use crate::lock::netfilter::NetfilterSocket;
 
 const REQUEST: u16 = netlink_flag(libc::NLM_F_REQUEST);
 const ACK: u16 = netlink_flag(libc::NLM_F_ACK);
@@ -89,33 +86,13 @@ impl Transaction {
 
 /// A connection to nf_tables of one network namespace.
 #[derive(Debug)]
-pub struct Client {
-    /// Only dropping takes it.
-    socket: Option<NetlinkSocket>,
-    slow_to_close: Cell<bool>,
-}
-
-impl Drop for Client {
-    fn drop(&mut self) {
-        if let Some(socket) = self.socket.take().filter(|_| self.slow_to_close.get()) {
-            close_aside(socket);
-        }
-    }
-}
-
-/// After a deletion, to close any socket of netfilter in that namespace waits until the kernel has freed what was deleted, 10
-/// to 15 ms for an RCU grace period, while connections that are unlocked already wait for us: so that is left to a
-/// thread.
-pub(in crate::lock) fn close_aside(socket: NetlinkSocket) {
-    // Without a thread it is closed here.
-    let _ = thread::Builder::new().name("soccr-nft-close".into()).spawn(move || drop(socket));
-}
+pub struct Client(NetfilterSocket);
 
 impl Client {
     /// Opens a socket inside `ns`; the thread stays where it is.
     pub fn open(ns: &NetNs) -> Result<Self, NftError> {
-        match ns.run(NetlinkSocket::netfilter)? {
-            Ok(socket) => Ok(Self { socket: Some(socket), slow_to_close: Cell::new(false) }),
+        match NetfilterSocket::open(ns)? {
+            Ok(socket) => Ok(Self(socket)),
             Err(SysError { errno: Errno::EPROTONOSUPPORT, .. }) => Err(NftError::Missing),
             Err(e) => Err(NftError::Socket(e)),
         }
@@ -129,24 +106,22 @@ impl Client {
         // One answer for a success is enough; a refusal is answered in any case.
         transaction.writer.add_flags(transaction.last_start, ACK);
         transaction.bracket(libc::NFNL_MSG_BATCH_END, COMMIT);
-        self.slow_to_close.set(self.slow_to_close.get() || transaction.deletes);
+        if transaction.deletes {
+            self.0.is_slow_to_close();
+        }
         self.send(transaction.writer.bytes())?;
         self.verdict(&transaction.steps)
     }
 
-    fn socket(&self) -> &NetlinkSocket {
-        self.socket.as_ref().expect("it is there until the drop")
-    }
-
     fn send(&self, bytes: &[u8]) -> Result<(), NftError> {
-        self.socket().send(bytes).map_err(|e| match e.errno {
+        self.0.send(bytes).map_err(|e| match e.errno {
             Errno::EMSGSIZE | Errno::ENOBUFS => NftError::TooLarge { bytes: bytes.len() },
             _ => NftError::Socket(e),
         })
     }
 
     fn verdict(&self, steps: &[&'static str]) -> Result<(), NftError> {
-        answer::verdict(|buffer| self.socket().receive(buffer), steps)
+        answer::verdict(|buffer| self.0.receive(buffer), steps)
     }
 
     /// Asks for a list and gives each entry's family and attributes to `entry`.
@@ -166,7 +141,7 @@ impl Client {
             let kind = (netlink_flag(libc::NFNL_SUBSYS_NFTABLES) << 8) | message;
             writer.message(Header { kind, flags: REQUEST | DUMP, seq: 0 }, family, 0, &filter);
             self.send(writer.bytes())?;
-            let receive = |buffer: &mut [u8]| self.socket().receive(buffer);
+            let receive = |buffer: &mut [u8]| self.0.receive(buffer);
             if let Some(list) = answer::list(receive, what, &mut entry)? {
                 return Ok(list);
             }

@@ -22,7 +22,7 @@ use table::{Keys, Policy};
 
 use wire::{Attributes, Malformed};
 
-pub(super) use client::{Client, Transaction, close_aside, netlink_flag};
+pub(super) use client::{Client, Transaction, netlink_flag};
 pub use error::NftError;
 pub use expr::MARK;
 pub(super) use table::{AT_SOCKET, ON_PATH};
@@ -38,11 +38,14 @@ pub(super) fn lock(
     let keys = Keys::of(tuples)?;
     let set = |options: &LockOptions| {
         let client = Client::open(ns)?;
-        let mut new = Transaction::new();
-        table::create(&mut new, name.as_str(), &keys, policy, options);
-        match client.commit(new) {
-            Err(e) if e.is(Errno::EEXIST) => (),
-            other => return other,
+        // To refuse takes the kernel an RCU grace period, so it is not asked to make what is there.
+        if !lock_names(&client).is_ok_and(|names| names.contains(name)) {
+            let mut new = Transaction::new();
+            table::create(&mut new, name.as_str(), &keys, policy, options);
+            match client.commit(new) {
+                Err(e) if e.is(Errno::EEXIST) => (),
+                other => return other,
+            }
         }
         let mut replacement = Transaction::new();
         table::replace(&mut replacement, name.as_str(), &keys, policy, options);

@@ -334,7 +334,7 @@ impl<'a> Saving<'a> {
     fn save(&mut self, found: Vec<FoundConnection>) -> Result<(), AgentError> {
         let Self { criu, images, extras, held, .. } = self;
         let mut opened = Opened::default();
-        writer::writing(images, |writer| {
+        writer::writing(images, found.len(), |writer| {
             for FoundConnection { socket, inode, tuple, reuse_addr, place, ns, .. } in found {
                 // The kernel lets the tasks run as soon as criu is dead: their sockets are theirs then.
                 if criu.gone() {

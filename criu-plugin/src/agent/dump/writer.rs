@@ -34,22 +34,25 @@ pub struct Writer<'a> {
     images: &'a ImageDir,
     batch: Vec<Image>,
     bytes: usize,
-    /// `None` where no thread could be had.
+    /// `None` where no thread could be had, or is worth it.
     thread: Option<SyncSender<Vec<Image>>>,
 }
 
-/// Has `read` give images to the writer, and comes back when all are written, or one is not.
+/// Has `read` give so many images to the writer, and comes back when all are written, or one is not.
 pub fn writing(
     images: &ImageDir,
+    count: usize,
     read: impl FnOnce(&mut Writer<'_>) -> Result<(), AgentError>,
 ) -> Result<(), AgentError> {
     thread::scope(|scope| {
         let (sender, batches) = sync_channel(1);
-        let thread = thread::Builder::new().name("soccr-writer".into());
-        let thread =
-            thread.spawn_scoped(scope, move || batches.iter().try_for_each(|batch| write(images, batch)));
+        let start = move || {
+            let thread = thread::Builder::new().name("soccr-writer".into());
+            thread.spawn_scoped(scope, move || batches.iter().try_for_each(|batch| write(images, batch))).ok()
+        };
+        let thread = if count > FULL { start() } else { None };
         let mut writer =
-            Writer { images, batch: Vec::new(), bytes: 0, thread: thread.is_ok().then_some(sender) };
+            Writer { images, batch: Vec::new(), bytes: 0, thread: thread.is_some().then_some(sender) };
         let done = read(&mut writer).and_then(|()| writer.flush());
         drop(writer);
         let written = thread

@@ -12,6 +12,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use soccr::connection::{FourTuple, Queues};
 use soccr::criu::image::index::Packet;
+use soccr::criu::parallel;
 use soccr::criu::rules::Action;
 use soccr::criu::tasks::{self, Duplicates, Fate, FindError, OwnerMap, SocketNamespaces, Task, in_flight};
 use soccr::criu::warm::Warmth;
@@ -23,7 +24,6 @@ use soccr::repair::{Paused, Probe, four_tuple};
 
 use super::builder::{Begun, Builder, Built, Made, Standing, Wanted, Windows, must_live};
 use super::locks::Locks;
-use super::parallel;
 use super::plan::Plan;
 use super::preloaded::Preloaded;
 use crate::agent::error::AgentError;

@@ -161,7 +161,12 @@ impl Locks {
             self.recorder.set_translations(self.path.translations());
             self.recorder.save(Phase::Restoring)?;
         }
-        Ok(self.path.lock(&self.holder.options(&self.criu_ns, &self.options), self.holder.newcomers)?)
+        self.path.lock(&self.holder.options(&self.criu_ns, &self.options), self.holder.newcomers)?;
+        let unknown = self.path.take_unknown();
+        if !unknown.is_empty() {
+            self.unknown.push((self.criu_ns.clone(), unknown));
+        }
+        Ok(())
     }
 
     /// Locks these connections, those that are not locked yet, each in its namespace. The record comes first.

@@ -20,7 +20,6 @@ mod ahead;
 mod builder;
 mod building;
 mod locks;
-mod parallel;
 mod plan;
 mod preloaded;
 mod waking;

@@ -3,6 +3,7 @@
 use std::convert::Infallible;
 
 use soccr::chain;
+use soccr::criu::parallel;
 use soccr::criu::tasks::{Duplicates, Opened, Task};
 use soccr::kernel::sockopt;
 use soccr::lock::held::HeldPackets;
@@ -10,7 +11,6 @@ use soccr::repair::{self, Paused, Probe};
 
 use super::builder::{Standing, must_live};
 use super::building::Building;
-use super::parallel;
 use crate::agent::error::AgentError;
 use crate::agent::log;
 use crate::agent::profile::Profile;

@@ -1,11 +1,20 @@
 //! The same work for many connections, on all processors.
 
 use std::num::NonZero;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, OnceLock, PoisonError};
 use std::thread;
 
 /// As many items are worth a thread.
 const SHARE: usize = 64;
+/// So many are taken at a time: some take no longer than to lock the queue does.
+const PIECE: usize = 16;
+
+/// How many threads work at a time. To ask takes twenty system calls, so it is asked once.
+#[must_use]
+pub fn threads() -> usize {
+    static THREADS: OnceLock<usize> = OnceLock::new();
+    *THREADS.get_or_init(|| thread::available_parallelism().map_or(1, NonZero::get))
+}
 
 /// Does `work` on each of `items` until one fails, each thread with a state of its own. Gives what was done, in any
 /// order, whether or not the rest failed. Items that nobody came to are dropped.
@@ -14,21 +23,27 @@ pub fn for_each<T: Send, S, R: Send, E: Send>(
     state: impl Fn() -> S + Sync,
     work: impl Fn(&mut S, T) -> Result<R, E> + Sync,
 ) -> (Vec<R>, Result<(), E>) {
-    let threads = thread::available_parallelism().map_or(1, NonZero::get).min(items.len() / SHARE);
+    let wanted = items.len() / SHARE;
+    let threads = if wanted > 1 { threads().min(wanted) } else { 1 };
     let queue = Mutex::new(items.into_iter());
-    let next = || queue.lock().unwrap_or_else(PoisonError::into_inner).next();
+    let queue = || queue.lock().unwrap_or_else(PoisonError::into_inner);
     let worker = || {
-        let (mut state, mut done) = (state(), Vec::new());
-        while let Some(item) = next() {
-            match work(&mut state, item) {
-                Ok(result) => done.push(result),
-                Err(error) => {
-                    while next().is_some() {}
-                    return (done, Err(error));
+        let (mut state, mut done, mut piece) = (state(), Vec::new(), Vec::with_capacity(PIECE));
+        loop {
+            piece.extend(queue().by_ref().take(PIECE));
+            if piece.is_empty() {
+                return (done, Ok(()));
+            }
+            for item in piece.drain(..) {
+                match work(&mut state, item) {
+                    Ok(result) => done.push(result),
+                    Err(error) => {
+                        queue().by_ref().for_each(drop);
+                        return (done, Err(error));
+                    }
                 }
             }
         }
-        (done, Ok(()))
     };
     thread::scope(|scope| {
         // Where no thread can be had, those that are there do it all.
