@@ -6,7 +6,7 @@
 //! with the options that the program names, and appends it to the queue:
 //!
 //! 1. the program is shown what arrives at the loopback interface, where a raw socket's packets to an address of the
-//!    host itself pass;
+//!    host itself pass, or at the interface of a VRF, where those pass that are bound to it;
 //! 2. the forged ACK (module `forge`): its acknowledgement becomes snd_una, its sequence rcv_nxt less the unread bytes;
 //! 3. the unread bytes, and the peer's FIN, as further forged segments, each when the one before has arrived, which
 //!    the socket monitor tells.
@@ -175,7 +175,7 @@ pub struct AcceptQueues {
     ns: NetNs,
     requests: Requests,
     monitor: NetlinkSocket,
-    _attached: OwnedFd,
+    _attached: Vec<OwnedFd>,
 }
 
 /// Whether connections can be put into accept queues of this namespace.
@@ -204,7 +204,8 @@ impl AcceptQueues {
         let requests = load()?;
         let (attached, monitor) = ns.run(|| {
             check_settings(ns)?;
-            let attached = requests.attach(interface::index("lo")?)?;
+            let attached = interface::loopbacks()?.into_iter().map(|it| requests.attach(it));
+            let attached = attached.collect::<Result<_, _>>()?;
             Ok::<_, Unavailable>((attached, NetlinkSocket::sock_diag()?))
         })??;
         Ok(Self { ns: ns.clone(), requests, monitor, _attached: attached })
@@ -229,9 +230,9 @@ impl AcceptQueues {
             return Err(PutError::Unfit { tuple: *tuple, what });
         }
         let sys = |source| PutError::Sys { tuple: *tuple, source };
-        let device = sockopt::bound_device(listener).map_err(sys)?;
-        let way = Way { ns: self.ns.clone(), device };
-        Putting { queues: self, forge, way, tuple, tcp, wire: tuple.on_wire() }.run(listener, unread)
+        let device = sockopt::bound_index(listener).map_err(sys)?;
+        let way = Way { ns: self.ns.clone(), device: sockopt::bound_device(listener).map_err(sys)? };
+        Putting { queues: self, forge, way, device, tuple, tcp, wire: tuple.on_wire() }.run(listener, unread)
     }
 }
 
@@ -239,6 +240,8 @@ struct Putting<'a> {
     queues: &'a AcceptQueues,
     forge: &'a Forge,
     way: Way,
+    /// That of the way.
+    device: u32,
     tuple: &'a FourTuple,
     tcp: &'a ControlBlock,
     wire: FourTuple,
@@ -274,7 +277,7 @@ impl Putting<'_> {
         }
         match answer {
             Answer::NotSeen => Err(self.unfit(
-                "the forged ACK does not pass the loopback interface: a firewall rule drops it, or the listener is in a VRF",
+                "the forged ACK does not pass the loopback interface, or that of its VRF: a firewall rule drops it",
             )),
             Answer::Taken => {
                 Err(self.unfit("the queue is full, or the kernel denies a connection of these addresses"))
@@ -324,7 +327,7 @@ impl Putting<'_> {
     }
 
     fn receiving(&self) -> Result<Option<diag::Receiving>, SysError> {
-        diag::receiving(&self.queues.monitor, &self.wire)
+        diag::receiving(&self.queues.monitor, &self.wire, self.device)
     }
 
     /// Sequence of the first unread byte.

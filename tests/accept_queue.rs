@@ -57,7 +57,7 @@ fn unread_at(ns: &NetNs, client: &TcpStream) -> u32 {
     let tuple = FourTuple { local: client.peer_addr().unwrap(), remote: client.local_addr().unwrap() };
     let find = || {
         let monitor = soccr::kernel::netlink::NetlinkSocket::sock_diag().unwrap();
-        soccr::kernel::diag::receiving(&monitor, &tuple.on_wire()).unwrap()
+        soccr::kernel::diag::receiving(&monitor, &tuple.on_wire(), 0).unwrap()
     };
     ns.run(find).unwrap().map_or(0, |receiving| receiving.unread)
 }

@@ -26,6 +26,7 @@ const REPLY: usize = 4 + SOCK_ID + 20;
 /// `idiag_rqueue`.
 const UNREAD: std::ops::Range<usize> = 4 + SOCK_ID + 4..4 + SOCK_ID + 8;
 const PORTS: std::ops::Range<usize> = 0..4;
+const BOUND_TO: std::ops::Range<usize> = 36..40;
 const COOKIE: std::ops::Range<usize> = SOCK_ID - 8..SOCK_ID;
 
 /// Destroys the socket with exactly these addresses in the current network namespace, if no process owns it: one that
@@ -49,8 +50,8 @@ pub fn destroy_orphans(tuples: &[FourTuple]) -> SysResult<usize> {
 }
 
 fn destroy(socket: &NetlinkSocket, tuple: &FourTuple) -> SysResult<bool> {
-    let Some(found) = find(socket, tuple)?.filter(|found| !found.owned) else { return Ok(false) };
     let mut id = sock_id(tuple);
+    let Some(found) = find(socket, tuple, &id)?.filter(|found| !found.owned) else { return Ok(false) };
     id[COOKIE].copy_from_slice(&found.cookie);
     match ask(socket, (SOCK_DESTROY, NLM_F_REQUEST | NLM_F_ACK, 0), tuple, &id) {
         Ok(_) => Ok(true),
@@ -70,7 +71,8 @@ pub fn find_owned(tuples: &[FourTuple]) -> SysResult<Option<FourTuple>> {
         other => other?,
     };
     for tuple in tuples {
-        if find(&socket, &tuple.on_wire())?.is_some_and(|found| found.owned) {
+        let wire = tuple.on_wire();
+        if find(&socket, &wire, &sock_id(&wire))?.is_some_and(|found| found.owned) {
             return Ok(Some(*tuple));
         }
     }
@@ -282,12 +284,16 @@ fn seen(message: &[u8]) -> Option<Seen> {
 }
 
 /// What `monitor` tells of the connection with exactly these addresses, as on the wire, in its network namespace; `None`:
-/// there is none.
+/// there is none. One that is bound to a device is found by the device's index only, any other by 0.
 ///
 /// # Errors
 /// ENOBUFS.
-pub fn receiving(monitor: &NetlinkSocket, tuple: &FourTuple) -> SysResult<Option<Receiving>> {
-    Ok(find(monitor, tuple)?.map(|found| found.receiving))
+pub fn receiving(monitor: &NetlinkSocket, tuple: &FourTuple, device: u32) -> SysResult<Option<Receiving>> {
+    let mut id = sock_id(tuple);
+    if device != 0 {
+        id[BOUND_TO].copy_from_slice(&device.to_ne_bytes());
+    }
+    Ok(find(monitor, tuple, &id)?.map(|found| found.receiving))
 }
 
 /// How far a connection's receiving half is, with nobody's descriptor to ask.
@@ -306,9 +312,8 @@ struct FoundSocket {
 }
 
 /// The socket with exactly these addresses, listeners left out.
-fn find(socket: &NetlinkSocket, tuple: &FourTuple) -> SysResult<Option<FoundSocket>> {
-    let id = sock_id(tuple);
-    let found = match ask(socket, (SOCK_DIAG_BY_FAMILY, NLM_F_REQUEST, 0), tuple, &id) {
+fn find(socket: &NetlinkSocket, tuple: &FourTuple, id: &[u8; SOCK_ID]) -> SysResult<Option<FoundSocket>> {
+    let found = match ask(socket, (SOCK_DIAG_BY_FAMILY, NLM_F_REQUEST, 0), tuple, id) {
         Err(SysError { errno: Errno::ENOENT, .. }) => return Ok(None),
         other => other?,
     };
@@ -335,7 +340,7 @@ fn sock_id(tuple: &FourTuple) -> [u8; SOCK_ID] {
     put_ip(&mut id[4..20], tuple.local);
     put_ip(&mut id[20..36], tuple.remote);
     if let SocketAddr::V6(local) = tuple.local {
-        id[36..40].copy_from_slice(&local.scope_id().to_ne_bytes());
+        id[BOUND_TO].copy_from_slice(&local.scope_id().to_ne_bytes());
     }
     id[COOKIE].fill(ANY);
     id

@@ -1,10 +1,13 @@
 //! Network interfaces of the current namespace and their addresses, and waiting for one.
 
+use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Instant;
 
 use nix::errno::Errno;
+use nix::ifaddrs::InterfaceAddressIterator;
+use nix::net::if_::InterfaceFlags;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::netlink::NetlinkSocket;
@@ -18,6 +21,22 @@ use super::{SysError, SysResult, sockopt, tcp};
 pub fn index(name: &str) -> SysResult<u32> {
     nix::net::if_::if_nametoindex(name)
         .map_err(|errno| SysError { call: "find the network interface", errno })
+}
+
+/// The indices of those by which packets arrive that the host sends to itself: the loopback interface, and that of each VRF.
+///
+/// # Errors
+/// The kernel's answer.
+pub fn loopbacks() -> SysResult<Vec<u32>> {
+    // Of all masters, those of another kind never see such a packet.
+    let is_one = InterfaceFlags::IFF_LOOPBACK | InterfaceFlags::IFF_MASTER;
+    let names = list()?.filter(|it| it.flags.intersects(is_one)).map(|it| it.interface_name);
+    names.collect::<BTreeSet<_>>().iter().map(|name| index(name)).collect()
+}
+
+/// One entry for each address, that of the link layer among them.
+fn list() -> SysResult<InterfaceAddressIterator> {
+    nix::ifaddrs::getifaddrs().map_err(|errno| SysError { call: "list the addresses", errno })
 }
 
 /// Whether sockets here can have this address, or soon will: one of IPv6 is first looked for at its neighbours.
@@ -34,9 +53,7 @@ pub fn is_local(ip: IpAddr) -> SysResult<bool> {
 /// # Errors
 /// The kernel's answer.
 pub fn is_assigned(ip: IpAddr) -> SysResult<bool> {
-    let listed =
-        nix::ifaddrs::getifaddrs().map_err(|errno| SysError { call: "list the addresses", errno })?;
-    let mut addresses = listed.filter_map(|interface| interface.address);
+    let mut addresses = list()?.filter_map(|interface| interface.address);
     Ok(addresses.any(|address| match ip {
         IpAddr::V4(ip) => address.as_sockaddr_in().is_some_and(|it| it.ip() == ip),
         IpAddr::V6(ip) => address.as_sockaddr_in6().is_some_and(|it| it.ip() == ip),

@@ -189,6 +189,14 @@ pub fn bound_device(fd: BorrowedFd<'_>) -> SysResult<Vec<u8>> {
     Ok(name[..len].split(|byte| *byte == 0).next().unwrap_or_default().to_vec())
 }
 
+/// The index of that device; 0 where it is to none.
+///
+/// # Errors
+/// The kernel's answer.
+pub fn bound_index(fd: BorrowedFd<'_>) -> SysResult<u32> {
+    get(fd, libc::SOL_SOCKET, libc::SO_BINDTOIFINDEX, "get SO_BINDTOIFINDEX").map(i32::cast_unsigned)
+}
+
 /// Binds the socket to the device of this name.
 ///
 /// # Errors

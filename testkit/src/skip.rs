@@ -1,6 +1,6 @@
 //! Tests that cannot run here.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::Write;
 
 use anyhow::{Context, Result, ensure};
@@ -27,4 +27,15 @@ pub fn lacks(why: &str) -> Result<()> {
         list.context(LIST)?.write_all(line.as_bytes())?;
     }
     Ok(())
+}
+
+/// Whether this kernel is older than that version, such as `5.15`.
+#[must_use]
+pub fn is_before(version: &str) -> bool {
+    let number = |text: &str| {
+        let mut parts = text.trim().split(['.', '-']).map(|part| part.parse().unwrap_or(0_u32));
+        (parts.next(), parts.next().unwrap_or(0))
+    };
+    let running = fs::read_to_string("/proc/sys/kernel/osrelease").expect("the kernel's version");
+    number(&running) < number(version)
 }

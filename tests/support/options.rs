@@ -5,6 +5,7 @@ use std::os::fd::BorrowedFd;
 
 use soccr::kernel::options::{Care, Known, Level, TABLE};
 use soccr::kernel::sockopt;
+use soccr_testkit::skip::is_before;
 
 /// Those that come back.
 pub fn returning() -> impl Iterator<Item = &'static Known> {
@@ -28,14 +29,18 @@ pub fn get(socket: BorrowedFd<'_>, known: &Known) -> Option<Vec<u8>> {
     Some(value)
 }
 
-/// Gives every option that comes back, but these, another value than it has. Returns those that could not be changed.
+/// Gives every option that comes back and that this kernel has, but these, another value than it has. Returns those that could
+/// not be changed.
 pub fn change(socket: BorrowedFd<'_>, device: &str, but: &[&str]) -> Vec<&'static str> {
     let changed = |known: &Known| {
         let Some(before) = get(socket, known) else { return false };
         let tried = others(known, device).into_iter().filter(|value| set(socket, known, value));
         tried.into_iter().any(|_| get(socket, known).is_some_and(|now| now != before))
     };
-    let wanted = returning().filter(|known| !but.contains(&known.text));
+    // Kernels without a fix of 6.8 do not show this one.
+    let shows = |known: &Known| known.text != "SO_TIMESTAMPING_NEW" || get(socket, known).is_some();
+    let has = |known: &&Known| !is_before(known.since) && shows(known);
+    let wanted = returning().filter(|known| !but.contains(&known.text)).filter(has);
     wanted.filter(|known| !changed(known)).map(|known| known.text).collect()
 }
 

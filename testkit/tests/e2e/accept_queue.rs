@@ -12,8 +12,9 @@ use nix::sys::stat::Mode;
 use nix::unistd::mkfifo;
 use soccr_testkit::skip::lacks;
 use soccr_testkit::waiting::{Waiting, all_wait};
-use soccr_testkit::{Place, Server, Side, Stage};
+use soccr_testkit::{NetNs, Place, Server, Side, Stage};
 
+use crate::elsewhere::enter_vrf;
 use crate::world::{PATIENCE, PLUGIN, PLUGIN_IPTABLES, SERVER_V4, stage};
 
 const LATE: [&str; 3] = ["--mode", "echo", "--late"];
@@ -78,6 +79,29 @@ fn in_another_namespace() -> Result<()> {
 #[test]
 fn in_a_namespace_that_is_made_anew() -> Result<()> {
     frozen_and_thawed(Place::Dumped, SERVER_V4, PLUGIN)
+}
+
+/// Of a listener that is bound to this interface, as its connections are then.
+fn by(device: &str, listen: &str, enter: impl Fn(&NetNs) -> Result<()>) -> Result<()> {
+    let Some(mut stage) = stage(Place::Host, &[PLUGIN])? else { return Ok(()) };
+    enter(stage.host())?;
+    let Some(server) = late_server(&stage, listen, &["--device", device])? else { return Ok(()) };
+    let reach = SERVER_V4.replace(":0", &format!(":{}", server.address.port())).parse()?;
+    let mut clients = Waiting::connect_all(&stage, &server, reach, CLIENTS)?;
+    let server = stage.freeze_and_thaw(server, PLUGIN, PLUGIN)?;
+    wait_for_queue(&server)?;
+    all_go_on(&server, &mut clients)
+}
+
+#[test]
+fn at_a_listener_of_one_interface() -> Result<()> {
+    by("eth0", SERVER_V4, |_| Ok(()))
+}
+
+#[test]
+#[ignore = "needs a kernel with VRF: make kernels"]
+fn in_a_vrf() -> Result<()> {
+    by("red", "0.0.0.0:0", enter_vrf)
 }
 
 /// The queue is as before, and nothing is left.

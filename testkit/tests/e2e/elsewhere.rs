@@ -63,7 +63,7 @@ const RECORD: usize = 5 + 8 + 1 + 16;
 
 /// Puts the server's end of the wire into a VRF. A listener outside of it takes connections from inside, which are then
 /// bound to it.
-fn enter_vrf(host: &NetNs) -> Result<()> {
+pub fn enter_vrf(host: &NetNs) -> Result<()> {
     host.ip("link add red type vrf table 10")?;
     host.ip("link set red up")?;
     host.ip("link set eth0 master red")?;

@@ -3,6 +3,7 @@
 use std::fs;
 
 use anyhow::{Context, Result, ensure};
+use soccr_testkit::skip::{is_before, lacks};
 use soccr_testkit::sockets::tcp_sockets;
 use soccr_testkit::{Client, Place, Server};
 
@@ -13,6 +14,9 @@ const FRESH: u32 = 10;
 
 fn comes_back(warm: &str, expected: impl Fn(u32) -> u32) -> Result<()> {
     let Some(mut stage) = stage(Place::Host, &[PLUGIN])? else { return Ok(()) };
+    if is_before("5.15") {
+        return lacks("BPF iterators set no option of a connection before Linux 5.15");
+    }
     let decay = "/proc/sys/net/ipv4/tcp_slow_start_after_idle";
     stage.host().run(|| fs::write(decay, "0")).context(decay)?;
     let server = stage.serve(SERVER_V4, &["--mode", "echo"])?;

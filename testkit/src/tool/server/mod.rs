@@ -6,6 +6,7 @@ mod session;
 
 use std::cell::RefCell;
 use std::collections::HashMap;
+use std::ffi::OsString;
 use std::fs::File;
 use std::io::{ErrorKind, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
@@ -39,6 +40,9 @@ pub struct Options {
     /// Listen there too
     #[arg(long, value_name = "ADDR")]
     also: Vec<SocketAddr>,
+    /// Only for what arrives by this interface
+    #[arg(long, value_name = "INTERFACE")]
+    device: Option<OsString>,
     /// Be the client of that server (`--join child` does so)
     #[arg(long, value_name = "ADDR", hide = true)]
     connect: Option<SocketAddr>,
@@ -157,6 +161,9 @@ fn listen(address: SocketAddr, options: &Options) -> Result<TcpListener> {
     // The standard library's backlog is short, and a SYN that finds it full waits for a second.
     nix::sys::socket::listen(&listener, Backlog::MAXALLOWABLE)?;
     // Accepted sockets inherit these.
+    if let Some(device) = &options.device {
+        setsockopt(&listener, sockopt::BindToDevice, device)?;
+    }
     if let Some(bytes) = options.rcvbuf {
         setsockopt(&listener, sockopt::RcvBufForce, &bytes)?;
     }
