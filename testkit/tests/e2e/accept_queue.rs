@@ -226,6 +226,11 @@ fn a_handshake_that_ends_during_a_dump_that_leaves_the_server_running() -> Resul
     handshakes_end_meanwhile(1, &[], true)
 }
 
+#[test]
+fn handshakes_with_a_group_of_listeners_that_end_during_the_dump() -> Result<()> {
+    handshakes_end_meanwhile(16, &["--group", "2"], false)
+}
+
 /// It is too late to refuse the dump. Of what does not fit the peer hears; where the server runs on, nothing has to fit.
 #[test]
 fn a_late_one_that_cannot_be_carried_is_reset() -> Result<()> {
@@ -466,6 +471,17 @@ fn urgent_data_is_refused_and_nothing_lost() -> Result<()> {
     // As ever, the urgent byte is not read with the others.
     expect(&mut clients[1], b"\x01earlymore")?;
     is_served(&mut clients[2], 2)
+}
+
+/// Whichever of a group's listeners the kernel chooses.
+#[test]
+fn of_a_group_of_listeners() -> Result<()> {
+    let Some(mut stage) = stage(Place::Host, &[PLUGIN])? else { return Ok(()) };
+    let Some(mut server) = late_server(&stage, SERVER_V4, &["--group", "2"])? else { return Ok(()) };
+    let mut clients = (0..16).map(|_| waits(&stage, server.address)).collect::<Result<Vec<_>>>()?;
+    all_wait(&server, 16)?;
+    server = stage.freeze_and_thaw(server, PLUGIN, PLUGIN)?;
+    all_are_served_somehow(&stage, &server, &mut clients)
 }
 
 /// A policy means them, too: by name, and whether the client hears of it.

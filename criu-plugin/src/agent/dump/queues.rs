@@ -50,19 +50,21 @@ pub fn listeners(unconnected: &[Unconnected]) -> Result<Vec<Listener>, AgentErro
 /// sends is held, and the old listener makes a connection of it as long as it is there.
 #[derive(Debug)]
 pub struct Request {
-    pub listener: Listener,
+    /// Those that hear its client, at least one: which of them the kernel has chosen (the one with the closest address, any of
+    /// a group with SO_REUSEPORT) nobody tells.
+    pub listeners: Vec<Listener>,
     pub tuple: FourTuple,
 }
 
 impl Request {
     /// Where it is to be locked.
     pub fn end(&self) -> (NetNs, FourTuple) {
-        (self.listener.ns.clone(), self.tuple)
+        (self.listeners[0].ns.clone(), self.tuple)
     }
 
     /// Where segments for it arrive.
     pub fn target(&self) -> (BorrowedFd<'_>, FourTuple) {
-        (self.listener.socket.as_fd(), self.tuple)
+        (self.listeners[0].socket.as_fd(), self.tuple)
     }
 }
 
@@ -85,8 +87,10 @@ pub fn requests(listeners: &[Listener]) -> Vec<Request> {
         }
         for tuple in found {
             let hears = |it: &&Listener| it.ns == *ns && accept_queue::hears(it.local, tuple.local);
-            let listener = listeners.iter().find(hears).cloned();
-            requests.extend(listener.map(|listener| Request { listener, tuple }));
+            let listeners: Vec<Listener> = listeners.iter().filter(hears).cloned().collect();
+            if !listeners.is_empty() {
+                requests.push(Request { listeners, tuple });
+            }
         }
     }
     requests

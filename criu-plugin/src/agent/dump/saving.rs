@@ -435,7 +435,7 @@ impl Saved {
             return;
         }
         let mut listeners: Vec<Listener> = Vec::new();
-        for Request { listener, .. } in requests {
+        for listener in requests.into_iter().flat_map(|request| request.listeners) {
             if listeners.iter().all(|other| other.inode() != listener.inode()) {
                 listeners.push(listener);
             }
