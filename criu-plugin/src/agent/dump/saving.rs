@@ -305,16 +305,22 @@ impl<'a> Saving<'a> {
 
     /// What the clients of handshakes that are not over send is held, so that none gets into a queue any more.
     fn hold_requests(&mut self, listeners: &[Listener]) -> Result<(), AgentError> {
-        if self.options.method != Method::Nftables || self.held.holder.patience.is_zero() {
+        let requests = queues::requests(listeners);
+        if requests.is_empty() {
             return Ok(());
         }
-        let requests = queues::requests(listeners);
-        requests.iter().try_for_each(|it| self.refuse(it.tuple, &"its handshake is not over"))?;
-        if !requests.is_empty() {
-            self.held.tasks.iter().for_each(|task| self.held.recorder.add_task(task.pid));
-            self.lock_late(&requests.iter().map(Request::end).collect::<Vec<_>>())?;
-            self.held.requests.extend(requests);
+        if self.options.method != Method::Nftables || self.held.holder.patience.is_zero() {
+            log::warn!(
+                "{} handshakes are not over, and their clients may be reset: what they send is held with SOCCR_LOCK=nftables \
+                 and SOCCR_HOLD only",
+                requests.len()
+            );
+            return Ok(());
         }
+        requests.iter().try_for_each(|it| self.refuse(it.tuple, &"its handshake is not over"))?;
+        self.held.tasks.iter().for_each(|task| self.held.recorder.add_task(task.pid));
+        self.lock_late(&requests.iter().map(Request::end).collect::<Vec<_>>())?;
+        self.held.requests.extend(requests);
         Ok(())
     }
 
