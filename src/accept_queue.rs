@@ -16,13 +16,14 @@
 
 use std::fs;
 use std::io;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::OnceLock;
 
 use crate::connection::{ControlBlock, FourTuple, State};
 use crate::forge::{Forge, ForgeError, Kind, MARK, Segment, Way, header_window};
 use crate::kernel::btf::Btf;
+use crate::kernel::diag::{Family, Unaccepted};
 use crate::kernel::netlink::NetlinkSocket;
 use crate::kernel::netns::{NetNs, NetNsError};
 use crate::kernel::reqsk::{self, Ack, Answer, Requests};
@@ -46,24 +47,63 @@ pub fn take(listener: BorrowedFd<'_>) -> Result<Option<OwnedFd>, SysError> {
     tcp::accept(listener)
 }
 
+/// What waits to be accepted by a listener at `local`, or by others there: which of them has what, nobody tells.
+///
+/// # Errors
+/// The kernel's answer.
+pub fn look(local: SocketAddr) -> Result<Vec<Unaccepted>, SysError> {
+    let family = if local.is_ipv4() { Family::Ipv4 } else { Family::Ipv6 };
+    let mut found = diag::unaccepted(family, local.port())?;
+    found.retain(|seen| hears(local, seen.tuple.local));
+    Ok(found)
+}
+
+/// Whether a listener at `local` gets connections to `end`, as far as addresses tell.
+#[must_use]
+pub fn hears(local: SocketAddr, end: SocketAddr) -> bool {
+    let own = local.ip();
+    local.port() == end.port() && (own.is_unspecified() || own.to_canonical() == end.ip().to_canonical())
+}
+
+/// Why a connection that stands in a queue could not be put back into one, if so.
+#[must_use]
+pub fn unfit_in_queue(seen: &Unaccepted) -> Option<&'static str> {
+    let wire = seen.tuple.on_wire();
+    // Where the segments are small for another reason than the peer's limit, that limit does not show.
+    unfit_addresses(&wire)
+        .or(unfit_state(State::try_from(seen.state).ok()))
+        .or(unfit_segment(&wire, seen.segment))
+}
+
 /// Why such a connection cannot be put back into a queue, if so.
 #[must_use]
 pub fn unfit(tuple: &FourTuple, tcp: &ControlBlock) -> Option<&'static str> {
     let wire = tuple.on_wire();
-    let least = if wire.local.is_ipv4() { 536 } else { 1220 };
-    if let Some(why) = wire.impossible() {
-        Some(why)
-    } else if !matches!(tcp.state, State::Established | State::CloseWait) {
-        Some("it is in a state in which no connection waits to be accepted")
-    } else if tcp.send_len != 0 {
-        Some("it has sent bytes before it was accepted")
-    } else if !(least..=u32::from(u16::MAX)).contains(&tcp.negotiated.mss_clamp) {
-        Some("the kernel makes no connection of this segment size in an accept queue")
-    } else if matches!(wire.local.ip(), IpAddr::V6(ip) if ip.is_unicast_link_local()) {
-        Some("a link-local address belongs to an interface, and the accept queue is reached by another")
-    } else {
-        None
+    unfit_addresses(&wire)
+        .or(unfit_state(Some(tcp.state)))
+        .or((tcp.send_len != 0).then_some("it has sent bytes before it was accepted"))
+        .or(unfit_segment(&wire, tcp.negotiated.mss_clamp))
+}
+
+fn unfit_addresses(wire: &FourTuple) -> Option<&'static str> {
+    let link_local = matches!(wire.local.ip(), IpAddr::V6(ip) if ip.is_unicast_link_local());
+    wire.impossible().or(link_local.then_some(
+        "a link-local address belongs to an interface, and the accept queue is reached by another",
+    ))
+}
+
+fn unfit_state(state: Option<State>) -> Option<&'static str> {
+    match state {
+        Some(State::Established | State::CloseWait) => None,
+        None => Some("its handshake is not over (TCP Fast Open)"),
+        Some(_) => Some("it is in a state in which no connection waits to be accepted"),
     }
+}
+
+fn unfit_segment(wire: &FourTuple, segment: u32) -> Option<&'static str> {
+    let least = if wire.local.is_ipv4() { 536 } else { 1220 };
+    let fits = (least..=u32::from(u16::MAX)).contains(&segment);
+    (!fits).then_some("the kernel makes no connection of this segment size in an accept queue")
 }
 
 /// The environment variable that chooses the [`Fallback`].
@@ -212,7 +252,7 @@ impl AcceptQueues {
     }
 
     /// Appends a connection to the queue of `listener`, a socket of this namespace. `unread` are the bytes of its receive
-    /// queue.
+    /// queue; `urgent` is the place among them of the urgent one, if any.
     ///
     /// # Errors
     /// [`PutError`]. Where only bytes are missing the connection is in the queue, without them.
@@ -223,16 +263,19 @@ impl AcceptQueues {
         tuple: &FourTuple,
         tcp: &ControlBlock,
         unread: &[u8],
+        urgent: Option<usize>,
     ) -> Result<(), PutError> {
         let long =
             (unread.len() != tcp.recv_len as usize).then_some("its bytes are not as many as announced");
-        if let Some(what) = unfit(tuple, tcp).or(long) {
+        let beyond = urgent.filter(|urgent| *urgent >= unread.len()).and(Some("no byte is urgent"));
+        if let Some(what) = unfit(tuple, tcp).or(long).or(beyond) {
             return Err(PutError::Unfit { tuple: *tuple, what });
         }
         let sys = |source| PutError::Sys { tuple: *tuple, source };
         let device = sockopt::bound_index(listener).map_err(sys)?;
         let way = Way { ns: self.ns.clone(), device: sockopt::bound_device(listener).map_err(sys)? };
-        Putting { queues: self, forge, way, device, tuple, tcp, wire: tuple.on_wire() }.run(listener, unread)
+        Putting { queues: self, forge, way, device, tuple, tcp, urgent, wire: tuple.on_wire() }
+            .run(listener, unread)
     }
 }
 
@@ -244,6 +287,7 @@ struct Putting<'a> {
     device: u32,
     tuple: &'a FourTuple,
     tcp: &'a ControlBlock,
+    urgent: Option<usize>,
     wire: FourTuple,
 }
 
@@ -297,10 +341,13 @@ impl Putting<'_> {
         const SMALLEST: usize = 64;
         let (mut taken, mut piece) = (0, LARGEST);
         while taken < unread.len() {
-            let end = unread.len().min(taken + piece);
+            let urgent = self.urgent.filter(|urgent| (taken..taken + piece).contains(urgent));
+            let end = urgent.map_or(unread.len().min(taken + piece), |urgent| urgent + 1);
+            let kind = if urgent.is_some() { Kind::Urgent } else { Kind::Ack };
             let seq = u32::try_from(taken).unwrap_or(u32::MAX).wrapping_add(self.first_seq());
             let arrived = || Ok(self.receiving()?.is_some_and(|now| now.unread as usize >= end));
-            if self.send(&self.segment(seq, &unread[taken..end]), arrived)? {
+            let segment = Segment { kind, ..self.segment(seq, &unread[taken..end]) };
+            if self.send(&segment, arrived)? {
                 taken = end;
             } else if piece > SMALLEST {
                 piece = if piece > BESIDE { (piece + BESIDE) / 2 - BESIDE } else { piece / 2 };

@@ -41,6 +41,8 @@ pub(crate) struct Segment<'a> {
 pub(crate) enum Kind {
     Fin,
     Ack,
+    /// An ACK whose last byte is urgent.
+    Urgent,
     Rst,
     /// Answers a SYN that asks for ECN, and agrees to this.
     SynAck(Negotiated),
@@ -351,6 +353,11 @@ impl Segment<'_> {
         header[12] = words << 4;
         header[13] = self.kind.flags() | if self.data.is_empty() { 0 } else { PSH };
         header[14..16].copy_from_slice(&self.window.to_be_bytes());
+        if self.kind == Kind::Urgent {
+            // Where BSD has it, and Linux unless net.ipv4.tcp_stdurg is set: behind the byte.
+            let behind = u16::try_from(self.data.len()).unwrap_or(u16::MAX);
+            header[18..20].copy_from_slice(&behind.to_be_bytes());
+        }
         header.extend(options);
         header.extend(self.data);
         header
@@ -363,10 +370,12 @@ impl Kind {
         const SYN: u8 = 0x02;
         const RST: u8 = 0x04;
         const ACK: u8 = 0x10;
+        const URG: u8 = 0x20;
         const ECE: u8 = 0x40;
         match self {
             Self::Fin => FIN | ACK,
             Self::Ack => ACK,
+            Self::Urgent => ACK | URG,
             Self::Rst => RST,
             Self::SynAck(_) => SYN | ACK | ECE,
         }
@@ -375,7 +384,7 @@ impl Kind {
     fn name(self) -> &'static str {
         match self {
             Self::Fin => "FIN",
-            Self::Ack => "ACK",
+            Self::Ack | Self::Urgent => "ACK",
             Self::Rst => "RST",
             Self::SynAck(_) => "SYN-ACK",
         }

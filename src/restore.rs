@@ -586,7 +586,7 @@ impl Restoring<'_> {
             window: match kind {
                 // As repair mode leaves it: nothing is sent, nor cut to its size, until the windows are set.
                 Kind::SynAck(_) => 0,
-                Kind::Ack | Kind::Fin | Kind::Rst => self.header_window(),
+                Kind::Ack | Kind::Urgent | Kind::Fin | Kind::Rst => self.header_window(),
             },
         };
         self.forged(self.forge.deliver(self.fd, &segment, reaches))

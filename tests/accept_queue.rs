@@ -84,7 +84,7 @@ fn put_all(queues: &AcceptQueues, listener: &TcpListener, taken: &[Taken]) {
     let forge = Forge::new();
     for connection in taken {
         queues
-            .put(&forge, listener.as_fd(), &connection.tuple, &connection.tcp, &connection.queues.recv)
+            .put(&forge, listener.as_fd(), &connection.tuple, &connection.tcp, &connection.queues.recv, None)
             .unwrap_or_else(|error| panic!("{}", soccr::chain(&error)));
     }
     forge.finish().expect("no rule is left");
@@ -216,7 +216,8 @@ fn a_full_accept_queue_is_named() {
         let _other = connect(listener.local_addr().unwrap());
         wait_until("the other is queued", || accept_queue::waiting(listener.as_fd()) == Ok(1));
         let (forge, it) = (Forge::new(), &taken[0]);
-        let error = queues.put(&forge, listener.as_fd(), &it.tuple, &it.tcp, &it.queues.recv).unwrap_err();
+        let error =
+            queues.put(&forge, listener.as_fd(), &it.tuple, &it.tcp, &it.queues.recv, None).unwrap_err();
         assert!(soccr::chain(&error).to_string().contains("the queue is full"), "{error}");
         forge.finish().expect("no rule is left");
         lock.unlock().expect("unlock");

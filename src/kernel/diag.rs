@@ -97,6 +97,8 @@ pub enum Kind {
     Connected,
     /// Handshakes that wait for their last ACK; they are no sockets yet.
     Opening,
+    /// Those that can stand in an accept queue, and [`Opening`](Self::Opening).
+    Unaccepted,
 }
 
 /// What the monitor tells of a TCP socket.
@@ -182,11 +184,54 @@ fn of_both_families<T>(kind: Kind, read: impl Fn(&[u8]) -> Option<T>) -> SysResu
     Ok(all)
 }
 
+/// A connection that no program has accepted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Unaccepted {
+    /// Both ends.
+    pub tuple: FourTuple,
+    /// The state's number. SYN_RECV: TCP Fast Open has put it into the queue before its handshake was over.
+    pub state: u8,
+    /// The largest segment that it sends now, options included.
+    pub segment: u32,
+}
+
+/// The connections in the current network namespace that wait to be accepted at a port, by listeners of one family.
+///
+/// # Errors
+/// As [`for_each`].
+pub fn unaccepted(family: Family, port: u16) -> SysResult<Vec<Unaccepted>> {
+    let mut all = Vec::new();
+    dump(Filter { family, kind: Kind::Unaccepted, local_port: Some(port) }, |message| {
+        // Only a socket has these; a request has not, and is in no queue yet.
+        if word(message, INODE)? == 0
+            && let Some(info) = attribute(message, TCP_INFO)
+        {
+            all.push(unaccepted_of(message, info)?);
+        }
+        Some(())
+    })?;
+    Ok(all)
+}
+
+fn unaccepted_of(message: &[u8], info: &[u8]) -> Option<Unaccepted> {
+    const TIMESTAMPS: u8 = 1;
+    const TIMESTAMPS_LEN: u32 = 12;
+    // `tcpi_options`, `tcpi_snd_mss`.
+    let options = if info.get(5)? & TIMESTAMPS == 0 { 0 } else { TIMESTAMPS_LEN };
+    let tuple = FourTuple { local: end(message, 4, 8)?, remote: end(message, 6, 24)? };
+    Some(Unaccepted { tuple, state: *message.get(1)?, segment: word(info, 16)? + options })
+}
+
+/// INET_DIAG_INFO: a `struct tcp_info`.
+const TCP_INFO: u16 = 2;
+
+fn attribute(message: &[u8], wanted: u16) -> Option<&[u8]> {
+    Some(Attributes::new(message.get(REPLY..)?).find(wanted).ok()??.bytes())
+}
+
 fn listener(message: &[u8]) -> Option<Listener> {
     const SKV6ONLY: u16 = 11;
-    let v6only = Attributes::new(message.get(REPLY..)?)
-        .flatten()
-        .any(|(kind, value)| kind == SKV6ONLY && value.bytes() != [0]);
+    let v6only = attribute(message, SKV6ONLY).is_some_and(|value| value != [0]);
     let local = end(message, 4, 8)?;
     Some(Listener { local, v6only, device: word(message, DEVICE)?, inode: word(message, INODE)? })
 }
@@ -220,10 +265,12 @@ fn dump(filter: Filter, mut each: impl FnMut(&[u8]) -> Option<()>) -> SysResult<
     const CONNECTED: u32 = 1 << 1 | 1 << 2 | 1 << 4 | 1 << 5 | 1 << 8 | 1 << 9 | 1 << 11;
     const LISTEN: u32 = 1 << 10;
     const SYN_RECV: u32 = 1 << 3;
+    const ESTABLISHED_OR_CLOSE_WAIT: u32 = 1 << 1 | 1 << 8;
     let states = match filter.kind {
         Kind::Listening => LISTEN,
         Kind::Connected => CONNECTED,
         Kind::Opening => SYN_RECV,
+        Kind::Unaccepted => SYN_RECV | ESTABLISHED_OR_CLOSE_WAIT,
     };
     let mut id = [0; SOCK_ID];
     id[..2].copy_from_slice(&filter.local_port.unwrap_or(0).to_be_bytes());

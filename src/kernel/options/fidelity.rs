@@ -79,6 +79,8 @@ const LISTENERS: &str = "
 |---|---|---|---|---|
 | a connection that nobody has accepted | 6.9, with BTF, and net.ipv4.tcp_syncookies not 0 | the dump fails | carried: in its queue, in its order, with what it has sent | `accept_queue::over_ipv4`, `accept_queue::over_ipv6` |
 | the same elsewhere | any | the dump fails | the dump fails, or `SOCCR_ACCEPT_QUEUE=reset` resets it | `accept_queue::where_it_cannot_be_carried` |
+| the same at an IPv6 link-local address, with segments below 536 bytes (IPv6: 1220), or with urgent data | as above | the dump fails | the dump fails by name, and the queue is as it was; or `SOCCR_ACCEPT_QUEUE=reset` resets it | `accept_queue::a_small_segment_size_is_refused_and_nothing_lost`, `accept_queue::urgent_data_is_refused_and_nothing_lost` |
+| one that TCP Fast Open has put there before its handshake is over | as above | the dump fails | likewise | `accept_queue::a_fast_opened_handshake_is_refused_and_nothing_lost` |
 | a handshake that is not over (SYN_RECV) | as above | the client is reset | carried if the client's ACK comes before the dump's end; else the client is reset | `accept_queue::a_handshake_that_ends_during_the_dump` |
 | the same with `SOCCR_LOCK=iptables`, `SOCCR_LOCK=skip` or `SOCCR_HOLD=off` | any | the client is reset | as with stock: nobody holds what its client sends. An ACK that comes before CRIU has looked at the listener fails the dump; after a later one the client is reset | |
 | a client of a listener with TCP_DEFER_ACCEPT that has sent nothing | as above | the client is reset | a handshake that is not over: carried if its first bytes come before the dump's end; else the client is reset when it sends some | `at_a_listener_that_waits_for_bytes` |

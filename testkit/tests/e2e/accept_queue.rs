@@ -1,16 +1,21 @@
 //! Connections that the server has not accepted when it is frozen.
 
 use std::fs;
-use std::io::{Read, Write};
-use std::net::TcpStream;
+use std::io::{ErrorKind, Read, Write};
+use std::net::{SocketAddr, TcpStream};
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
+use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, SockaddrStorage, send, sendto, socket};
 use nix::sys::stat::Mode;
 use nix::unistd::mkfifo;
+use soccr::kernel::sockopt;
 use soccr_testkit::skip::lacks;
+use soccr_testkit::sockets::{TaskSocket, state, tcp_sockets};
+use soccr_testkit::task::wait_until;
 use soccr_testkit::waiting::{Waiting, all_wait};
 use soccr_testkit::{NetNs, Place, Server, Side, Stage};
 
@@ -159,27 +164,21 @@ fn where_it_cannot_be_carried() -> Result<()> {
     call.dump_and_wait(server.task)?;
     for client in &mut clients {
         let error = client.read().err().map(|error| error.kind());
-        ensure!(error == Some(std::io::ErrorKind::ConnectionReset), "a client sees {error:?}");
+        ensure!(error == Some(ErrorKind::ConnectionReset), "a client sees {error:?}");
     }
     let server = stage.thaw(address, PLUGIN, &images)?;
     stage.wait_until_clean(Some(&server))
 }
 
-/// The client's last ACK of its handshake comes when the server is frozen, with a few bytes: no earlier, since a rule on the
-/// client's host drops it until criu calls its script.
-fn handshake_ends_meanwhile(leave_running: bool) -> Result<()> {
-    let Some(mut stage) = stage(Place::Host, &[PLUGIN])? else { return Ok(()) };
-    let Some(server) = late_server(&stage, SERVER_V4, &[])? else { return Ok(()) };
-    let rule = format!(
-        "table inet late {{ chain out {{ type filter hook output priority 0; \
-         tcp dport {} tcp flags & (syn | ack) == ack drop; }}; }}",
-        server.address.port()
-    );
-    ensure!(stage.peer.command("nft").arg(rule).status()?.success(), "no rule");
-    let mut client = stage.peer.run(|| TcpStream::connect(server.address))?;
-    client.set_read_timeout(Some(PATIENCE))?;
-    all_wait(&server, 0)?;
-
+/// Dumps a server whose clients' last ACKs of their handshakes, with a few bytes, come when it is frozen: no earlier, since a
+/// rule on the clients' host drops them until criu calls its script.
+fn dump_meanwhile(
+    stage: &Stage,
+    server: Server,
+    clients: &mut [TcpStream],
+    images: &Path,
+    leave_running: bool,
+) -> Result<Option<Server>> {
     let [go, done] = ["go", "done"].map(|name| stage.dir().join(name));
     let script = stage.dir().join("script");
     let (first, then) = (go.display(), done.display());
@@ -191,16 +190,15 @@ fn handshake_ends_meanwhile(leave_running: bool) -> Result<()> {
     for fifo in [&go, &done] {
         mkfifo(fifo, Mode::S_IRWXU)?;
     }
-    let images = stage.images()?;
-    let address = server.address;
-    let server = std::thread::scope(|scope| -> Result<Option<Server>> {
+    let peer = &stage.peer;
+    std::thread::scope(|scope| {
         let ends = scope.spawn(|| -> Result<()> {
             fs::read(&go)?;
-            ensure!(stage.peer.command("nft").args(["delete", "table", "inet", "late"]).status()?.success());
-            client.write_all(b"early")?;
+            let_acks_pass(peer)?;
+            clients.iter_mut().try_for_each(|client| client.write_all(b"early"))?;
             Ok(fs::write(&done, "\n")?)
         });
-        let call = stage.dump(PLUGIN, server.pid(), &images).arg("--action-script").arg(&script);
+        let call = stage.dump(PLUGIN, server.pid(), images).arg("--action-script").arg(&script);
         let left = if leave_running {
             call.arg("--leave-running").run()?;
             Some(server)
@@ -210,28 +208,293 @@ fn handshake_ends_meanwhile(leave_running: bool) -> Result<()> {
         };
         ends.join().expect("no panic")?;
         Ok(left)
-    })?;
-    let server = match server {
+    })
+}
+
+fn handshakes_end_meanwhile(count: u8, args: &[&str], leave_running: bool) -> Result<()> {
+    let Some(mut stage) = stage(Place::Host, &[PLUGIN])? else { return Ok(()) };
+    let Some(server) = late_server(&stage, SERVER_V4, args)? else { return Ok(()) };
+    hold_back_acks(&stage, &server)?;
+    let mut clients = (0..count).map(|_| connect(&stage, server.address)).collect::<Result<Vec<_>>>()?;
+    all_wait(&server, 0)?;
+    let (address, images) = (server.address, stage.images()?);
+    let server = match dump_meanwhile(&stage, server, &mut clients, &images, leave_running)? {
         Some(server) => server,
         None => stage.thaw(address, PLUGIN, &images)?,
     };
-    stage.wait_until_clean(Some(&server))?;
-    all_wait(&server, 1)?;
-    server.release()?;
-    let mut said = [1; 6];
-    client.read_exact(&mut said)?;
-    ensure!(&said == b"\0early", "{said:?}");
+    all_are_served_somehow(&stage, &server, &mut clients)
+}
+
+fn hold_back_acks(stage: &Stage, server: &Server) -> Result<()> {
+    let rule = format!(
+        "table inet late {{ chain out {{ type filter hook output priority 0; \
+         tcp dport {} tcp flags & (syn | ack) == ack drop; }}; }}",
+        server.address.port()
+    );
+    ensure!(stage.peer.command("nft").arg(rule).status()?.success(), "no rule");
+    Ok(())
+}
+
+fn let_acks_pass(peer: &NetNs) -> Result<()> {
+    ensure!(peer.command("nft").args(["delete", "table", "inet", "late"]).status()?.success());
     Ok(())
 }
 
 #[test]
 fn a_handshake_that_ends_during_the_dump() -> Result<()> {
-    handshake_ends_meanwhile(false)
+    handshakes_end_meanwhile(1, &[], false)
 }
 
 #[test]
 fn a_handshake_that_ends_during_a_dump_that_leaves_the_server_running() -> Result<()> {
-    handshake_ends_meanwhile(true)
+    handshakes_end_meanwhile(1, &[], true)
+}
+
+#[test]
+fn handshakes_with_a_group_of_listeners_that_end_during_the_dump() -> Result<()> {
+    handshakes_end_meanwhile(16, &["--group", "2"], false)
+}
+
+/// It is too late to refuse the dump. Of what does not fit the peer hears; where the server runs on, nothing has to fit.
+#[test]
+fn a_late_one_that_cannot_be_carried_is_reset() -> Result<()> {
+    for leave_running in [false, true] {
+        let Some(mut stage) = stage(Place::Host, &[PLUGIN])? else { return Ok(()) };
+        let Some(server) = late_server(&stage, SERVER_V4, &[])? else { return Ok(()) };
+        hold_back_acks(&stage, &server)?;
+        let mut clients = vec![connect(&stage, server.address)?];
+        for small in ["add", "del"] {
+            stage.peer.ip(&format!("route {small} {} dev eth0 advmss 500", server.address.ip()))?;
+            clients.push(connect(&stage, server.address)?);
+        }
+        let (address, images) = (server.address, stage.images()?);
+        if let Some(server) = dump_meanwhile(&stage, server, &mut clients, &images, leave_running)? {
+            all_are_served_somehow(&stage, &server, &mut clients)?;
+            continue;
+        }
+        let log = fs::read_to_string(images.join("dump.log"))?;
+        let name = format!("{}, which nobody has accepted: ", clients[1].local_addr()?);
+        ensure!(log.lines().any(|line| line.contains(&name) && line.ends_with("it is reset")), "{log}");
+        let server = stage.thaw(address, PLUGIN, &images)?;
+        let error = clients.remove(1).read(&mut [0]).err().map(|error| error.kind());
+        ensure!(error == Some(ErrorKind::ConnectionReset), "the client sees {error:?}");
+        all_are_served_somehow(&stage, &server, &mut clients)?;
+    }
+    Ok(())
+}
+
+/// A client on the other host that waits, after a few bytes.
+fn waits(stage: &Stage, to: SocketAddr) -> Result<TcpStream> {
+    let mut client = connect(stage, to)?;
+    client.write_all(b"early")?;
+    Ok(client)
+}
+
+fn connect(stage: &Stage, to: SocketAddr) -> Result<TcpStream> {
+    let client = stage.peer.run(|| TcpStream::connect(to))?;
+    client.set_read_timeout(Some(PATIENCE))?;
+    Ok(client)
+}
+
+/// The server accepts it at this place, and it goes on.
+fn is_served(client: &mut TcpStream, place: u8) -> Result<()> {
+    expect(client, &[&[place], &b"early"[..]].concat())?;
+    client.write_all(b"later")?;
+    expect(client, b"later")
+}
+
+fn expect(client: &mut TcpStream, wanted: &[u8]) -> Result<()> {
+    let mut said = vec![0xff; wanted.len()];
+    client.read_exact(&mut said)?;
+    ensure!(said == wanted, "{said:?} and not {wanted:?}");
+    Ok(())
+}
+
+/// Sets an option of the listener.
+fn set_option(server: &Server, level: i32, name: i32, value: &[u8]) -> Result<()> {
+    for socket in tcp_sockets(server.pid())? {
+        if socket.state()? == state::LISTEN {
+            sockopt::set_bytes(socket.as_fd(), level, name, value)?;
+        }
+    }
+    Ok(())
+}
+
+/// A dump that names the connection which it does not carry, and why.
+fn refused(stage: &Stage, server: &Server, who: &TcpStream, why: &str) -> Result<()> {
+    let images = stage.images()?;
+    ensure!(stage.dump(PLUGIN, server.pid(), &images).run().is_err(), "the queue was dumped");
+    let log = fs::read_to_string(images.join("dump.log"))?;
+    let name = format!("{}, which nobody has accepted", who.local_addr()?);
+    let named = log.lines().any(|line| line.contains(&name) && line.contains(why));
+    ensure!(named, "the log does not name {name}:\n{log}");
+    Ok(())
+}
+
+/// All are where they were, and are served in their order.
+fn all_are_served(stage: &Stage, server: &Server, clients: &mut [TcpStream]) -> Result<()> {
+    stage.wait_until_clean(Some(server))?;
+    all_wait(server, u8::try_from(clients.len())?)?;
+    server.release()?;
+    (0..).zip(clients).try_for_each(|(place, client)| is_served(client, place))
+}
+
+/// All are where they were, and are served in any order.
+fn all_are_served_somehow(stage: &Stage, server: &Server, clients: &mut [TcpStream]) -> Result<()> {
+    stage.wait_until_clean(Some(server))?;
+    all_wait(server, u8::try_from(clients.len())?)?;
+    server.release()?;
+    for client in clients {
+        client.read_exact(&mut [0])?;
+        expect(client, b"early")?;
+    }
+    Ok(())
+}
+
+/// The one that cannot be carried waits between two that can.
+fn one_is_refused(address: &str, to: [&str; 3], why: &str) -> Result<()> {
+    let Some(stage) = stage(Place::Host, &[PLUGIN])? else { return Ok(()) };
+    let Some(server) = late_server(&stage, address, &[])? else { return Ok(()) };
+    let port = server.address.port();
+    let mut clients = Vec::new();
+    for to in to {
+        clients.push(waits(&stage, format!("{to}:{port}").parse()?)?);
+    }
+    refused(&stage, &server, &clients[1], why)?;
+    all_are_served(&stage, &server, &mut clients)
+}
+
+#[test]
+fn a_link_local_address_is_refused_and_nothing_lost() -> Result<()> {
+    one_is_refused("[::]:0", ["[fd09::1]", "[fe80::1%2]", "[fd09::1]"], "link-local")
+}
+
+#[test]
+fn a_small_segment_size_is_refused_and_nothing_lost() -> Result<()> {
+    for (address, size) in [("[fd09::1]:0", 1000), (SERVER_V4, 500)] {
+        let Some(stage) = stage(Place::Host, &[PLUGIN])? else { return Ok(()) };
+        let Some(server) = late_server(&stage, address, &[])? else { return Ok(()) };
+        let mut clients = vec![waits(&stage, server.address)?];
+        stage.peer.ip(&format!("route add {} dev eth0 advmss {size}", server.address.ip()))?;
+        clients.push(waits(&stage, server.address)?);
+        refused(&stage, &server, &clients[1], "segment size")?;
+        all_are_served(&stage, &server, &mut clients)?;
+    }
+    Ok(())
+}
+
+/// Those that cannot be carried; the others come back.
+#[test]
+fn where_they_cannot_be_carried_they_are_reset_if_so_wished() -> Result<()> {
+    let Some(mut stage) = stage(Place::Host, &[PLUGIN])? else { return Ok(()) };
+    let Some(server) = late_server(&stage, SERVER_V4, &[])? else { return Ok(()) };
+    let mut clients: Vec<_> = (0..2).map(|_| waits(&stage, server.address)).collect::<Result<_>>()?;
+    send(clients[1].as_raw_fd(), b"!", MsgFlags::MSG_OOB)?;
+    stage.peer.ip(&format!("route add {} dev eth0 advmss 500", server.address.ip()))?;
+    clients.push(waits(&stage, server.address)?);
+    for client in &clients {
+        wait_until("all has arrived", PATIENCE, || Ok(TaskSocket::of(client)?.unacked()? == 0))?;
+    }
+    all_wait(&server, 3)?;
+    let (address, images) = (server.address, stage.images()?);
+    let dump = stage.dump(PLUGIN, server.pid(), &images).env("SOCCR_ACCEPT_QUEUE", "reset");
+    dump.dump_and_wait(server.task)?;
+    let server = stage.thaw(address, PLUGIN, &images)?;
+    for mut client in clients.drain(1..) {
+        let error = client.read(&mut [0]).err().map(|error| error.kind());
+        ensure!(error == Some(ErrorKind::ConnectionReset), "a client sees {error:?}");
+    }
+    all_are_served(&stage, &server, &mut clients)
+}
+
+/// TCP Fast Open puts a connection into the queue whose handshake is not over.
+#[test]
+fn a_fast_opened_handshake_is_refused_and_nothing_lost() -> Result<()> {
+    let Some(mut stage) = stage(Place::Host, &[PLUGIN])? else { return Ok(()) };
+    // Without a cookie: the client, and all listeners of the server.
+    for (ns, value) in [(&stage.peer, "5"), (stage.host(), "1539")] {
+        ns.run(|| fs::write("/proc/sys/net/ipv4/tcp_fastopen", value))?;
+    }
+    let Some(mut server) = late_server(&stage, SERVER_V4, &[])? else { return Ok(()) };
+    let before = waits(&stage, server.address)?;
+    all_wait(&server, 1)?;
+    hold_back_acks(&stage, &server)?;
+    let mut client = stage.peer.run(|| fast_open(server.address))?;
+    client.set_read_timeout(Some(PATIENCE))?;
+    all_wait(&server, 2)?;
+    refused(&stage, &server, &client, "Fast Open")?;
+    let_acks_pass(&stage.peer)?;
+    client.write_all(b"y")?;
+    wait_until("the handshake is over", PATIENCE, || Ok(TaskSocket::of(&client)?.unacked()? == 0))?;
+    // It is as any other then.
+    stage.wait_until_clean(Some(&server))?;
+    server = stage.freeze_and_thaw(server, PLUGIN, PLUGIN)?;
+    all_are_served(&stage, &server, &mut [before, client])
+}
+
+/// A client whose SYN has the first bytes.
+fn fast_open(to: SocketAddr) -> Result<TcpStream> {
+    let socket = socket(AddressFamily::Inet, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
+    let address = SockaddrStorage::from(to);
+    sendto(socket.as_raw_fd(), b"earl", &address, MsgFlags::from_bits_retain(libc::MSG_FASTOPEN))?;
+    Ok(socket.into())
+}
+
+/// With TCP_DEFER_ACCEPT a listener wants bytes to come before it makes a connection of a handshake.
+#[test]
+fn a_listener_that_waits_for_bytes() -> Result<()> {
+    let Some(mut stage) = stage(Place::Host, &[PLUGIN])? else { return Ok(()) };
+    let Some(mut server) = late_server(&stage, SERVER_V4, &[])? else { return Ok(()) };
+    set_option(&server, libc::SOL_TCP, libc::TCP_DEFER_ACCEPT, &30_i32.to_ne_bytes())?;
+    let client = waits(&stage, server.address)?;
+    all_wait(&server, 1)?;
+    server = stage.freeze_and_thaw(server, PLUGIN, PLUGIN)?;
+    all_wait(&server, 1)?;
+    // One that has sent nothing is not in the queue; a server that runs on hears it later.
+    let mut silent = connect(&stage, server.address)?;
+    let images = stage.images()?;
+    stage.dump(PLUGIN, server.pid(), &images).arg("--leave-running").run()?;
+    stage.wait_until_clean(Some(&server))?;
+    all_wait(&server, 1)?;
+    silent.write_all(b"early")?;
+    all_are_served(&stage, &server, &mut [client, silent])
+}
+
+/// Only whose socket it is learns of urgent data, so it is taken out of its queue to find out.
+#[test]
+fn urgent_data_is_refused_and_nothing_lost() -> Result<()> {
+    let Some(stage) = stage(Place::Host, &[PLUGIN])? else { return Ok(()) };
+    let Some(server) = late_server(&stage, SERVER_V4, &[])? else { return Ok(()) };
+    let mut clients = Vec::new();
+    for place in 0..3 {
+        let client = waits(&stage, server.address)?;
+        if place == 1 {
+            send(client.as_raw_fd(), b"!", MsgFlags::MSG_OOB)?;
+            (&client).write_all(b"more")?;
+        }
+        wait_until("all has arrived", PATIENCE, || Ok(TaskSocket::of(&client)?.unacked()? == 0))?;
+        clients.push(client);
+    }
+    all_wait(&server, 3)?;
+    refused(&stage, &server, &clients[1], "urgent")?;
+    stage.wait_until_clean(Some(&server))?;
+    all_wait(&server, 3)?;
+    server.release()?;
+    is_served(&mut clients[0], 0)?;
+    // As ever, the urgent byte is not read with the others.
+    expect(&mut clients[1], b"\x01earlymore")?;
+    is_served(&mut clients[2], 2)
+}
+
+/// Whichever of a group's listeners the kernel chooses.
+#[test]
+fn of_a_group_of_listeners() -> Result<()> {
+    let Some(mut stage) = stage(Place::Host, &[PLUGIN])? else { return Ok(()) };
+    let Some(mut server) = late_server(&stage, SERVER_V4, &["--group", "2"])? else { return Ok(()) };
+    let mut clients = (0..16).map(|_| waits(&stage, server.address)).collect::<Result<Vec<_>>>()?;
+    all_wait(&server, 16)?;
+    server = stage.freeze_and_thaw(server, PLUGIN, PLUGIN)?;
+    all_are_served_somehow(&stage, &server, &mut clients)
 }
 
 /// A policy means them, too: by name, and whether the client hears of it.
@@ -257,7 +520,7 @@ fn a_policy_holds_for_them() -> Result<()> {
     stage.dump(PLUGIN, server.pid(), &images).env("SOCCR_POLICY", policy).dump_and_wait(server.task)?;
     for client in &mut clients {
         let error = client.read().err().map(|error| error.kind());
-        ensure!(error == Some(std::io::ErrorKind::ConnectionReset), "a client sees {error:?}");
+        ensure!(error == Some(ErrorKind::ConnectionReset), "a client sees {error:?}");
     }
     let server = stage.thaw(address, PLUGIN, &images)?;
     stage.wait_until_clean(Some(&server))?;

@@ -1,7 +1,7 @@
 //! What a dump holds on this host until its outcome.
 
 use std::collections::HashMap;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::AsFd;
 
 use soccr::chain;
 use soccr::connection::FourTuple;
@@ -13,9 +13,8 @@ use soccr::criu::rules::Action;
 use soccr::criu::stock;
 use soccr::criu::tasks::{Duplicates, Opened, Slot, Task};
 use soccr::kernel::netns::NetNs;
-use soccr::kernel::{SysResult, sockopt, tcp};
 use soccr::lock::held::Holder;
-use soccr::lock::{self, Listener, LockName, LockOptions, MARK, Method, NetworkLock};
+use soccr::lock::{self, Listener, LockName, LockOptions, Method, NetworkLock};
 use soccr::repair::Paused;
 
 use super::arrangement::{Arrangement, Namespaces};
@@ -23,7 +22,7 @@ use super::queues::Request;
 use crate::agent::error::AgentError;
 use crate::agent::path::Path;
 use crate::agent::profile::Profile;
-use crate::agent::queued::{Putter, Queued, Waiting};
+use crate::agent::queued::{self, Putter, Queued, Waiting};
 use crate::fault;
 
 /// The sockets, the locks, and the record that tells of them. It is given up by [`let_live`](Self::let_live) when the
@@ -134,8 +133,9 @@ impl Held {
     /// The tasks run on: nothing was changed in them, so the locks are all there is to undo, CRIU's own included. CRIU
     /// removes that itself, unless it was killed, or fails after it has locked.
     pub fn let_live(mut self) -> Vec<Task> {
-        let waiting = self.put_back_queued();
+        let (waiting, unfit) = self.put_back_queued();
         let unlocked = self.unlock() & self.remove_criu_locks(log::Level::Warn);
+        unfit.into_iter().for_each(Queued::reset);
         self.release(&waiting);
         self.end_record(unlocked)
     }
@@ -150,13 +150,15 @@ impl Held {
                 accepted.tuple
             );
         }
-        self.put_back_queued();
+        let (_, unfit) = self.put_back_queued();
         let unlocked = self.unlock();
+        unfit.into_iter().for_each(Queued::reset);
         self.end_record(unlocked)
     }
 
-    /// Behind the locks the accept queues become what they were.
-    fn put_back_queued(&mut self) -> Vec<Waiting> {
+    /// Behind the locks the accept queues become what they were. Also gives what cannot be put back, for its peer to hear of
+    /// it when nothing is locked any more.
+    fn put_back_queued(&mut self) -> (Vec<Waiting>, Vec<Queued>) {
         Putter::put_all(std::mem::take(&mut self.queued), &self.images)
     }
 
@@ -275,21 +277,16 @@ impl Held {
         keeper.inspect_err(|error| log::warn!("nobody holds packets until the restore: {error}")).ok()
     }
 
-    /// What would be a FIN, or nothing, at the end of a socket is a RST.
+    /// Their peers hear of the end of those that are not carried.
     fn reset(&mut self) {
-        let told = |tuple: FourTuple, result: SysResult<()>| {
-            if let Err(error) = result {
-                log::error!("{tuple}: its peer does not hear that it is closed: {error}");
-            }
-        };
         let mut opened = Opened::default();
         for (slot, tuple) in self.reset.drain(..) {
-            told(tuple, self.duplicates.get(slot, &mut opened).and_then(reset));
+            match self.duplicates.get(slot, &mut opened) {
+                Ok(socket) => queued::reset(socket, tuple),
+                Err(error) => log::error!("{tuple}: its peer does not hear that it is closed: {error}"),
+            }
         }
-        let queued = self.queued.extract_if(.., |queued| queued.action == Action::Reset);
-        for (socket, tuple) in queued.filter_map(Queued::into_open) {
-            told(tuple, reset(socket.as_fd()));
-        }
+        self.queued.extract_if(.., |queued| queued.action == Action::Reset).for_each(Queued::reset);
     }
 
     /// Ours are the last descriptors of the sockets: in repair mode a socket is closed without a word to the peer.
@@ -317,9 +314,4 @@ impl Held {
             log::error!("{}", chain(&error));
         }
     }
-}
-
-fn reset(socket: BorrowedFd<'_>) -> SysResult<()> {
-    sockopt::set_mark(socket, MARK)?; // past CRIU's lock of a whole namespace, too
-    tcp::disconnect(socket)
 }

@@ -245,7 +245,10 @@ impl<'a> Dump<'a> {
             // CRIU kills the tasks all the same: the images are as they are, and the locks are needed.
             Err(error) => (Arrangement::as_it_is(), Err(error)),
         };
-        saved.complete_requests();
+        // The listeners of tasks that run on get these by themselves, as soon as nothing is locked.
+        if !self.tasks_stay_alive {
+            saved.complete_requests();
+        }
         let result = arranged.and(saved.write_side_image());
         let watching = Watching::begin(saved.held, arrangement, self.tasks_stay_alive);
         (Progress::Watching(watching), result.and(fault::point("dump.arranged").map_err(AgentError::from)))

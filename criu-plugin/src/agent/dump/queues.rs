@@ -14,12 +14,13 @@ use soccr::criu::image::side::Accepted;
 use soccr::criu::record::QueueRecord;
 use soccr::criu::rules::{Action, Policy};
 use soccr::criu::tasks::{Place, Unconnected};
+use soccr::kernel::diag::Unaccepted;
 use soccr::kernel::netns::NetNs;
 use soccr::kernel::{SysError, diag, tcp};
 use soccr::repair::{Paused, four_tuple};
 
 use crate::agent::error::AgentError;
-use crate::agent::queued::{Queued, Source};
+use crate::agent::queued::{self, Queued, Source};
 
 /// A listener of the tree.
 #[derive(Clone, Debug)]
@@ -45,23 +46,25 @@ pub fn listeners(unconnected: &[Unconnected]) -> Result<Vec<Listener>, AgentErro
     Ok(listeners)
 }
 
-/// A handshake that waits for its last ACK. Nobody can read what was agreed on in it; but what its client sends is held, and
-/// the old listener makes a connection of it as long as it is there.
+/// A handshake that waits for its last ACK. The socket monitor does not show what was agreed on in it; but what its client
+/// sends is held, and the old listener makes a connection of it as long as it is there.
 #[derive(Debug)]
 pub struct Request {
-    pub listener: Listener,
+    /// Those that hear its client, at least one: which of them the kernel has chosen (the one with the closest address, any of
+    /// a group with SO_REUSEPORT) nobody tells.
+    pub listeners: Vec<Listener>,
     pub tuple: FourTuple,
 }
 
 impl Request {
     /// Where it is to be locked.
     pub fn end(&self) -> (NetNs, FourTuple) {
-        (self.listener.ns.clone(), self.tuple)
+        (self.listeners[0].ns.clone(), self.tuple)
     }
 
     /// Where segments for it arrive.
     pub fn target(&self) -> (BorrowedFd<'_>, FourTuple) {
-        (self.listener.socket.as_fd(), self.tuple)
+        (self.listeners[0].socket.as_fd(), self.tuple)
     }
 }
 
@@ -83,9 +86,11 @@ pub fn requests(listeners: &[Listener]) -> Vec<Request> {
             continue;
         }
         for tuple in found {
-            let listener =
-                listeners.iter().find(|listener| listener.ns == *ns && listener.hears(tuple.local));
-            requests.extend(listener.map(|listener| Request { listener: listener.clone(), tuple }));
+            let hears = |it: &&Listener| it.ns == *ns && accept_queue::hears(it.local, tuple.local);
+            let listeners: Vec<Listener> = listeners.iter().filter(hears).cloned().collect();
+            if !listeners.is_empty() {
+                requests.push(Request { listeners, tuple });
+            }
         }
     }
     requests
@@ -112,18 +117,6 @@ pub fn of_images(accepted: Vec<Accepted>, listeners: Vec<Listener>) -> Vec<Queue
 }
 
 impl Listener {
-    fn hears(&self, end: SocketAddr) -> bool {
-        let own = self.local.ip();
-        self.local.port() == end.port()
-            && (own.is_unspecified() || own.to_canonical() == end.ip().to_canonical())
-    }
-
-    /// Waits a moment for a connection in its queue.
-    pub fn wait(&self) {
-        const PATIENCE_MS: u16 = 20;
-        let _ = poll(&mut [PollFd::new(self.socket.as_fd(), PollFlags::POLLIN)], PATIENCE_MS);
-    }
-
     pub fn inode(&self) -> u32 {
         self.inode
     }
@@ -151,32 +144,57 @@ impl Listener {
         Ok(None)
     }
 
+    /// What is in its queue and in those of others at the same addresses, as long as it is there.
+    pub fn look(&self) -> Result<Vec<Unaccepted>, AgentError> {
+        self.ns.run(|| accept_queue::look(self.local))?.map_err(|source| self.failed(source))
+    }
+
     fn failed(&self, source: SysError) -> AgentError {
         AgentError::Listener { local: self.local, place: self.place, source }
     }
 
-    /// Takes out the next connection; `None`: the queue is empty. One that its peer has reset meanwhile is of no use to
-    /// anybody.
-    pub fn take(&self, policy: &Policy) -> Result<Option<Queued>, AgentError> {
-        let failed = |source| self.failed(source);
-        while let Some(socket) = accept_queue::take(self.socket.as_fd()).map_err(failed)? {
-            let tuple = four_tuple(socket.as_fd()).map_err(failed)?;
-            let state = State::try_from(tcp::info(socket.as_fd()).map_err(failed)?.state);
-            let state = state.map_err(|source| AgentError::QueuedState { tuple, source })?;
-            if state == State::Close {
-                log::info!("{tuple}: its peer has reset it before it was accepted");
-                continue;
+    /// Takes out all that is in its queue, as far as can be: what goes back into it comes behind what is there.
+    pub fn take_all(&self, policy: &Policy, mut each: impl FnMut(Result<Queued, AgentError>)) {
+        loop {
+            match accept_queue::take(self.socket.as_fd()) {
+                Ok(Some(socket)) => self.queued(socket, policy).transpose().into_iter().for_each(&mut each),
+                Ok(None) => return,
+                Err(source) => return each(Err(self.failed(source))),
             }
-            let inode = nix::sys::stat::fstat(&socket)
-                .map_err(|errno| failed(SysError { call: "stat a socket", errno }))?
-                .st_ino;
-            let Ok(ino) = u32::try_from(inode) else { return Err(AgentError::Inode(tuple)) };
-            let source = Source::Socket(Paused::pause(socket)?.release());
-            let accepted = Accepted { listener: self.inode, ino, tuple, state };
-            let (listener, ns) = (Rc::clone(&self.socket), self.ns.clone());
-            let action = policy.of(&tuple).0;
-            return Ok(Some(Queued { listener, ns, accepted, source, action }));
         }
-        Ok(None)
     }
+
+    /// A connection that was in its queue; `None`: its peer has reset it meanwhile, and it is of no use to anybody.
+    fn queued(&self, socket: OwnedFd, policy: &Policy) -> Result<Option<Queued>, AgentError> {
+        let failed = |source| self.failed(source);
+        let tuple = four_tuple(socket.as_fd()).map_err(failed)?;
+        let state = match State::try_from(tcp::info(socket.as_fd()).map_err(failed)?.state) {
+            Ok(State::Close) => {
+                log::info!("{tuple}: its peer has reset it before it was accepted");
+                return Ok(None);
+            }
+            Ok(state) => state,
+            Err(source) => {
+                queued::reset(socket.as_fd(), tuple); // nobody could put it back
+                return Err(AgentError::QueuedState { tuple, source });
+            }
+        };
+        let inode = nix::sys::stat::fstat(&socket)
+            .map_err(|errno| failed(SysError { call: "stat a socket", errno }))?
+            .st_ino;
+        let Ok(ino) = u32::try_from(inode) else { return Err(AgentError::Inode(tuple)) };
+        let source = Source::Socket(Paused::pause(socket)?.release());
+        let accepted = Accepted { listener: self.inode, ino, tuple, state };
+        let (listener, ns) = (Rc::clone(&self.socket), self.ns.clone());
+        let action = policy.of(&tuple).0;
+        Ok(Some(Queued { listener, ns, accepted, source, action }))
+    }
+}
+
+/// Waits a moment for a connection in one of their queues.
+pub fn wait(listeners: &[Listener]) {
+    const PATIENCE_MS: u16 = 20;
+    let mut fds: Vec<_> =
+        listeners.iter().map(|it| PollFd::new(it.socket.as_fd(), PollFlags::POLLIN)).collect();
+    let _ = poll(&mut fds, PATIENCE_MS);
 }

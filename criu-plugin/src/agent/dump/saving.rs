@@ -5,7 +5,7 @@ use std::fmt::Display;
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-use soccr::accept_queue::Fallback;
+use soccr::accept_queue::{self, Fallback};
 use soccr::chain;
 use soccr::connection::{ControlBlock, FourTuple, Queues};
 use soccr::criu::image::ImageDir;
@@ -255,6 +255,7 @@ impl<'a> Saving<'a> {
         let mut full = Vec::new();
         for listener in listeners {
             if let Some(queue) = listener.queue(self.fallback)? {
+                self.refuse_queued(listener)?;
                 self.held.recorder.add_accept_queue(queue);
                 full.push(listener);
             }
@@ -264,40 +265,63 @@ impl<'a> Saving<'a> {
         }
         self.held.tasks.iter().for_each(|task| self.held.recorder.add_task(task.pid));
         self.held.recorder.save(Phase::Saving)?;
-        // Whatever fails, a queue is emptied as far as can be: what goes back into it comes behind what is there.
         let mut result = Ok(());
         for listener in full {
-            while let Some(taken) = listener.take(&self.policy).unwrap_or_else(|error| {
-                result = Err(error);
-                None
-            }) {
-                self.held.queued.push(taken);
-                if let Err(error) = fault::point("dump.accepted") {
-                    result = Err(error.into());
-                }
-            }
+            listener.take_all(&self.policy, |taken| {
+                let kept = match taken {
+                    Ok(taken) => {
+                        self.held.queued.push(taken);
+                        fault::point("dump.accepted").map_err(AgentError::from)
+                    }
+                    Err(error @ AgentError::QueuedState { .. }) if self.fallback == Fallback::Reset => {
+                        log::warn!("{}: it is reset", chain(&error));
+                        Ok(())
+                    }
+                    Err(error) => Err(error),
+                };
+                result = std::mem::replace(&mut result, Ok(())).and(kept);
+            });
         }
         let queued = first..self.held.queued.len();
         self.lock_late(&self.held.queued[queued.clone()].iter().map(Queued::end).collect::<Vec<_>>())?;
         fault::point("dump.queue-locked")?;
         result?;
         let mut taken = self.held.queued[queued.clone()].iter().map(|taken| taken.accepted.tuple);
-        taken.try_for_each(|tuple| self.refuse(tuple, &"nobody has accepted it"))?;
+        taken.try_for_each(|tuple| self.refuse(tuple, &UNACCEPTED))?;
         Ok(queued)
+    }
+
+    /// Fails for what is not to be carried, or could not be put back, as long as all stands in its queue.
+    fn refuse_queued(&self, listener: &Listener) -> Result<(), AgentError> {
+        for seen in listener.look()? {
+            let tuple = seen.tuple;
+            self.refuse(tuple, &UNACCEPTED)?;
+            let carried = self.fallback == Fallback::Refuse && self.policy.of(&tuple).0 == Action::Keep;
+            if let Some(why) = accept_queue::unfit_in_queue(&seen).filter(|_| carried) {
+                return Err(AgentError::Unfit { tuple, why });
+            }
+        }
+        Ok(())
     }
 
     /// What the clients of handshakes that are not over send is held, so that none gets into a queue any more.
     fn hold_requests(&mut self, listeners: &[Listener]) -> Result<(), AgentError> {
-        if self.options.method != Method::Nftables || self.held.holder.patience.is_zero() {
+        let requests = queues::requests(listeners);
+        if requests.is_empty() {
             return Ok(());
         }
-        let requests = queues::requests(listeners);
-        requests.iter().try_for_each(|it| self.refuse(it.tuple, &"its handshake is not over"))?;
-        if !requests.is_empty() {
-            self.held.tasks.iter().for_each(|task| self.held.recorder.add_task(task.pid));
-            self.lock_late(&requests.iter().map(Request::end).collect::<Vec<_>>())?;
-            self.held.requests.extend(requests);
+        if self.options.method != Method::Nftables || self.held.holder.patience.is_zero() {
+            log::warn!(
+                "{} handshakes are not over, and their clients may be reset: what they send is held with SOCCR_LOCK=nftables \
+                 and SOCCR_HOLD only",
+                requests.len()
+            );
+            return Ok(());
         }
+        requests.iter().try_for_each(|it| self.refuse(it.tuple, &"its handshake is not over"))?;
+        self.held.tasks.iter().for_each(|task| self.held.recorder.add_task(task.pid));
+        self.lock_late(&requests.iter().map(Request::end).collect::<Vec<_>>())?;
+        self.held.requests.extend(requests);
         Ok(())
     }
 
@@ -321,7 +345,10 @@ impl<'a> Saving<'a> {
             if self.criu.gone() {
                 return Err(AgentError::Protocol("criu is gone"));
             }
-            queued.save(&self.images, &mut queues)?;
+            match self.fallback {
+                Fallback::Refuse => queued.save(&self.images, &mut queues)?,
+                Fallback::Reset => queued.save_or_reset(&self.images, &mut queues),
+            }
             fault::point("dump.queue-written")?;
         }
         let (id, accepted) = (self.lock_name.id().to_owned(), self.held.accepted());
@@ -415,31 +442,30 @@ impl Saved {
             return;
         }
         let mut listeners: Vec<Listener> = Vec::new();
-        for Request { listener, .. } in requests {
+        for listener in requests.into_iter().flat_map(|request| request.listeners) {
             if listeners.iter().all(|other| other.inode() != listener.inode()) {
                 listeners.push(listener);
             }
         }
         let first = self.held.queued.len();
-        for listener in listeners {
-            listener.wait();
-            if let Err(error) = self.take_all(&listener) {
-                log::error!("a connection that came meanwhile is lost: {}", chain(&error));
-            }
-        }
+        queues::wait(&listeners);
+        listeners.iter().for_each(|listener| self.take_all(listener));
         log::info!("{} handshakes ended meanwhile", self.held.queued.len() - first);
     }
 
-    fn take_all(&mut self, listener: &Listener) -> Result<(), AgentError> {
+    /// It is too late to fail the dump for any of them.
+    fn take_all(&mut self, listener: &Listener) {
+        let Self { images, held, policy, .. } = self;
         let mut queues = Queues::default();
-        while let Some(mut taken) = listener.take(&self.policy)? {
-            // Whatever becomes of one, those behind it are still to be taken.
-            match taken.save(&self.images, &mut queues) {
-                Ok(()) => self.held.queued.push(taken),
-                Err(error) => log::error!("a connection that came meanwhile is lost: {}", chain(&error)),
+        listener.take_all(policy, |taken| match taken {
+            Ok(mut taken) => {
+                if taken.action == Action::Keep {
+                    taken.save_or_reset(images, &mut queues);
+                }
+                held.queued.push(taken);
             }
-        }
-        Ok(())
+            Err(error) => log::error!("a connection that came meanwhile is lost: {}", chain(&error)),
+        });
     }
 
     /// Writes what CRIU's images have no field for.
@@ -519,6 +545,9 @@ fn set_apart(mut found: Vec<FoundConnection>, policy: &Policy, held: &mut Held) 
     }
     found
 }
+
+/// What the log says of a connection in place of where it is.
+const UNACCEPTED: &str = "nobody has accepted it";
 
 /// A connection's namespace and addresses.
 type End<'a> = (&'a NetNs, FourTuple);

@@ -382,9 +382,9 @@ impl<'a> Building<'a> {
         }
         self.locks.lock(wanted)?;
         let (mut putter, count) = (Putter::default(), queued.len());
-        for queued in queued {
+        for mut queued in queued {
             must_live(self.criu)?;
-            self.waiting.push(putter.put(queued, &self.plan.images, &self.forge)?);
+            self.waiting.push(putter.put(&mut queued, &self.plan.images, &self.forge)?);
         }
         log::info!("{count} connections wait to be accepted again");
         Ok(())

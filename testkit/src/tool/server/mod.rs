@@ -10,6 +10,7 @@ use std::ffi::OsString;
 use std::fs::File;
 use std::io::{ErrorKind, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
@@ -23,7 +24,9 @@ use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTime
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
-use nix::sys::socket::{Backlog, setsockopt, sockopt};
+use nix::sys::socket::{
+    Backlog, SockFlag, SockType, SockaddrLike, SockaddrStorage, bind, setsockopt, socket, sockopt,
+};
 use nix::unistd::{ForkResult, dup2_stdout, fork};
 use soccr_testkit::fleet::is_dead;
 use soccr_testkit::server::{reuses, say_ready};
@@ -46,6 +49,9 @@ pub struct Options {
     /// Be the client of that server (`--join child` does so)
     #[arg(long, value_name = "ADDR", hide = true)]
     connect: Option<SocketAddr>,
+    /// So many listeners at the last of the addresses, in one group (SO_REUSEPORT)
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    group: usize,
     /// What each connection is for
     #[arg(long, value_enum, default_value_t)]
     mode: Mode,
@@ -76,7 +82,7 @@ pub struct Options {
     /// Of accepted sockets
     #[arg(long, value_name = "BYTES")]
     sndbuf: Option<usize>,
-    /// Accept at the last of the addresses only those that wait when SIGUSR1 comes, and send each its place among them (one
+    /// Accept at the last of the addresses only those that wait when SIGUSR1 comes, and send each its place in its queue (one
     /// byte) before anything else
     #[arg(long)]
     late: bool,
@@ -134,7 +140,11 @@ pub fn run(options: Options) -> Result<()> {
     let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
     setrlimit(Resource::RLIMIT_NOFILE, hard, hard)?;
     let addresses = options.listen.iter().chain(&options.also);
-    let listeners: Vec<_> = addresses.map(|address| listen(*address, &options)).collect::<Result<_>>()?;
+    let mut listeners: Vec<_> = addresses.map(|address| listen(*address, &options)).collect::<Result<_>>()?;
+    for _ in 1..options.group {
+        let last = listeners.last().context("nowhere to listen")?.local_addr()?;
+        listeners.push(listen(last, &options)?);
+    }
     for nth in 1..options.processes {
         // SAFETY: this process has one thread, so the child may do anything.
         if let ForkResult::Child = unsafe { fork() }.context("fork")? {
@@ -156,7 +166,8 @@ fn apart(first: &TcpListener, nth: u8, options: &Options) -> Result<TcpListener>
 }
 
 fn listen(address: SocketAddr, options: &Options) -> Result<TcpListener> {
-    let listener = TcpListener::bind(address).with_context(|| format!("cannot listen on {address}"))?;
+    let listener = if options.group > 1 { bind_in_group(address) } else { Ok(TcpListener::bind(address)?) };
+    let listener = listener.with_context(|| format!("cannot listen on {address}"))?;
     listener.set_nonblocking(true)?;
     // The standard library's backlog is short, and a SYN that finds it full waits for a second.
     nix::sys::socket::listen(&listener, Backlog::MAXALLOWABLE)?;
@@ -171,6 +182,16 @@ fn listen(address: SocketAddr, options: &Options) -> Result<TcpListener> {
         setsockopt(&listener, sockopt::SndBufForce, &bytes)?;
     }
     Ok(listener)
+}
+
+fn bind_in_group(address: SocketAddr) -> Result<TcpListener> {
+    let address = SockaddrStorage::from(address);
+    let family = address.family().context("an address of IP")?;
+    let socket = socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
+    setsockopt(&socket, sockopt::ReuseAddr, &true)?;
+    setsockopt(&socket, sockopt::ReusePort, &true)?;
+    bind(socket.as_raw_fd(), &address)?;
+    Ok(socket.into())
 }
 
 struct Loop {
@@ -212,14 +233,15 @@ impl Loop {
         };
         server.watch(&server.released, EpollFlags::EPOLLIN)?;
         let late = server.late();
-        let mut watched = server.listeners.iter().enumerate().filter(|(nth, _)| Some(*nth) != late);
+        let mut watched = server.listeners.iter().enumerate().filter(|(nth, _)| !late.contains(nth));
         watched.try_for_each(|(_, listener)| server.watch(listener, EpollFlags::EPOLLIN))?;
         Ok(server)
     }
 
-    /// The listener that waits for SIGUSR1.
-    fn late(&self) -> Option<usize> {
-        self.listeners.len().checked_sub(1).filter(|_| self.options.late)
+    /// The listeners that wait for SIGUSR1.
+    fn late(&self) -> Range<usize> {
+        let count = if self.options.late { self.options.group } else { 0 };
+        self.listeners.len().saturating_sub(count)..self.listeners.len()
     }
 
     fn open(&mut self) -> Result<()> {
@@ -308,7 +330,7 @@ impl Loop {
     }
 
     fn accept(&mut self, nth: usize) -> Result<()> {
-        let mut place = (self.late() == Some(nth)).then_some(0);
+        let mut place = self.late().contains(&nth).then_some(0);
         loop {
             let (mut stream, peer) = match self.listeners[nth].accept() {
                 Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(()),
@@ -338,9 +360,7 @@ impl Loop {
     /// SIGUSR1 came.
     fn release(&mut self) -> Result<()> {
         while self.released.read_signal()?.is_some() {}
-        if let Some(late) = self.late() {
-            self.accept(late)?;
-        }
+        self.late().try_for_each(|nth| self.accept(nth))?;
         self.options.hold = false;
         self.options.keep = false;
         self.ended += self.kept.len();
