@@ -4,6 +4,7 @@
 //! - [`fuzz`]: the fuzz targets of `fuzz/` on their corpora and on random mutations of them, for a bounded time.
 //! - [`restore`]: damaged images as far as into a socket.
 //! - [`secrets`]: who can see the bytes of a queue.
+//! - [`side`]: forged items of `soccr.img`, and the connections of others.
 
 mod corpus;
 mod fuzz;
@@ -12,6 +13,7 @@ mod memory;
 mod mutate;
 mod restore;
 mod secrets;
+mod side;
 #[path = "../support/mod.rs"]
 #[allow(dead_code)] // this test program uses its part
 mod support;

@@ -51,5 +51,7 @@ fn default_signals() {
     }
     // SAFETY: as above.
     let _ = unsafe { signal(Signal::SIGPIPE, SigHandler::SigIgn) };
+    // SAFETY: as above. A file that may not grow is an error that names it.
+    let _ = unsafe { signal(Signal::SIGXFSZ, SigHandler::SigIgn) };
     let _ = SigSet::empty().thread_set_mask();
 }

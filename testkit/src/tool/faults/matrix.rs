@@ -18,7 +18,7 @@ use soccr_testkit::netns::{End, veth};
 use soccr_testkit::server::sibling_binary;
 use soccr_testkit::sockets::{TaskSocket, tcp_sockets};
 use soccr_testkit::stage::{PATIENCE, V4, V6};
-use soccr_testkit::task::{Task, name_and_state, no_children, pid_of, run as run_command, wait_until};
+use soccr_testkit::task::{Task, children, name_and_state, pid_of, run as run_command, wait_until};
 use soccr_testkit::{Client, Fleet, NetNs, Pace, Place, Server, interrupt};
 
 use crate::faults::kernel;
@@ -130,7 +130,11 @@ fn ends(scene: &Scene, server: Server, fleet: Fleet<Client>, images: &Path, kind
 /// After a dump and a failed restore: a second one brings all back. It needs the pids of tasks that the first had begun.
 fn second_try(scene: &Scene, address: SocketAddr, fleet: Fleet<Client>, images: &Path) -> Result<usize> {
     scene.wait_until_quiet()?;
-    no_children(PATIENCE)?;
+    wait_until("the first try's tasks are gone", PATIENCE, || {
+        scene.reap(None)?;
+        let keepers = scene.keepers()?;
+        Ok(children()?.iter().all(|pid| keepers.iter().any(|keeper| keeper.pid == *pid)))
+    })?;
     let server = scene.restore_all(images, address)?;
     all_alive(scene, &server, fleet)
 }
