@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use soccr_testkit::netns::End;
 use soccr_testkit::relay::{Relay, Weather};
+use soccr_testkit::skip::in_time;
 use soccr_testkit::sockets::tcp_sockets;
 use soccr_testkit::task::wait_until;
 use soccr_testkit::{Capture, Client, Place, Server, Side, Stage};
@@ -130,7 +131,7 @@ fn the_round_trip_time_comes_back() -> Result<()> {
         let rtt = after[&port];
         ensure!((before..20 * WAY).contains(&rtt), "the round trip time was {before:?} and is {rtt:?}");
     }
-    ensure!(took < 2 * WAY * u32::try_from(CLIENTS)?, "the restore took {took:?}");
+    ensure!(in_time(took, 2 * WAY * u32::try_from(CLIENTS)?), "the restore took {took:?}");
     clients.iter_mut().try_for_each(|client| client.send(1000))?;
     clients.iter_mut().try_for_each(|client| client.receive_echo(1000))?;
     stage.wait_until_clean(Some(&server))?;

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
 use soccr_testkit::peers::{ABSENCES, Peers};
+use soccr_testkit::skip::in_time;
 use soccr_testkit::stage::{V4, V6};
 use soccr_testkit::task::wait_until;
 use soccr_testkit::{Capture, Client, Fleet, Lan, NetNs, Server, Way};
@@ -108,7 +109,7 @@ fn to_and_fro(scene: Scene, is_clean: impl Fn(&Lan) -> Result<()>) -> Result<()>
 fn catches_up(busy: &Fleet<Client>) -> Result<()> {
     let took = busy.catch_up(PATIENCE)?;
     println!("all is echoed after {took:?}");
-    ensure!(took <= SLACK, "all is echoed after {took:?}");
+    ensure!(in_time(took, SLACK), "all is echoed after {took:?}");
     Ok(())
 }
 
@@ -134,7 +135,7 @@ fn newcomers_wait(address: &str) -> Result<()> {
     println!("away for {absence:?}: {refused} of {made} refused, the longest call took {longest:?}");
     ensure!(noticed.lost.is_empty(), "lost: {:?}", noticed.lost);
     ensure!(made > 0 && refused == 0, "{refused} of {made} were refused: {:?}", noticed.calls);
-    ensure!(longest <= absence + CALL_SLACK, "away for {absence:?}: a call took {longest:?}");
+    ensure!(in_time(longest, absence + CALL_SLACK), "away for {absence:?}: a call took {longest:?}");
     is_clean(&lan)
 }
 
