@@ -78,8 +78,12 @@ impl Host {
 
     /// The connections in another echo server.
     fn restore(&self) -> Server {
+        self.restore_with(&[])
+    }
+
+    fn restore_with(&self, arguments: &[&str]) -> Server {
         let mut command = self.command();
-        command.args(["restore", "-D", &self.images(), "--", PYTHON]).arg(script());
+        command.args(["restore", "-D", &self.images()]).args(arguments).args(["--", PYTHON]).arg(script());
         let server = Server::start(&mut command);
         assert!(self.files().is_empty());
         self.is_clean();
@@ -201,6 +205,25 @@ fn busy_connections_go_from_program_to_program() {
         let _third = host.restore();
         drop(second);
         fleet.stop(PATIENCE).whole().expect("no client has noticed");
+    });
+}
+
+/// Whoever calls is in another namespace.
+#[test]
+fn a_restore_makes_its_sockets_in_the_namespace_that_it_is_told() {
+    in_own_network(|| {
+        let host = Host::new();
+        let server = Server::listening();
+        let mut clients = server.clients(3);
+        host.save(server.pid(), &["--all"]);
+        let elsewhere = soccr_testkit::NetNs::new().expect("a namespace");
+        let there = soccr_testkit::NetNs::current().expect("this one");
+        let missing = elsewhere.run(|| host.refused(&["restore", "-D", &host.images(), "--", "true"]));
+        assert!(missing.contains("choose with --netns"), "{missing}");
+        let _second = elsewhere.run(|| host.restore_with(&["--netns", &there.path()]));
+        drop(server);
+        clients.iter_mut().for_each(|client| client.ping(1000).expect("an echo"));
+        host.is_clean();
     });
 }
 

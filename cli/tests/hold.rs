@@ -111,6 +111,23 @@ fn a_hold_locks_what_the_images_hold_until_it_is_released() {
     });
 }
 
+/// Whoever calls is in another namespace, where nothing is to be locked.
+#[test]
+fn a_hold_locks_in_the_namespace_that_it_is_told() {
+    in_own_network(|| {
+        let mut host = Host::new();
+        let images = text(&host.images());
+        let elsewhere = soccr_testkit::NetNs::new().expect("a namespace");
+        let there = soccr_testkit::NetNs::current().expect("this one");
+        let told = elsewhere.run(|| host.json(&["hold", "--netns", &there.path(), &images]));
+        assert_eq!(told["netns"], format!("net:[{}]", there.inode()), "{told}");
+        assert!(!host.passes(), "it is not locked");
+        assert_eq!(soccr_testkit::leftovers::rules(&elsewhere).expect("rules"), [] as [String; 0]);
+        elsewhere.run(|| host.done(&["release", &images]));
+        assert!(host.passes());
+    });
+}
+
 #[test]
 fn an_archive_is_held_and_released_by_its_id() {
     in_own_network(|| {
