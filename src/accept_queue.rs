@@ -65,13 +65,18 @@ pub fn hears(local: SocketAddr, end: SocketAddr) -> bool {
     local.port() == end.port() && (own.is_unspecified() || own.to_canonical() == end.ip().to_canonical())
 }
 
-/// Why a connection that stands in a queue could not be put back into one, if so.
+/// Why a connection that stands in a queue could not be put back into that of a listener bound to this interface (0: to
+/// none), if so.
 #[must_use]
-pub fn unfit_in_queue(seen: &Unaccepted) -> Option<&'static str> {
+pub fn unfit_in_queue(seen: &Unaccepted, device: u32) -> Option<&'static str> {
+    const LOOPBACK: u32 = 1; // of every namespace
+    let bound_alike = seen.device == device || (device == 0 && seen.device == LOOPBACK);
     let wire = seen.tuple.on_wire();
     // Where the segments are small for another reason than the peer's limit, that limit does not show.
     unfit_addresses(&wire)
         .or(unfit_state(State::try_from(seen.state).ok()))
+        .or((!bound_alike)
+            .then_some("it is bound to an interface, as its listener is not (net.ipv4.tcp_l3mdev_accept)"))
         .or(unfit_segment(&wire, seen.segment))
 }
 

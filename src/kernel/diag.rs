@@ -191,6 +191,8 @@ pub struct Unaccepted {
     pub tuple: FourTuple,
     /// The state's number. SYN_RECV: TCP Fast Open has put it into the queue before its handshake was over.
     pub state: u8,
+    /// The interface that it is bound to, or 0.
+    pub device: u32,
     /// The largest segment that it sends now, options included.
     pub segment: u32,
 }
@@ -219,7 +221,8 @@ fn unaccepted_of(message: &[u8], info: &[u8]) -> Option<Unaccepted> {
     // `tcpi_options`, `tcpi_snd_mss`.
     let options = if info.get(5)? & TIMESTAMPS == 0 { 0 } else { TIMESTAMPS_LEN };
     let tuple = FourTuple { local: end(message, 4, 8)?, remote: end(message, 6, 24)? };
-    Some(Unaccepted { tuple, state: *message.get(1)?, segment: word(info, 16)? + options })
+    let (device, segment) = (word(message, DEVICE)?, word(info, 16)? + options);
+    Some(Unaccepted { tuple, state: *message.get(1)?, device, segment })
 }
 
 /// INET_DIAG_INFO: a `struct tcp_info`.

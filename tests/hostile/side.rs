@@ -136,7 +136,7 @@ fn a_strangers_connection_is_put_into_no_accept_queue() {
             ..stranger.tcp
         };
         let forge = Forge::new();
-        let put = queues.put(&forge, listener.as_fd(), &stranger.tuple, &tcp, b"evil");
+        let put = queues.put(&forge, listener.as_fd(), &stranger.tuple, &tcp, b"evil", None);
         let error = soccr::chain(&put.unwrap_err());
         assert!(error.contains(&stranger.tuple.to_string()) && error.contains("another socket"), "{error}");
         forge.finish().unwrap();

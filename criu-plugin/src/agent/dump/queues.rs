@@ -16,7 +16,7 @@ use soccr::criu::rules::{Action, Policy};
 use soccr::criu::tasks::{Place, Unconnected};
 use soccr::kernel::diag::Unaccepted;
 use soccr::kernel::netns::NetNs;
-use soccr::kernel::{SysError, diag, tcp};
+use soccr::kernel::{SysError, diag, sockopt, tcp};
 use soccr::repair::{Paused, four_tuple};
 
 use crate::agent::error::AgentError;
@@ -142,6 +142,11 @@ impl Listener {
             }
         }
         Ok(None)
+    }
+
+    /// The interface that it is bound to, or 0.
+    pub fn device(&self) -> Result<u32, AgentError> {
+        sockopt::bound_index(self.socket.as_fd()).map_err(|source| self.failed(source))
     }
 
     /// What is in its queue and in those of others at the same addresses, as long as it is there.

@@ -293,11 +293,12 @@ impl<'a> Saving<'a> {
 
     /// Fails for what is not to be carried, or could not be put back, as long as all stands in its queue.
     fn refuse_queued(&self, listener: &Listener) -> Result<(), AgentError> {
+        let device = listener.device()?;
         for seen in listener.look()? {
             let tuple = seen.tuple;
             self.refuse(tuple, &UNACCEPTED)?;
             let carried = self.fallback == Fallback::Refuse && self.policy.of(&tuple).0 == Action::Keep;
-            if let Some(why) = accept_queue::unfit_in_queue(&seen).filter(|_| carried) {
+            if let Some(why) = accept_queue::unfit_in_queue(&seen, device).filter(|_| carried) {
                 return Err(AgentError::Unfit { tuple, why });
             }
         }
