@@ -46,7 +46,7 @@ impl Stranger {
     }
 
     /// Its connection goes on, byte for byte, and who connects to it is accepted.
-    fn is_untouched(&mut self, stage: &Stage) -> Result<()> {
+    fn goes_on(&mut self, stage: &Stage) -> Result<()> {
         let mut heard = [0; 5];
         self.peer.write_all(b"there")?;
         self.near.read_exact(&mut heard)?;
@@ -123,7 +123,7 @@ fn what_names_a_strangers_connection_does_not_reach_it() -> Result<()> {
     } else {
         ensure!(error.contains(&tuple.to_string()), "{error}");
     }
-    stranger.is_untouched(&stage)?;
+    stranger.goes_on(&stage)?;
 
     change(&images, |side| side.accepted.clear())?;
     stage.wait_until_quiet()?;
@@ -132,7 +132,7 @@ fn what_names_a_strangers_connection_does_not_reach_it() -> Result<()> {
         Ok(!Path::new(&task).exists())
     })?;
     let server = stage.thaw(address, PLUGIN, &images)?;
-    stranger.is_untouched(&stage)?;
+    stranger.goes_on(&stage)?;
     busy.stop(PATIENCE).whole()?;
     drop(stranger);
     stage.wait_until_clean(Some(&server))
