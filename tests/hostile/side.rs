@@ -50,7 +50,7 @@ impl Stranger {
     }
 
     /// Nothing has reached it, and it goes on.
-    fn is_untouched(mut self) {
+    fn goes_on(mut self) {
         self.peer.write_all(b"to").unwrap();
         expect_bytes(&mut self.near, b"to");
         self.near.write_all(b"fro").unwrap();
@@ -81,8 +81,8 @@ fn held_segments_reach_only_the_sockets_that_are_restored() {
         held.add_any(restored.tuple, &[0xff; 7]);
         let image = SideImage { held, ..SideImage::default() };
         read(&image).held.release([(restored.near.as_fd(), restored.tuple)]);
-        stranger.is_untouched();
-        restored.is_untouched();
+        stranger.goes_on();
+        restored.goes_on();
     });
 }
 
@@ -141,7 +141,7 @@ fn a_strangers_connection_is_put_into_no_accept_queue() {
         assert!(error.contains(&stranger.tuple.to_string()) && error.contains("another socket"), "{error}");
         forge.finish().unwrap();
         assert_eq!(accept_queue::waiting(listener.as_fd()).unwrap(), 0);
-        stranger.is_untouched();
+        stranger.goes_on();
     });
 }
 

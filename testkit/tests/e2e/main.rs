@@ -12,6 +12,7 @@ mod content;
 mod crossing;
 mod ecn;
 mod elsewhere;
+mod forged;
 mod images;
 mod migrate;
 mod options;

@@ -120,10 +120,11 @@ impl<'a> Building<'a> {
 
     /// init(): what is alive in criu's own namespace, or in one that criu was given, is not restored again, and not locked.
     pub fn refuse_living(&self, inherited: &[NetNs]) -> Result<(), AgentError> {
-        self.locks.refuse_living(self.locks.criu_ns(), &self.beside_criu())?;
+        let accepted = self.plan.accepted.iter().map(|accepted| accepted.tuple).collect();
+        self.locks.refuse_living(self.locks.criu_ns(), self.beside_criu(), &accepted)?;
         let passing = self.plan.passing();
         let mut others = inherited.iter().filter(|ns| *ns != self.locks.criu_ns());
-        others.try_for_each(|ns| self.locks.refuse_living(ns, &passing))
+        others.try_for_each(|ns| self.locks.refuse_living(ns, passing.clone(), &accepted))
     }
 
     fn beside_criu(&self) -> Vec<FourTuple> {

@@ -136,11 +136,20 @@ impl Locks {
     }
 
     /// A dump that was restored already has no record. Its connections are alive then, and a lock would harm them.
-    pub fn refuse_living(&self, ns: &NetNs, tuples: &[FourTuple]) -> Result<(), AgentError> {
-        if self.left.waits || tuples.is_empty() {
+    ///
+    /// Of a dump that waits a task may still be about to end. But those that nobody had `accepted` are in no task since then:
+    /// the images can name somebody else's.
+    pub fn refuse_living(
+        &self,
+        ns: &NetNs,
+        mut tuples: Vec<FourTuple>,
+        accepted: &HashSet<FourTuple>,
+    ) -> Result<(), AgentError> {
+        tuples.retain(|tuple| !self.left.waits || accepted.contains(tuple));
+        if tuples.is_empty() {
             return Ok(());
         }
-        match ns.run(|| diag::find_owned(tuples))? {
+        match ns.run(|| diag::find_owned(&tuples))? {
             Ok(Some(tuple)) => Err(AgentError::Alive(tuple)),
             Ok(None) => Ok(()),
             Err(error) => {
