@@ -86,7 +86,7 @@ pub enum Place {
 }
 
 impl SideImage {
-    /// Writes the image; one that was there is replaced.
+    /// Writes the image; one that was there is replaced. Who takes over from us when we die meanwhile finds none, or that.
     ///
     /// # Errors
     /// As [`ImageDir::create`].
@@ -103,7 +103,7 @@ impl SideImage {
         }
         self.translations.messages().for_each(|message| push(&mut image, TRANSLATION, message));
         self.sockets.messages().for_each(|message| push(&mut image, SOCKET, message));
-        dir.create(NAME, &[&image])
+        dir.replace(NAME, &[&image])
     }
 
     /// The dump's lock, where it shares criu's network namespace; one on the way has its [name](LockName::on_path), too.
