@@ -49,7 +49,7 @@ pub struct Options {
     /// A small choice of cases with limits that hold on a busy machine
     #[arg(long)]
     smoke: bool,
-    /// Connections of the largest case; unless told what one process may have descriptors for, 60000 at most
+    /// Connections of the largest case; unless told what four processes may have descriptors for, 60000 at most
     #[arg(long, value_name = "N")]
     largest: Option<usize>,
     /// How many rounds; 5 unless told, 3 with --smoke
@@ -115,7 +115,7 @@ struct Chosen {
 
 impl Chosen {
     fn of(options: &Options, descriptors: usize) -> Result<Self> {
-        let most = options.largest.unwrap_or(descriptors.saturating_sub(1000).min(60_000));
+        let most = options.largest.unwrap_or((case::PARTS * descriptors.saturating_sub(1000)).min(60_000));
         let (cases, absences, lengths) = if options.smoke {
             (case::smoke(), absence::smoke(), library::SMOKE.to_vec())
         } else {
