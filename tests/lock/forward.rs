@@ -14,6 +14,7 @@ use soccr::lock::held::Holder;
 use soccr::lock::{Listener, NetworkLock};
 use soccr_testkit::lan::announce;
 use soccr_testkit::netns::{self, End, veth};
+use soccr_testkit::skip::in_time;
 
 use super::net::{sh, transfer, tuple_of};
 use super::{NFTABLES, in_own_network, name};
@@ -121,18 +122,21 @@ fn a_syn_follows_its_address() {
             let start = Instant::now();
             let client = thread::spawn(move || TcpStream::connect((address, 7000)));
             forward_until(&mut forwarder, &mut holder, |holder| !holder.held().is_empty());
+            let heard = forwarder.fds().count();
             old.give_up(address);
+            while forwarder.fds().count() == heard {
+                forwarder.forward(&mut holder);
+            }
             // It is nobody's for a moment, in which others still send to the old owner.
             let later = thread::spawn(move || TcpStream::connect((address, 7000)));
-            forward_until(&mut forwarder, &mut holder, |_| start.elapsed() > Duration::from_millis(200));
-            assert_eq!(holder.held().len(), 2);
+            forward_until(&mut forwarder, &mut holder, |holder| holder.held().len() == 2);
             new.take(address);
             let listener = new.listen(address);
             new.announce(address);
             forward_until(&mut forwarder, &mut holder, |_| client.is_finished() && later.is_finished());
             let mut client = client.join().unwrap().unwrap();
             let _later = later.join().unwrap().unwrap();
-            assert!(start.elapsed() < AT_ONCE, "{address}: {:?}", start.elapsed());
+            assert!(in_time(start.elapsed(), AT_ONCE), "{address}: {:?}", start.elapsed());
             assert!(holder.held().is_empty());
             let mut accepted = listener.incoming().map(Result::unwrap);
             let from = client.local_addr().unwrap();
