@@ -20,6 +20,7 @@ pub mod parked;
 pub mod process;
 pub mod raw;
 pub mod reqsk;
+mod sock_ops;
 pub mod sockopt;
 pub mod tcp;
 pub mod warm;

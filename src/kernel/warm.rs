@@ -5,11 +5,13 @@
 //! window of those whose cookies are keys in a map. As the one of [`super::ecn`] it ends with this process. There is
 //! no such option for the slow start threshold: TCP_BPF_SNDCWND_CLAMP sets it, but limits the window for good.
 
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{BorrowedFd, OwnedFd};
 
-use super::bpf::{Callee, Insn, Map, MapKind, Program, Register, Width};
-use super::ecn::root_group;
-use super::{SysResult, sockopt};
+use super::bpf::{Callee, Insn, Map, MapKind, Register};
+use super::{SysResult, sock_ops, sockopt};
+
+/// BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB.
+const ACTIVE_ESTABLISHED: u32 = 4;
 
 /// The program, loaded and attached. Dropping it detaches it.
 #[derive(Debug)]
@@ -29,7 +31,7 @@ impl SetWindow {
     /// EPERM without CAP_SYS_ADMIN, or CAP_BPF and CAP_NET_ADMIN, in the first user namespace.
     pub fn attach() -> SysResult<Self> {
         let windows = Map::new(MapKind::Hash, size_of::<u64>(), size_of::<u32>(), AT_ONCE)?;
-        let link = Program::of_socket_events(&program(&windows))?.attach_to_group(root_group()?.as_fd())?;
+        let link = sock_ops::attach(ACTIVE_ESTABLISHED, &windows, &set())?;
         Ok(Self { windows, _link: link })
     }
 
@@ -66,44 +68,18 @@ impl Drop for Chosen<'_> {
 }
 
 /// ```text
-/// if ctx.op == BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB {
-///     let cookie = bpf_get_socket_cookie(ctx);
-///     if let segments = bpf_map_lookup_elem(windows, &cookie) { bpf_setsockopt(ctx, SOL_TCP, TCP_BPF_IW, segments, 4) }
-/// }
-/// return 1
+/// bpf_setsockopt(ctx, SOL_TCP, TCP_BPF_IW, segments, 4)
 /// ```
-fn program(windows: &Map) -> [Insn; 21] {
-    use Register::{R0, R1, R2, R3, R4, R5, R6, R10};
-    const ACTIVE_ESTABLISHED: u32 = 4;
-    const LOOKUP: Callee = Callee::Helper(1);
-    const GET_SOCKET_COOKIE: Callee = Callee::Helper(46);
+fn set() -> [Insn; 6] {
+    use Register::{R0, R1, R2, R3, R4, R5, R6};
     const SETSOCKOPT: Callee = Callee::Helper(49);
     const TCP_BPF_IW: i32 = 1001;
-    /// Of `struct bpf_sock_ops`.
-    const OP: i16 = 0;
-    const COOKIE: i16 = -8;
-    let [map, map_too] = Insn::map(R1, windows);
     [
-        Insn::copy(R6, R1),
-        Insn::load(Width::Word, R2, R6, OP),
-        Insn::skip_unless(R2, ACTIVE_ESTABLISHED, 8),
-        Insn::call(GET_SOCKET_COOKIE),
-        Insn::store(Width::Double, R10, COOKIE, R0),
-        Insn::copy(R2, R10),
-        Insn::add(R2, COOKIE.into()),
-        map,
-        map_too,
-        Insn::call(LOOKUP),
-        Insn::skip_unless_null(R0, 2),
-        Insn::set(R0, 1), // 0 would silence programs of others
-        Insn::exit(),
         Insn::copy(R4, R0),
         Insn::copy(R1, R6),
         Insn::set(R2, libc::SOL_TCP),
         Insn::set(R3, TCP_BPF_IW),
         Insn::set(R5, 4),
         Insn::call(SETSOCKOPT),
-        Insn::set(R0, 1),
-        Insn::exit(),
     ]
 }
