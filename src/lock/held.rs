@@ -382,8 +382,7 @@ impl HeldPackets {
         let is_at = |tuple: &FourTuple| tuple.local.ip() == address;
         let mut other =
             self.split_off(self.segments.keys().copied().filter(is_at).collect::<Vec<_>>().into_iter());
-        for (tuple, syn) in self.newcomers.extract_if(|tuple, _| is_at(tuple)) {
-            self.size_of_newcomers = self.size_of_newcomers.without(Bounds { packets: 1, bytes: syn.len() });
+        for (tuple, syn) in self.take_newcomers(is_at) {
             other.size_of_newcomers = other.size_of_newcomers.with(syn.len());
             other.newcomers.insert(tuple, syn);
         }
@@ -420,15 +419,19 @@ impl HeldPackets {
     pub fn keep_newcomers_of(&mut self, listeners: &[Listener]) {
         let others =
             |tuple: &FourTuple| !listeners.iter().any(|listener| listener.hears(unscoped(tuple.local)));
-        for (_, syn) in self.newcomers.extract_if(|tuple, _| others(tuple)) {
-            self.size_of_newcomers = self.size_of_newcomers.without(Bounds { packets: 1, bytes: syn.len() });
-        }
+        self.take_newcomers(others);
+    }
+
+    fn take_newcomers(&mut self, which: impl Fn(&FourTuple) -> bool) -> HashMap<FourTuple, Vec<u8>> {
+        let taken: HashMap<_, _> = self.newcomers.extract_if(|tuple, _| which(tuple)).collect();
+        let size = Bounds { packets: taken.len(), bytes: taken.values().map(Vec::len).sum() };
+        self.size_of_newcomers = self.size_of_newcomers.without(size);
+        taken
     }
 
     /// Brings the listeners in `ns`, which nothing locks any more, who would connect to them.
     pub fn let_in(&mut self, ns: &NetNs) -> usize {
-        let (forge, newcomers) = (Forge::new(), std::mem::take(&mut self.newcomers));
-        self.size_of_newcomers = Bounds::default();
+        let (forge, newcomers) = (Forge::new(), self.take_newcomers(|_| true));
         let way = Way { ns: ns.clone(), device: Vec::new() };
         let brought = newcomers.into_iter().filter(|(tuple, syn)| {
             let replayed = forge.replay(&way, tuple, vec![syn.clone()]);
